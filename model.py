@@ -1,0 +1,439 @@
+"""model.py: the policy: Qwen2.5-VL through transformers, one shared prompt for a whole group, the attention tap.
+
+A group of G responses shares its prompt, and the prompt is where the image is. So a group is *packed* into one row,
+
+    [ prompt | o_1 | o_2 | … | o_G ]
+
+in which a token attends to the prompt and, causally, to its own response. Linear layers, vision tower and norms then see
+the prompt once instead of G times, and there is no padding. The result is that of G separate rows, exactly.
+
+What makes it work is one attention function, `attend`, registered with transformers for the decoder. It asks a *layout*
+which keys a query may see: `PackedGroups` here (scoring and update, and without responses the prefill), `Decoding` in
+rollout.py. In the captured layers the layout also hands queries and keys to a `Tap`, which computes the softmax rows
+that DyCo needs and reduces them at once to four numbers per token. No library code is patched.
+
+Shapes: G responses per prompt, B responses, T response tokens, N packed length, K keys, M predicted tokens, H heads,
+D head or hidden width, V vocabulary.
+"""
+import contextlib
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+import dyco
+from data import Prompt
+from dyco import Signals
+
+ATTENTION = "dyco_layout"
+
+
+# ----------------------------------------------------------------------------------- attention: one function, two layouts
+
+
+def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, layout=None, **kwargs):
+    """Attention function of the decoder layers: [1 or rows, H, N, D] -> [1 or rows, N, H, D].
+
+    Without a layout (stock `generate`, say) it is transformers' own sdpa attention.
+    """
+    if layout is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return layout.attend(module.layer_idx, query, key, value, module.scaling), None
+
+
+def register_attention() -> None:
+    """Make `attend` known to transformers, with the masks of sdpa."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, attend)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def _eager_attention(query, key, value, scale, mask) -> Tensor:
+    scores = (query @ key.transpose(-1, -2) * scale).float().masked_fill(~mask, -math.inf)
+    return torch.softmax(scores, dim=-1).to(value.dtype) @ value
+
+
+def grouped_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, kernel: str = "sdpa") -> Tensor:
+    """Causal attention, the last query aligned with the last key. query [B, H, T, D], key and value [B, H_kv, K, D].
+
+    The H / H_kv query heads that share a key head are folded into the query length: no key is ever repeated.
+    """
+    batch, heads, queries, width = query.shape
+    key_heads, keys = key.shape[1:3]
+    repeats = heads // key_heads
+    if kernel == "sdpa" and queries == keys:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=repeats > 1)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries).repeat(repeats, 1)
+    query = query.reshape(batch, key_heads, repeats * queries, width)
+    if kernel == "sdpa":
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    else:
+        out = _eager_attention(query, key, value, scale, mask)
+    return out.reshape(batch, heads, queries, width)
+
+
+class PackedGroups:
+    """The layout of packed groups: [prompt_1 | o_11 … o_1G | prompt_2 | …], in one row.
+
+    prompts: the prompts. branches: [prompts][G] number of *input* tokens of each response: its last token is predicted
+    and never read, so it is not packed. Cost per group: P²/2 + G·T·(P + T/2) query–key pairs.
+    """
+
+    def __init__(self, prompts: list[Prompt], branches: list[list[int]], kernel: str = "sdpa", tap: "Tap | None" = None,
+                 keep_keys: bool = False):
+        self.kernel, self.tap, self.branches = kernel, tap, branches
+        self.prompts = prompts
+        self.pieces = [n for prompt, group in zip(prompts, branches) for n in (len(prompt.input_ids), *group)]
+        self.kept: dict[int, list[tuple[Tensor, Tensor]]] | None = {} if keep_keys else None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        split = lambda x: iter(x[0].transpose(0, 1).split(self.pieces))  # pieces [tokens, H, D]
+        queries, keys, values, outputs = split(query), split(key), split(value), []
+        for index, (prompt, group) in enumerate(zip(self.prompts, self.branches)):
+            as_row = lambda piece: piece.transpose(0, 1)[None]           # [1, H, tokens, D]
+            q, k, v = (as_row(next(x)) for x in (queries, keys, values))
+            outputs.append(grouped_query_attention(q, k, v, scale, self.kernel)[0].transpose(0, 1))
+            if self.kept is not None:
+                self.kept.setdefault(layer, []).append((k, v))
+            longest = max(group, default=0)
+            own_q = own_k = None
+            if longest:
+                pad = lambda x: pad_sequence([next(x) for _ in group], batch_first=True).transpose(1, 2)
+                own_q, own_k, own_v = pad(queries), pad(keys), pad(values)      # [G, H, longest, D]
+                k = torch.cat([k.expand(len(group), -1, -1, -1), own_k], dim=2)
+                v = torch.cat([v.expand(len(group), -1, -1, -1), own_v], dim=2)
+                out = grouped_query_attention(own_q, k, v, scale, self.kernel).transpose(1, 2)
+                outputs += [row[:length] for row, length in zip(out, group)]
+            elif group:
+                for x in (queries, keys, values):
+                    for _ in group:
+                        next(x)
+            if self.tap is not None and layer in self.tap.layers:
+                last = q[:, :, -1:].expand(max(len(group), 1), -1, -1, -1)      # it predicts o_1
+                self.tap.read_group(layer, index, prompt, last if own_q is None else torch.cat([last, own_q], dim=2),
+                                    k if own_q is not None else k.expand(max(len(group), 1), -1, -1, -1), scale)
+        return torch.cat(outputs)[None]
+
+
+# ------------------------------------------------------------------------------------------------ the attention tap
+
+
+class Tap:
+    """Reduces attention to DyCo's signals where it arises, in the captured layers only.
+
+    layers: decoder layers, negatives count from the end; each is reduced by itself and the signals are averaged.
+    `read_group` serves the packed forward, `read_step` serves decoding; both end in dyco.attention_signals.
+    """
+
+    MAX_ELEMENTS = 2**25  # of one block of attention rows before heads are averaged: 128 MB in float32
+
+    def __init__(self, layers: list[int], depth: int, shift: str = "fisher_rao", text_scope: str = "after_image",
+                 signals=dyco.attention_signals):
+        wrong = [layer for layer in layers if not -depth <= layer < depth]
+        if wrong:
+            raise ValueError(f"dyco.layers: {wrong} out of range; the model has {depth} decoder layers: {-depth} … {depth - 1}")
+        self.layers = sorted({layer % depth for layer in layers})
+        self.shift, self.text_scope, self.signals = shift, text_scope, signals
+        self.sums: dict[int, list[Tensor]] = {}   # group -> sums over layers, each [G, T]
+        self.last_rows: dict[int, Tensor] = {}    # decoding: layer -> the rows of the previous step
+
+    def prompt_members(self, prompt: Prompt, device) -> tuple[Tensor, Tensor]:
+        """[P] bool each: the prompt's visual keys and its text keys in scope (everything of a response is text)."""
+        visual = prompt.visual_mask.to(device)
+        text = ~visual
+        if self.text_scope == "after_image" and bool(prompt.visual_mask.any()):
+            text = text & (torch.arange(len(visual), device=device) >= int(prompt.visual_mask.int().argmax()))
+        return visual, text
+
+    @torch.no_grad()
+    def read_group(self, layer: int, group: int, prompt: Prompt, query: Tensor, key: Tensor, scale: float) -> None:
+        """query [G, H, T, D]: of the last prompt token and the response tokens; key [G, H_kv, K, D]: prompt, then own."""
+        (rows, heads, queries, _), keys = query.shape, key.shape[2]
+        visual, text = self.prompt_members(prompt, key.device)
+        visual = F.pad(visual, (0, keys - len(visual)))
+        text = F.pad(text, (0, keys - len(text)), value=True)
+        # blocks of queries, each with the query before it, so that its first shift has a predecessor
+        block = max(1, self.MAX_ELEMENTS // (rows * heads * keys))
+        parts = []
+        for start in range(0, queries, block):
+            before = max(start - 1, 0)
+            attention = attention_rows(query[:, :, before:start + block], key, scale, first=keys - queries + before)
+            signals = self.signals(attention, visual.expand(rows, keys), text.expand(*attention.shape), self.shift)
+            parts.append([x[:, start - before:] for x in signals])
+        self._add(group, [torch.cat(x, dim=1) for x in zip(*parts)])
+        self.last_rows.setdefault(layer, {})[group] = attention[:, -1]
+
+    @torch.no_grad()
+    def read_step(self, layer: int, attention: Tensor, visual: Tensor, text: Tensor) -> None:
+        """Decoding: attention [R, K] of this step, over the keys of the last step and then one new key."""
+        before = F.pad(self.last_rows[layer], (0, attention.shape[-1] - self.last_rows[layer].shape[-1]))
+        pair = torch.stack([before, attention], dim=1)
+        signals = self.signals(pair, visual, text[:, None].expand(pair.shape), self.shift)
+        self._add(0, [x[:, 1] for x in signals])
+        self.last_rows[layer] = attention
+
+    def _add(self, group: int, signals: list[Tensor]) -> None:
+        sums = self.sums.get(group)
+        self.sums[group] = list(signals) if sums is None else [a + b for a, b in zip(sums, signals)]
+
+    def take(self, group: int) -> Signals:
+        """The signals of a group, averaged over the captured layers; they are forgotten here."""
+        return Signals(*(x / len(self.layers) for x in self.sums.pop(group)))
+
+
+def attention_rows(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
+    """Softmaxed causal attention averaged over heads: [B, H, T, D], [B, H_kv, K, D] -> [B, T, K] float32.
+
+    `first` is the key position of the first query.
+    """
+    (batch, heads, queries, width), (key_heads, keys) = query.shape, key.shape[1:3]
+    query = query.reshape(batch, key_heads, heads // key_heads * queries, width)
+    scores = (query @ key.transpose(-1, -2)).float().mul_(scale).view(batch, heads, queries, keys)
+    ahead = torch.arange(keys, device=key.device) > torch.arange(first, first + queries, device=key.device)[:, None]
+    return torch.softmax(scores.masked_fill_(ahead, -math.inf), dim=-1).mean(dim=1)
+
+
+# ------------------------------------------------------------------------------------------------- log-probabilities
+
+
+def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, suppressed: Tensor) -> Tensor:
+    """Logits of the one distribution of this project, sampled and scored: float32, with temperature, some ids at −∞.
+
+    hidden [M, D], weight [V, D], suppressed [n] ids -> [M, V].
+    """
+    logits = (hidden @ weight.T).float() / temperature
+    return logits.index_fill_(1, suppressed, torch.finfo(torch.float32).min)
+
+
+def _chunk_forward(hidden, weight, targets, temperature, suppressed):
+    logits = scaled_logits(hidden, weight, temperature, suppressed)
+    log_total = torch.logsumexp(logits, dim=-1)
+    logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_total
+    entropy = log_total - ((logits - log_total[:, None]).exp_() * logits).sum(-1)
+    return logprobs, entropy, log_total
+
+
+def _chunk_backward(hidden, weight, targets, temperature, suppressed, log_total, gradient):
+    logits = scaled_logits(hidden, weight, temperature, suppressed)
+    slope = logits.sub_(log_total[:, None]).exp_().mul_(-gradient[:, None])
+    slope.scatter_add_(1, targets[:, None], gradient[:, None])
+    slope = (slope / temperature).to(weight.dtype)
+    return slope @ weight, slope.T @ hidden
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probabilities of target tokens and entropies, with only `chunk` rows of [M, V] alive, forward and backward.
+
+    The backward pass computes the logits again: ∂logp/∂logit = 1[target] − softmax. Entropies carry no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, suppressed, chunk, forward_chunk, backward_chunk):
+        parts = [forward_chunk(h, weight, t, temperature, suppressed)
+                 for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+        logprobs, entropy, log_total = (torch.cat(x) for x in zip(*parts))
+        ctx.save_for_backward(hidden, weight, targets, suppressed, log_total)
+        ctx.temperature, ctx.chunk, ctx.backward_chunk = temperature, chunk, backward_chunk
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        hidden, weight, targets, suppressed, log_total = ctx.saved_tensors
+        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            hidden_gradient[part], added = ctx.backward_chunk(
+                hidden[part], weight, targets[part], ctx.temperature, suppressed, log_total[part], gradient[part])
+            weight_gradient += added
+        return hidden_gradient, weight_gradient, *[None] * 6
+
+
+# --------------------------------------------------------------------------------------------------------- the policy
+
+
+class PackedOutput(NamedTuple):
+    logprobs: Tensor           # [B, T] float32, of each response token at the sampling temperature; 0 on padding
+    entropy: Tensor            # [B, T] float32, nats, without gradient; 0 on padding
+    signals: Signals | None    # [B, T] each, if a tap was given; 0 on padding
+
+
+class Policy(nn.Module):
+    """Qwen2.5-VL as a policy over responses. `forward` is the packed group forward."""
+
+    CHUNK = 512  # predicted tokens whose logits are alive at once: 300 MB for Qwen's vocabulary
+
+    def __init__(self, hf, tokenizer, image_processor, temperature: float = 1.0, kernel: str = "sdpa",
+                 dtype: torch.dtype = torch.float32, compiled: bool = False):
+        super().__init__()
+        register_attention()
+        self.hf, self.tokenizer, self.image_processor = hf, tokenizer, image_processor
+        self.temperature, self.kernel, self.dtype = temperature, kernel, dtype
+        hf.model.language_model.config._attn_implementation = ATTENTION
+        hf.model.visual.config._attn_implementation = kernel
+        self.eos_ids = set(_as_list(hf.generation_config.eos_token_id) or [tokenizer.eos_token_id])
+        # a sampled image or video placeholder would ask the model for an image that is not there
+        placeholders = sorted({hf.config.image_token_id, hf.config.video_token_id})
+        self.register_buffer("suppressed", torch.tensor(placeholders), persistent=False)
+        optimise = (lambda f: torch.compile(f, dynamic=True)) if compiled else (lambda f: f)
+        self.forward_chunk, self.backward_chunk = optimise(_chunk_forward), optimise(_chunk_backward)
+        self.signals = optimise(dyco.attention_signals)
+
+    @property
+    def device(self) -> torch.device:
+        return self.suppressed.device
+
+    @property
+    def depth(self) -> int:
+        return self.hf.config.text_config.num_hidden_layers
+
+    def autocast(self):
+        """bfloat16 arithmetic over float32 weights where the policy's dtype asks for it."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def tap(self, settings) -> Tap:
+        """A tap for one forward; `settings` has layers, shift and text_scope."""
+        return Tap(settings.layers, self.depth, settings.shift, settings.text_scope, self.signals)
+
+    # -- inputs
+
+    def embed_images(self, prompts: list[Prompt]) -> list[Tensor]:
+        """The image tokens' embeddings of each prompt, [visual tokens, D]; one call for all prompts."""
+        seeing = [p for p in prompts if p.pixel_values is not None]
+        features = iter(())
+        if seeing:
+            pixels = torch.cat([p.pixel_values for p in seeing]).to(self.device, self.hf.model.visual.dtype)
+            grid = torch.cat([p.image_grid_thw for p in seeing]).to(self.device)
+            frozen = not any(parameter.requires_grad for parameter in self.hf.model.visual.parameters())
+            with torch.no_grad() if frozen else contextlib.nullcontext():
+                output = self.hf.model.get_image_features(pixels, grid, return_dict=True)
+            features = iter(torch.cat(tuple(output.pooler_output)).split([int(p.visual_mask.sum()) for p in seeing]))
+        return [next(features) if p.pixel_values is not None else None for p in prompts]
+
+    def embed(self, prompt: Prompt, images: Tensor | None) -> Tensor:
+        """Input embeddings of a prompt, [P, D]."""
+        embedded = self.hf.get_input_embeddings()(prompt.input_ids.to(self.device))
+        if images is None:
+            return embedded
+        at_images = prompt.visual_mask.to(self.device)[:, None].expand_as(embedded)
+        return embedded.masked_scatter(at_images, images.to(embedded.dtype))
+
+    def prompt_positions(self, prompt: Prompt) -> Tensor:
+        """M-RoPE positions of a prompt, [3, P]. A response goes on at the maximum + 1 on all three axes."""
+        if prompt.image_grid_thw is None:
+            return torch.arange(len(prompt.input_ids)).expand(3, -1)
+        ids = prompt.input_ids[None]
+        positions, _ = self.hf.model.get_rope_index(ids, mm_token_type_ids=prompt.visual_mask[None].int(),
+                                                    image_grid_thw=prompt.image_grid_thw)
+        return positions[:, 0]
+
+    def decoder(self, embedded: Tensor, positions: Tensor, layout) -> Tensor:
+        """The decoder's last hidden states, [rows, N, D]; embedded [rows, N, D], positions [3, rows, N]."""
+        masks = {"full_attention": None, "sliding_attention": None}  # the layout decides what is seen
+        return self.hf.model.language_model(inputs_embeds=embedded, position_ids=positions.to(self.device),
+                                            attention_mask=masks, use_cache=False, layout=layout).last_hidden_state
+
+    # -- outputs
+
+    def next_token_logits(self, hidden: Tensor) -> Tensor:
+        """[M, D] -> [M, V] float32, the distribution that is sampled."""
+        return scaled_logits(hidden, self.head_weight(hidden.dtype), self.temperature, self.suppressed)
+
+    def head_weight(self, dtype: torch.dtype) -> Tensor:
+        return self.hf.lm_head.weight.to(dtype)
+
+    def forward(self, prompts: list[Prompt], tokens: Tensor, mask: Tensor, tap: Tap | None = None) -> PackedOutput:
+        """Score responses in packed groups.
+
+        prompts: P prompts; tokens [P·G, T] long, group-major; mask [P·G, T] bool, True on the first tokens of each row,
+        end token included. With a tap the output holds DyCo's signals too.
+        """
+        group_size = len(tokens) // len(prompts)
+        lengths = mask.sum(1).tolist()
+        branches = [[max(n - 1, 0) for n in lengths[i:i + group_size]] for i in range(0, len(lengths), group_size)]
+        layout = PackedGroups(prompts, branches, self.kernel, tap)
+        with self.autocast():
+            embeddings, positions, predictors, offset = [], [], [], 0
+            for index, (prompt, images) in enumerate(zip(prompts, self.embed_images(prompts))):
+                embeddings.append(self.embed(prompt, images))
+                positions.append(self.prompt_positions(prompt))
+                following = int(positions[-1].max()) + 1
+                offset += len(prompt.input_ids)
+                last_of_prompt = offset - 1
+                for row, inputs in zip(range(index * group_size, (index + 1) * group_size), branches[index]):
+                    embeddings.append(self.hf.get_input_embeddings()(tokens[row, :inputs].to(self.device)))
+                    positions.append(torch.arange(following, following + inputs).expand(3, -1))
+                    if lengths[row]:
+                        predictors += [last_of_prompt, *range(offset, offset + inputs)]
+                    offset += inputs
+            hidden = self.decoder(torch.cat(embeddings)[None], torch.cat(positions, dim=1)[:, None], layout)[0]
+            hidden = hidden[torch.tensor(predictors, dtype=torch.long, device=self.device)]
+        weight = self.head_weight(hidden.dtype)
+        mask = mask.to(self.device)
+        targets = tokens.to(self.device)[mask]
+        logprobs, entropy = TokenLogprobs.apply(hidden, weight, targets, self.temperature, self.suppressed, self.CHUNK,
+                                                self.forward_chunk, self.backward_chunk)
+        unpack = lambda flat: torch.zeros(mask.shape, device=self.device).masked_scatter(mask, flat)
+        signals = None
+        if tap is not None:
+            width = mask.shape[1]
+            groups = [tap.take(index) for index in range(len(prompts))]
+            signals = Signals(*(torch.cat([F.pad(x, (0, width - x.shape[1])) for x in field]) for field in zip(*groups)))
+            signals = Signals(*(torch.where(mask, x, 0) for x in signals))
+        return PackedOutput(unpack(logprobs), unpack(entropy), signals)
+
+
+def _as_list(value) -> list:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+# --------------------------------------------------------------------------------------------------- load and save
+
+
+def load_policy(path: str | Path, device: torch.device, dtype: str = "auto", kernel: str = "sdpa", temperature: float = 1.0,
+                compile: str = "auto", freeze_vision: bool = False, gradient_checkpointing: bool = False,
+                max_pixels: int | None = None) -> Policy:
+    """A Policy from a Qwen2.5-VL directory or hub id. Weights are float32; `dtype` is what arithmetic runs in.
+
+    Raises ValueError where the path is not a Qwen2.5-VL.
+    """
+    from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    try:
+        kind = AutoConfig.from_pretrained(path).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.path: {str(path)!r} is neither a Hugging Face directory nor a hub id: {error}") from None
+    if kind != "qwen2_5_vl":
+        raise ValueError(f"model.path: {str(path)!r} is a {kind!r}; expected a Qwen2.5-VL (model_type 'qwen2_5_vl')")
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    if max_pixels is not None:
+        image_processor.size = {**image_processor.size, "longest_edge": max_pixels}
+    if freeze_vision:
+        hf.model.visual.requires_grad_(False)
+    if gradient_checkpointing:
+        hf.gradient_checkpointing_enable({"use_reentrant": False})
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    compiled = compile == "on" or compile == "auto" and device.type == "cuda"
+    policy = Policy(hf, AutoTokenizer.from_pretrained(path), image_processor, temperature, kernel, getattr(torch, dtype), compiled)
+    return policy.to(device).train()  # gradient checkpointing asks for training mode; there is no dropout
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write a normal Hugging Face directory: weights, tokenizer with chat template, image processor."""
+    policy.hf.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    policy.image_processor.save_pretrained(folder)

@@ -1,0 +1,225 @@
+"""rollout.py: sampling G responses per prompt from one prefill, with DyCo's signals read while decoding.
+
+Vision tower and prompt run once per prompt (`PackedGroups` without responses, model.py). The prompt's keys and values are
+never copied to its G responses: at each step the G queries meet them together, as one small matrix product, and each
+response brings only its own keys (`Decoding`). The softmax over both parts is explicit, so the attention row that DyCo
+reads is there anyway. Rows leave the batch once enough of them have ended.
+
+What is sampled is what is scored: temperature only, no top-k, no top-p, and the same suppressed tokens (model.py,
+scaled_logits). Each response draws its uniforms from a generator of its own, keyed by (seed, step, prompt, response):
+neither batch composition nor the number of processes nor rows that leave early change what is sampled.
+
+Shapes: P prompts, G responses per prompt, B = P·G, T response tokens, R rows still decoding, K keys, H heads, D width.
+"""
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from data import Prompt
+from dyco import Signals
+from model import PackedGroups, Policy, Tap
+
+COMPACT_BELOW = 0.75  # finished rows leave the batch when at most this share is alive: each leaving copies the cache
+
+
+@dataclass
+class Rollout:
+    """P prompts and their P·G responses, group-major. Masks are made here and passed on; nobody derives one again."""
+    prompts: list[Prompt]
+    group_size: int
+    tokens: Tensor           # [B, T] long
+    mask: Tensor             # [B, T] bool: the response's tokens, end token included
+    logprobs: Tensor         # [B, T] float32: behaviour log-probabilities, 0 on padding
+    truncated: Tensor        # [B] bool: no end token within max_new_tokens
+    signals: Signals | None  # [B, T] each, 0 on padding
+    texts: list[str]         # decoded, without the end token
+
+    def select(self, prompts: list[int]) -> "Rollout":
+        """The groups of some prompts, cut to their longest response."""
+        rows = [i * self.group_size + j for i in prompts for j in range(self.group_size)]
+        width = max(1, int(self.mask[rows].sum(1).max()))
+        cut = lambda x: x[rows, :width]
+        return Rollout([self.prompts[i] for i in prompts], self.group_size, cut(self.tokens), cut(self.mask),
+                       cut(self.logprobs), self.truncated[rows],
+                       None if self.signals is None else Signals(*map(cut, self.signals)), [self.texts[i] for i in rows])
+
+
+def join(rollouts: list[Rollout]) -> Rollout:
+    """One rollout of several with the same group size, padded to the longest response."""
+    width = max(r.tokens.shape[1] for r in rollouts)
+    stack = lambda tensors: torch.cat([F.pad(x, (0, width - x.shape[1])) for x in tensors])
+    signals = None
+    if rollouts[0].signals is not None:
+        signals = Signals(*(stack(field) for field in zip(*(r.signals for r in rollouts))))
+    return Rollout([p for r in rollouts for p in r.prompts], rollouts[0].group_size, stack([r.tokens for r in rollouts]),
+                   stack([r.mask for r in rollouts]), stack([r.logprobs for r in rollouts]),
+                   torch.cat([r.truncated for r in rollouts]), signals, [text for r in rollouts for text in r.texts])
+
+
+def keyed_generator(*key) -> torch.Generator:
+    """A CPU generator whose stream depends on the key alone, say (seed, step, prompt index, response index)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-CDF sampling: [R, V] logits, [R] uniforms in [0, 1) -> [R] ids. Ids of probability 0 are never drawn."""
+    cumulative = torch.softmax(logits.double(), dim=-1).cumsum(-1)
+    threshold = uniforms.double()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+class Decoding:
+    """The layout of decoding: every row sees its prompt's keys, shared by the group, and its own."""
+
+    def __init__(self, prefill: PackedGroups, group_size: int, capacity: int, tap: Tap | None):
+        self.tap, self.capacity, self.length = tap, capacity, 0
+        count, device = len(prefill.prompts), next(iter(prefill.kept.values()))[0][0].device
+        lengths = torch.tensor([len(p.input_ids) for p in prefill.prompts], device=device)
+        self.width = int(lengths.max())
+        pad = lambda x: F.pad(x, (0, 0, 0, self.width - x.shape[2]))
+        # layer -> keys and values of the prompts [P, H_kv, width, D]; of the rows' own tokens [R, H_kv, capacity, D]
+        self.shared = {layer: tuple(torch.cat([pad(x) for x in part]) for part in zip(*pairs))
+                       for layer, pairs in prefill.kept.items()}
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}
+        self.padding = torch.arange(self.width, device=device) >= lengths[:, None]  # [P, width]
+        self.prompt_of = torch.arange(count, device=device).repeat_interleave(group_size)
+        self._place()
+        if tap is not None:
+            members = [tap.prompt_members(p, device) for p in prefill.prompts]
+            fit = lambda x: F.pad(x, (0, self.width - x.shape[-1]))
+            self.visual, self.text = (torch.stack([fit(m[i]) for m in members])[self.prompt_of] for i in (0, 1))
+            tap.last_rows = {layer: torch.cat([fit(rows[i]) for i in range(count)])[self.prompt_of]
+                             for layer, rows in tap.last_rows.items()}
+
+    def _place(self) -> None:
+        """Where each row stands in the grid [P, slots] in which the rows of a prompt meet its keys together."""
+        counts = torch.bincount(self.prompt_of, minlength=len(self.padding))
+        first = counts.cumsum(0) - counts
+        self.slots = int(counts.max())
+        slot = torch.arange(len(self.prompt_of), device=counts.device) - first[self.prompt_of]
+        self.place = self.prompt_of * self.slots + slot
+        self.full = len(self.prompt_of) == len(self.padding) * self.slots
+
+    def _to_grid(self, x: Tensor) -> Tensor:
+        """[R, H_kv, n, D] -> [P, H_kv, slots·n, D], zeros where a slot is empty."""
+        if not self.full:
+            x = x.new_zeros(len(self.padding) * self.slots, *x.shape[1:]).index_copy_(0, self.place, x)
+        x = x.unflatten(0, (len(self.padding), self.slots)).transpose(1, 2)
+        return x.flatten(2, 3)
+
+    def _from_grid(self, x: Tensor) -> Tensor:
+        x = x.unflatten(2, (self.slots, -1)).transpose(1, 2).flatten(0, 1)
+        return x if self.full else x[self.place]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        rows, heads, _, width = query.shape
+        key_heads = key.shape[1]
+        if layer not in self.own:
+            self.own[layer] = tuple(x.new_empty(rows, key_heads, self.capacity, width) for x in (key, value))
+        for cache, new in zip(self.own[layer], (key, value)):
+            cache[:, :, self.length] = new[:, :, 0]
+        own_keys, own_values = (cache[:, :, :self.length + 1] for cache in self.own[layer])
+        shared_keys, shared_values = self.shared[layer]
+
+        query = query.reshape(rows, key_heads, heads // key_heads, width)
+        shared_scores = self._to_grid(query) @ shared_keys.transpose(-1, -2)
+        shared_scores = self._from_grid(shared_scores.masked_fill(self.padding[:, None, None], float("-inf")))
+        scores = torch.cat([shared_scores, query @ own_keys.transpose(-1, -2)], dim=-1).float() * scale
+        attention = torch.softmax(scores, dim=-1)                                   # [R, H_kv, H/H_kv, width + own]
+        if self.tap is not None and layer in self.tap.layers:
+            own = torch.ones(rows, self.length + 1, dtype=torch.bool, device=query.device)
+            self.tap.read_step(layer, attention.mean(dim=(1, 2)), torch.cat([self.visual, ~own], dim=1),
+                               torch.cat([self.text, own], dim=1))
+        attention = attention.to(value.dtype)
+        out = self._from_grid(self._to_grid(attention[..., :self.width]) @ shared_values)
+        out = out + attention[..., self.width:] @ own_values
+        return out.reshape(rows, 1, heads, width)
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows go on, [rows] positions in the present batch."""
+        self.own = {layer: tuple(x[rows] for x in pair) for layer, pair in self.own.items()}
+        self.prompt_of = self.prompt_of[rows]
+        self._place()
+        if self.tap is not None:
+            self.visual, self.text = self.visual[rows], self.text[rows]
+            self.tap.last_rows = {layer: x[rows] for layer, x in self.tap.last_rows.items()}
+
+
+@torch.no_grad()
+def generate(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key: tuple | None,
+             dyco=None, max_rows: int = 256, progress: bool = False) -> Rollout:
+    """Sample G responses to each prompt. key: what the random streams depend on besides prompt index and response index,
+    say (seed, step); None decodes greedily. dyco: settings with layers, shift and text_scope, to capture signals.
+    """
+    per_wave = max(1, max_rows // group_size)
+    starts = tqdm(range(0, len(prompts), per_wave), desc="generate", leave=False, disable=not progress)
+    return join([_decode(policy, prompts[i:i + per_wave], group_size, max_new_tokens, key, dyco) for i in starts])
+
+
+def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key, dyco) -> Rollout:
+    rows, device = len(prompts) * group_size, policy.device
+    tap = None if dyco is None else policy.tap(dyco)
+    tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
+    mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(rows, max_new_tokens, device=device)
+    signals = None if tap is None else Signals(*(torch.zeros(rows, max_new_tokens, device=device) for _ in range(4)))
+    uniforms = None if key is None else torch.stack(
+        [torch.rand(max_new_tokens, generator=keyed_generator(*key, prompt.index, response))
+         for prompt in prompts for response in range(group_size)]).to(device)
+    end_ids = torch.tensor(sorted(policy.eos_ids), device=device)
+
+    with policy.autocast():
+        # prefill: every prompt once
+        positions = [policy.prompt_positions(prompt) for prompt in prompts]
+        embedded = torch.cat([policy.embed(p, image) for p, image in zip(prompts, policy.embed_images(prompts))])
+        prefill = PackedGroups(prompts, [[] for _ in prompts], policy.kernel, tap, keep_keys=True)
+        hidden = policy.decoder(embedded[None], torch.cat(positions, dim=1)[:, None], prefill)[0]
+        last = torch.tensor([len(p.input_ids) for p in prompts]).cumsum(0) - 1
+        hidden = hidden[last.to(device)].repeat_interleave(group_size, dim=0)
+        if tap is not None:
+            parts = [tap.take(index) for index in range(len(prompts))]
+            step_signals = [torch.cat(x)[:, 0].repeat_interleave(group_size) for x in zip(*parts)]
+        decoding = Decoding(prefill, group_size, max_new_tokens, tap)
+        following = torch.tensor([int(p.max()) + 1 for p in positions], device=device).repeat_interleave(group_size)
+
+        alive = torch.arange(rows, device=device)  # rows of the batch -> rows of the result
+        ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        for step in range(max_new_tokens):
+            logits = policy.next_token_logits(hidden)
+            chosen = logits.argmax(-1) if uniforms is None else sample_tokens(logits, uniforms[alive, step])
+            going = ~ended[alive]
+            tokens[alive, step] = torch.where(going, chosen, 0)
+            mask[alive, step] = going
+            logprobs[alive, step] = torch.where(going, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0], 0)
+            if tap is not None:
+                for buffer, value in zip(signals, step_signals):
+                    buffer[alive, step] = torch.where(going, value, 0)
+            ended[alive] |= torch.isin(chosen, end_ids)
+            going = ~ended[alive]
+            count = int(going.sum())
+            if count == 0 or step + 1 == max_new_tokens:
+                break
+            if count <= COMPACT_BELOW * len(alive):
+                places = going.nonzero().squeeze(-1)
+                decoding.keep(places)
+                alive, chosen = alive[places], chosen[places]
+            embedded = policy.hf.get_input_embeddings()(chosen)[:, None]
+            position = (following[alive] + step)[None, :, None].expand(3, -1, -1)
+            hidden = policy.decoder(embedded, position, decoding)[:, 0]
+            decoding.length += 1
+            if tap is not None:
+                step_signals = [x for x in tap.take(0)]
+
+    width = int(mask.sum(1).max())
+    ids = tokens.tolist()
+    lengths, truncated = mask.sum(1), ~ended
+    content = (lengths - ended.long()).tolist()
+    texts = [policy.tokenizer.decode(row[:n], skip_special_tokens=False) for row, n in zip(ids, content)]
+    cut = lambda x: x[:, :width]
+    return Rollout(prompts, group_size, cut(tokens), cut(mask), cut(logprobs), truncated,
+                   None if signals is None else Signals(*map(cut, signals)), texts)

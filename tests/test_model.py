@@ -1,0 +1,309 @@
+"""model.py: the packed group forward, the tap and the chunked log-probabilities against the slow, obvious versions."""
+import pytest
+import torch
+from conftest import random_responses
+from torch.utils._python_dispatch import TorchDispatchMode
+from types import SimpleNamespace
+
+import dyco
+import model
+from model import PackedGroups, Tap, TokenLogprobs, load_policy, save_policy
+
+DYCO = SimpleNamespace(layers=[-1], shift="fisher_rao", text_scope="after_image")
+
+
+def one_row(policy, prompt, response, output_attentions=False):
+    """The stock forward on [prompt | response] alone, with transformers' eager attention and its own positions."""
+    hf = policy.hf
+    hf.model.rope_deltas = None
+    hf.model.language_model.config._attn_implementation = "eager"
+    ids = torch.cat([prompt.input_ids, response])[None]
+    image = torch.cat([prompt.visual_mask, torch.zeros(len(response), dtype=torch.bool)])[None]
+    extra = {} if prompt.pixel_values is None else {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+    output = hf(input_ids=ids, mm_token_type_ids=image.int(), use_cache=False, output_attentions=output_attentions, **extra)
+    hf.model.language_model.config._attn_implementation = model.ATTENTION
+    logits = output.logits[0].float() / policy.temperature
+    logits[:, policy.suppressed] = -torch.inf
+    return logits[len(prompt.input_ids) - 1:-1], output.attentions
+
+
+def one_by_one(policy, prompts, tokens, mask):
+    """Log-probabilities and entropies [B, T], one row at a time."""
+    group = len(tokens) // len(prompts)
+    logprobs, entropy = [], []
+    for row in range(len(tokens)):
+        response = tokens[row][mask[row]]
+        distribution = torch.distributions.Categorical(logits=one_row(policy, prompts[row // group], response)[0])
+        padding = torch.zeros(int((~mask[row]).sum()))
+        logprobs.append(torch.cat([distribution.log_prob(response), padding]))
+        entropy.append(torch.cat([-(distribution.probs * distribution.logits.clamp(min=-1e9)).sum(-1), padding]))
+    return torch.stack(logprobs), torch.stack(entropy)
+
+
+def gradients(policy, logprobs, weights):
+    policy.zero_grad()
+    (logprobs * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("chosen", [[0], [1], [2], [0, 1, 2]])
+def test_packed_equals_one_row_at_a_time(make_policy, prompts, kernel, chosen):
+    """Log-probabilities, entropies and gradients, with 1, 0 and 2 images and different lengths. 1e-5: float32 sums of a
+    hundred terms of order 1 in another order; gradients are compared relative to the largest of their tensor."""
+    policy = make_policy(temperature=0.7, kernel=kernel)
+    some = [prompts[i] for i in chosen]
+    tokens, mask = random_responses(some, 3, 9, 300)
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(1))
+    packed = policy(some, tokens, mask)
+    packed_gradients = gradients(policy, packed.logprobs, weights)
+    logprobs, entropy = one_by_one(policy, some, tokens, mask)
+    torch.testing.assert_close(packed.logprobs, logprobs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed.entropy, entropy, rtol=1e-5, atol=1e-5)
+    slow_gradients = gradients(policy, logprobs, weights)
+    assert packed_gradients.keys() == slow_gradients.keys() and len(slow_gradients) > 20
+    for name, gradient in slow_gradients.items():
+        scale = gradient.abs().max().clamp(min=1e-3)
+        assert (packed_gradients[name] - gradient).abs().max() < 1e-5 * scale.clamp(min=1) + 1e-5 * scale, name
+
+
+def test_micro_batches_add_up(make_policy, prompts):
+    """Any split into groups gives the same numbers and gradients as one packed forward of all."""
+    policy = make_policy()
+    tokens, mask = random_responses(prompts, 2, 7, 300)
+    whole = policy(prompts, tokens, mask)
+    whole_gradients = gradients(policy, whole.logprobs, mask.float())
+    for split in ([[0], [1], [2]], [[0, 1], [2]], [[2, 0], [1]]):
+        policy.zero_grad()
+        for part in split:
+            rows = [i * 2 + j for i in part for j in range(2)]
+            output = policy([prompts[i] for i in part], tokens[rows], mask[rows])
+            torch.testing.assert_close(output.logprobs, whole.logprobs[rows], rtol=1e-5, atol=1e-5)
+            output.logprobs.sum().backward()
+        for name, p in policy.named_parameters():
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, whole_gradients[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_a_response_does_not_see_its_neighbours(make_policy, prompts):
+    """Changing one response's tokens, or what stands on padding, leaves the others exactly as they were."""
+    policy = make_policy()
+    tokens, mask = random_responses(prompts, 3, 8, 300)
+    before = policy(prompts, tokens, mask, policy.tap(DYCO))
+    changed = torch.where(mask, tokens, 17)
+    changed[4] = changed[4].flip(0)
+    after = policy(prompts, changed, mask, policy.tap(DYCO))
+    others = torch.arange(len(tokens)) != 4
+    assert torch.equal(before.logprobs[others], after.logprobs[others])
+    assert not torch.equal(before.logprobs[4], after.logprobs[4])
+    for a, b in zip(before.signals, after.signals):
+        assert torch.equal(a[others], b[others])
+
+
+def test_empty_response_is_scored_as_nothing(make_policy, prompts):
+    policy = make_policy()
+    tokens, mask = random_responses(prompts[:1], 3, 5, 300)
+    mask[1] = False
+    output = policy(prompts[:1], tokens, mask, policy.tap(DYCO))
+    assert output.logprobs[1].eq(0).all() and all(x[1].eq(0).all() for x in output.signals)
+    torch.testing.assert_close(output.logprobs[[0, 2]], policy(prompts[:1], tokens[[0, 2]], mask[[0, 2]]).logprobs)
+
+
+# ------------------------------------------------------------------------------------------------------------ the tap
+
+
+@pytest.mark.parametrize("scope", ["after_image", "all"])
+@pytest.mark.parametrize("layers", [[-1], [0, -1]])
+def test_tap_equals_the_attention_that_transformers_returns(make_policy, prompts, layers, scope):
+    """Signals of the tap against output_attentions=True of the stock eager forward, one row at a time."""
+    policy = make_policy()
+    tokens, mask = random_responses(prompts, 2, 9, 300)
+    found = policy(prompts, tokens, mask, Tap(layers, policy.depth, "fisher_rao", scope)).signals
+    for row in range(len(tokens)):
+        prompt, response = prompts[row // 2], tokens[row][mask[row]]
+        _, attentions = one_row(policy, prompt, response, output_attentions=True)
+        first, keys = len(prompt.input_ids) - 1, len(prompt.input_ids) + len(response)
+        visual = torch.cat([prompt.visual_mask, torch.zeros(len(response), dtype=torch.bool)])
+        text = ~visual
+        if scope == "after_image" and visual.any():
+            text[:int(visual.nonzero()[0])] = False
+        expected = [0.0] * 4
+        for layer in layers:
+            rows = attentions[layer][0].mean(0)[None, first:-1]
+            signals = dyco.attention_signals(rows, visual[None], text.expand(1, rows.shape[1], keys))
+            expected = [a + b / len(layers) for a, b in zip(expected, signals)]
+        for name, a, b in zip(found._fields, found, expected):
+            torch.testing.assert_close(a[row][mask[row]], b[0], rtol=1e-5, atol=2e-5, msg=f"{name} of row {row}")
+            assert a[row][~mask[row]].eq(0).all()
+
+
+def test_tap_in_blocks_of_queries(make_policy, prompts, monkeypatch):
+    """Splitting the queries into blocks changes nothing, not even at the block borders."""
+    policy = make_policy()
+    tokens, mask = random_responses(prompts, 2, 9, 300)
+    whole = policy(prompts, tokens, mask, policy.tap(DYCO)).signals
+    monkeypatch.setattr(Tap, "MAX_ELEMENTS", 1)
+    for a, b in zip(whole, policy(prompts, tokens, mask, policy.tap(DYCO)).signals):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_tap_names_a_layer_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"dyco.layers: \[2\] out of range.*-2 … 1"):
+        Tap([0, 2], depth=2)
+
+
+# ------------------------------------------------------------------------------------------------- log-probabilities
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest number of elements of any tensor made inside."""
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def test_chunked_logprobs_equal_log_softmax():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, 8, generator=generator, dtype=torch.float32)
+    weight = torch.randn(97, 8, generator=generator)
+    targets = torch.randint(0, 90, (50,), generator=generator)
+    suppressed, slope = torch.tensor([91, 95]), torch.randn(50, generator=generator)
+
+    def full(hidden, weight):
+        logits = hidden @ weight.T / 0.6
+        logits[:, suppressed] = -torch.inf
+        return torch.distributions.Categorical(logits=logits)
+
+    results = []
+    for way in ("chunked", "full"):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if way == "chunked":
+            logprobs, entropy = TokenLogprobs.apply(h, w, targets, 0.6, suppressed, 7, model._chunk_forward, model._chunk_backward)
+        else:
+            distribution = full(h, w)
+            logprobs, entropy = distribution.log_prob(targets), (-distribution.probs * distribution.logits.clamp(min=-1e9)).sum(-1)
+        (logprobs * slope).sum().backward()
+        results.append((logprobs, entropy, h.grad, w.grad))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_never_exist_as_a_whole(make_policy, prompts, monkeypatch):
+    """No tensor of [predicted tokens, vocabulary] elements appears, forward or backward."""
+    policy = make_policy()
+    monkeypatch.setattr(type(policy), "CHUNK", 16)
+    tokens, mask = random_responses(prompts[1:2], 40, 30, 300)
+    predicted, vocabulary = int(mask.sum()), policy.hf.config.text_config.vocab_size
+    hidden = torch.randn(predicted, 4).requires_grad_()
+    weight = torch.randn(vocabulary, 4).requires_grad_()
+    with LargestTensor() as largest:
+        logprobs, _ = TokenLogprobs.apply(hidden, weight, tokens[mask], 1.0, policy.suppressed, policy.CHUNK,
+                                          policy.forward_chunk, policy.backward_chunk)
+        logprobs.sum().backward()
+    assert 16 * vocabulary <= largest.elements < predicted * vocabulary / 10
+
+
+def test_suppressed_tokens_have_no_probability(make_policy):
+    policy = make_policy()
+    logits = policy.next_token_logits(torch.randn(3, 128))
+    assert logits.softmax(-1)[:, policy.suppressed].eq(0).all()
+    assert set(policy.suppressed.tolist()) == {policy.hf.config.image_token_id, policy.hf.config.video_token_id}
+
+
+# --------------------------------------------------------------------------------------------- dtype, compile, folders
+
+
+def test_bfloat16_arithmetic_over_float32_weights(make_policy, prompts):
+    """bf16 has 8 bits: log-probabilities of order 6 agree to about 6 · 2⁻⁷."""
+    tokens, mask = random_responses(prompts, 2, 6, 300)
+    exact = make_policy()(prompts, tokens, mask).logprobs
+    policy = make_policy(dtype=torch.bfloat16)
+    rough = policy(prompts, tokens, mask, policy.tap(DYCO))
+    rough.logprobs.sum().backward()
+    assert rough.logprobs.dtype == rough.signals.visual_mass.dtype == torch.float32
+    assert all(p.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in policy.parameters() if p.grad is not None)
+    assert 0 < (rough.logprobs - exact).abs().max() < 0.2
+
+
+def test_gradient_checkpointing_changes_nothing(make_policy, prompts):
+    tokens, mask = random_responses(prompts, 2, 6, 300)
+    plain, saving = make_policy(), make_policy()
+    saving.hf.gradient_checkpointing_enable({"use_reentrant": False})
+    saving.train()
+    a = gradients(plain, plain(prompts, tokens, mask).logprobs, mask.float())
+    b = gradients(saving, saving(prompts, tokens, mask).logprobs, mask.float())
+    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+
+
+def test_frozen_vision_tower_gets_no_gradient(make_policy, prompts):
+    policy = make_policy()
+    policy.hf.model.visual.requires_grad_(False)
+    tokens, mask = random_responses(prompts, 2, 6, 300)
+    policy(prompts, tokens, mask).logprobs.sum().backward()
+    assert all(p.grad is None for p in policy.hf.model.visual.parameters())
+    assert policy.hf.lm_head.weight.grad is not None
+
+
+@pytest.mark.slow
+def test_compiled_scoring_equals_eager(make_policy, prompts):
+    tokens, mask = random_responses(prompts, 2, 6, 300)
+    policies = make_policy(), make_policy(compiled=True)
+    outputs = [policy(prompts, tokens, mask, policy.tap(DYCO)) for policy in policies]
+    torch.testing.assert_close(outputs[0].logprobs, outputs[1].logprobs, rtol=1e-5, atol=1e-5)
+    for a, b in zip(outputs[0].signals, outputs[1].signals):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    a, b = (gradients(policy, output.logprobs, mask.float()) for policy, output in zip(policies, outputs))
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
+def test_saved_folder_is_a_normal_hugging_face_directory(make_policy, prompts, tmp_path):
+    """Stock classes load it, give the same logits, and generate; load_policy gives the same policy."""
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+    policy = make_policy(seed=3)
+    save_policy(policy, tmp_path)
+    hf, tokenizer = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert AutoImageProcessor.from_pretrained(tmp_path).size == policy.image_processor.size
+    assert tokenizer.chat_template == policy.tokenizer.chat_template and len(tokenizer) == len(policy.tokenizer)
+    prompt = prompts[0]
+    inputs = dict(input_ids=prompt.input_ids[None], mm_token_type_ids=prompt.visual_mask[None].int(),
+                  pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
+    torch.testing.assert_close(hf(**inputs).logits[:, -1], policy.hf(**inputs).logits[:, -1], rtol=1e-5, atol=1e-5)
+    assert hf.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > len(prompt.input_ids)
+    again = load_policy(tmp_path, torch.device("cpu"))
+    tokens, mask = random_responses(prompts, 2, 6, 300)
+    assert torch.equal(again(prompts, tokens, mask).logprobs, policy(prompts, tokens, mask).logprobs)
+    assert again.eos_ids == policy.eos_ids and len(again.eos_ids) == 2
+
+
+def test_what_is_not_a_qwen_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="model.path.*neither a Hugging Face directory nor a hub id"):
+        load_policy(tmp_path / "nothing", torch.device("cpu"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="'llama'; expected a Qwen2.5-VL"):
+        load_policy(tmp_path, torch.device("cpu"))
+
+
+def test_attention_never_builds_keys_for_other_responses(make_policy, prompts):
+    """Cost of attention: query–key pairs of the packed row are those of P²-causal prompt plus G·T·(P + T), not N²."""
+    policy, pairs = make_policy(), []
+    original = model.grouped_query_attention
+
+    def counting(query, key, value, scale, kernel="sdpa"):
+        pairs.append(query.shape[0] * query.shape[2] * key.shape[2])
+        return original(query, key, value, scale, kernel)
+
+    tokens, mask = random_responses(prompts[:1], 6, 20, 300)
+    mask[:] = True
+    model.grouped_query_attention = counting
+    try:
+        policy(prompts[:1], tokens, mask)
+    finally:
+        model.grouped_query_attention = original
+    length, branch = len(prompts[0].input_ids), 19
+    assert sum(pairs) == policy.depth * (length**2 + 6 * branch * (length + branch))

@@ -1,0 +1,423 @@
+"""Group advantages and policy losses: numbers by hand, an independent loop with its own gradients, invariances."""
+import doctest
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rl_algos
+
+NAMES = ["grpo", "dapo", "gspo", "sapo", "dr_grpo", "cispo"]
+PER_TOKEN = ["dapo", "cispo"]       # normalised by the number of tokens, the others by the number of responses
+F64 = dict(rtol=1e-12, atol=1e-13)  # a few hundred float64 roundings of numbers near 1
+
+
+def tensor(values, dtype=torch.float64):
+    return torch.tensor(values, dtype=dtype)
+
+
+def close(actual, expected, **tolerance):
+    expected = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual, expected, **(tolerance or F64))
+
+
+def make_settings(**changes):
+    values = dict(clip_low=0.2, clip_high=0.28, kl=0.0, temperature_pos=1.0, temperature_neg=1.05, max_new_tokens=16)
+    return SimpleNamespace(**{**values, **changes})
+
+
+def make_case(seed, lengths=(6, 1, 9, 0, 4), spread=0.3, dtype=torch.float64):
+    """Log-ratios of size `spread`; row 3 is fully masked. Returns logprobs, old, advantages, mask, ref."""
+    g, B, T = torch.Generator().manual_seed(seed), len(lengths), max(lengths)
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    old = -3 * torch.rand(B, T, generator=g, dtype=torch.float64) - 1
+    logprobs = old + spread * torch.randn(B, T, generator=g, dtype=torch.float64)
+    ref = logprobs + 0.3 * torch.randn(B, T, generator=g, dtype=torch.float64)
+    advantages = torch.randn(B, T, generator=g, dtype=torch.float64)
+    return tuple(x.to(dtype) for x in (logprobs, old, advantages)) + (mask, ref.to(dtype))
+
+
+def run(name, case, settings, normalizer=None, with_ref=True):
+    """-> loss (detached), gradient with respect to logprobs, metrics."""
+    logprobs, old, advantages, mask, ref = case
+    leaf = logprobs.detach().clone().requires_grad_()
+    loss, metrics = rl_algos.policy_loss(name, leaf, old, advantages, mask, settings,
+                                         ref_logprobs=ref if with_ref else None, normalizer=normalizer)
+    assert loss.dim() == 0
+    loss.backward()
+    return loss.detach(), leaf.grad, metrics
+
+
+def one_token(name, ratio, advantage, **changes):
+    """Loss and gradient of a single token of a single response whose current log-probability is -1."""
+    case = tensor([[-1.0]]), tensor([[-1.0 - math.log(ratio)]]), tensor([[advantage]]), torch.tensor([[True]]), None
+    loss, gradient, _ = run(name, case, make_settings(**changes), with_ref=False)
+    return loss.item(), gradient.item()
+
+
+# ---------------------------------------------------------------- the independent implementation
+
+def ref_token(name, logp, ratio, sequence_ratio, a, c):
+    """Objective (maximised) of one token and its derivative with respect to logp; stop-gradients held constant."""
+    if name == "sapo":
+        temperature = c.temperature_pos if a > 0 else c.temperature_neg
+        gate = 1 / (1 + math.exp(-temperature * (ratio - 1)))
+        return 4 / temperature * gate * a, 4 * gate * (1 - gate) * ratio * a
+    r = sequence_ratio if name == "gspo" else ratio
+    clipped = min(max(r, 1 - c.clip_low), 1 + c.clip_high)
+    if name == "cispo":
+        return clipped * a * logp, clipped * a
+    return (r * a, r * a) if r * a <= clipped * a else (clipped * a, 0.0)
+
+
+def ref_loss(name, case, c, normalizer=None):
+    """Loss and gradient, token by token over Python floats."""
+    logprobs, old, advantages, mask, ref = (x.tolist() for x in case)
+    lengths = [sum(row) for row in mask]
+    if normalizer is None:
+        normalizer = max(sum(lengths), 1) if name in PER_TOKEN else len(mask)
+    total, gradient = 0.0, [[0.0] * len(row) for row in mask]
+    for b, n in enumerate(lengths):
+        share = {"dapo": 1, "cispo": 1, "dr_grpo": c.max_new_tokens}.get(name, max(n, 1)) * normalizer
+        real = [t for t, m in enumerate(mask[b]) if m]
+        sequence_ratio = math.exp(sum(logprobs[b][t] - old[b][t] for t in real) / max(n, 1))
+        for t in real:
+            logp, gap = logprobs[b][t], ref[b][t] - logprobs[b][t]
+            value, slope = ref_token(name, logp, math.exp(logp - old[b][t]), sequence_ratio, advantages[b][t], c)
+            total -= (value - c.kl * (math.exp(gap) - gap - 1)) / share
+            gradient[b][t] = -(slope - c.kl * (1 - math.exp(gap))) / share
+    return total, gradient
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kl", [0.0, 0.04])
+@pytest.mark.parametrize("normalizer", [None, 37])
+def test_losses_match_the_loop_in_value_and_gradient(name, kl, normalizer):
+    for seed in range(10):
+        case, settings = make_case(seed), make_settings(kl=kl)
+        if name == "gspo" and seed % 2:   # the recipe's own, narrow clip range
+            case, settings = make_case(seed, spread=1e-3), make_settings(kl=kl, clip_low=3e-4, clip_high=4e-4)
+        loss, gradient, metrics = run(name, case, settings, normalizer)
+        expected, expected_gradient = ref_loss(name, case, settings, normalizer)
+        close(loss, expected)
+        close(gradient, tensor(expected_gradient))
+        assert {"kl", "clip_fraction"} <= metrics.keys()
+        assert not any(isinstance(m, torch.Tensor) and m.requires_grad for m in metrics.values())
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "sapo", "dr_grpo"])
+def test_gradient_is_that_of_the_value(name):
+    """Central differences; only for objectives without stop-gradients. Kinks are missed: they have width 1e-6."""
+    logprobs, old, advantages, mask, ref = make_case(11)
+    def loss(x):
+        return rl_algos.policy_loss(name, x, old, advantages, mask, make_settings(kl=0.1), ref_logprobs=ref)[0]
+    assert torch.autograd.gradcheck(loss, logprobs.requires_grad_())
+
+
+# ---------------------------------------------------------------- signs and clipping, one token at a time
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "sapo", "cispo"])
+def test_a_single_token_at_ratio_one(name):
+    """The objective is maximised: the loss has slope -A in a good token's log-probability, and in a bad one's too."""
+    assert one_token(name, 1.0, 2.0)[1] == pytest.approx(-2.0, rel=1e-12)
+    assert one_token(name, 1.0, -3.0)[1] == pytest.approx(3.0, rel=1e-12)
+    value = {"sapo": -2 * 2.0, "cispo": -2.0 * -1.0}.get(name, -2.0)   # sapo: 4/1 * sigmoid(0) * 2; cispo: A * logp
+    assert one_token(name, 1.0, 2.0)[0] == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "dr_grpo"])
+@pytest.mark.parametrize("ratio, advantage, low, high, objective, flows", [
+    (1.25, 1, 0.2, 0.20, 1.20, False),    # encouraged far enough already
+    (1.25, 1, 0.2, 0.28, 1.25, True),     # clip-higher leaves room
+    (0.75, -1, 0.20, 0.28, -0.80, False),  # discouraged far enough already
+    (0.75, -1, 0.28, 0.20, -0.75, True),
+    (1.25, -1, 0.2, 0.20, -1.25, True),   # moved the wrong way: never clipped
+    (0.75, 1, 0.2, 0.20, 0.75, True),
+])
+def test_clipping_on_either_side(name, ratio, advantage, low, high, objective, flows):
+    loss, gradient = one_token(name, ratio, advantage, clip_low=low, clip_high=high, max_new_tokens=1)
+    assert loss == pytest.approx(-objective, rel=1e-12)
+    assert gradient == (pytest.approx(-ratio * advantage, rel=1e-12) if flows else 0.0)
+
+
+def test_cispo_clips_the_weight_and_keeps_the_gradient():
+    """r = 1.5 is weighted 1.28, r = 0.5 is weighted 0.8; logp = -1, so the loss is weight * A."""
+    assert one_token("cispo", 1.5, 2.0) == pytest.approx((2.56, -2.56), rel=1e-12)
+    assert one_token("cispo", 0.5, -1.0) == pytest.approx((-0.8, 0.8), rel=1e-12)
+    assert one_token("cispo", 1.1, 1.0) == pytest.approx((1.1, -1.1), rel=1e-12)
+
+
+def test_sapo_gate_and_temperatures():
+    """tau 2, r = 1 + ln(3)/2: sigmoid(ln 3) = 3/4. Value 4/2 * 3/4 = 1.5; slope 4 * 3/4 * 1/4 * r = 0.75 r.
+    tau 4 for bad tokens, r = 1 - ln(3)/4: sigmoid(-ln 3) = 1/4. Value -4/4 * 1/4; slope -0.75 r."""
+    temperatures = dict(temperature_pos=2.0, temperature_neg=4.0)
+    up, down = 1 + math.log(3) / 2, 1 - math.log(3) / 4
+    assert one_token("sapo", up, 1.0, **temperatures) == pytest.approx((-1.5, -0.75 * up), rel=1e-12)
+    assert one_token("sapo", down, -1.0, **temperatures) == pytest.approx((0.25, 0.75 * down), rel=1e-12)
+
+
+def test_gspo_token_form_by_hand():
+    """Log-ratios 0.3 and -0.1: s = e^0.1 for both tokens, whatever their own ratios.
+    A = (1, -2): value -(s - 2 s) / 2, gradient -(s, -2 s) / 2. Clipped at 1.1, the first has value -(1.1 - 2 s) / 2."""
+    s, mask = math.exp(0.1), torch.ones(1, 2, dtype=torch.bool)
+    case = tensor([[-1.0, -2.0]]), tensor([[-1.3, -1.9]]), tensor([[1.0, -2.0]]), mask, None
+    loss, gradient, _ = run("gspo", case, make_settings(), with_ref=False)
+    close(loss, s / 2)
+    close(gradient, [[-s / 2, s]])
+    loss, gradient, _ = run("gspo", case, make_settings(clip_high=0.1), with_ref=False)
+    close(loss, -(1.1 - 2 * s) / 2)
+    close(gradient, [[0.0, s]])
+
+
+def test_gspo_averages_log_ratios_before_anything_is_cut():
+    """Log-ratios 40 and -39.8 have mean 0.1: one extreme token does not move the sequence out of the clip range."""
+    ones = tensor([[1.0, 1.0]])
+    case = tensor([[-1.0, -50.0]]), tensor([[-41.0, -10.2]]), ones, ones.bool(), None
+    loss, gradient, _ = run("gspo", case, make_settings(), with_ref=False)
+    close(loss, -math.exp(0.1))
+    close(gradient, [[-math.exp(0.1) / 2] * 2])
+
+
+def test_gspo_token_form_equals_the_sequence_form_when_the_advantage_is_one_per_response():
+    logprobs, old, advantages, mask, ref = make_case(5, spread=0.05)
+    advantages = advantages[:, :1].expand_as(advantages)
+    loss, gradient, _ = run("gspo", (logprobs, old, advantages, mask, ref), make_settings())
+    leaf = logprobs.clone().requires_grad_()
+    s = (((leaf - old) * mask).sum(1) / mask.sum(1).clamp(min=1)).exp()
+    a = advantages[:, 0] * mask.any(1)
+    sequence = -torch.minimum(s * a, s.clamp(0.8, 1.28) * a).mean()
+    sequence.backward()
+    close(loss, sequence.detach())
+    close(gradient, leaf.grad)
+
+
+# ---------------------------------------------------------------- KL
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kl_is_k3_added_to_the_loss_unscaled_by_ratio_and_advantage(name):
+    """ref / pi = 2: k3 = 2 - ln 2 - 1 = 0.306853, its slope in logp 1 - 2 = -1. A = 0 and ratio 3 leave it alone.
+    The second response is empty: it counts as a response and not as a token."""
+    case = (tensor([[-1.0], [0.0]]), tensor([[-1.0 - math.log(3)], [0.0]]), tensor([[0.0], [0.0]]),
+            torch.tensor([[True], [False]]), tensor([[-1.0 + math.log(2)], [0.0]]))
+    share = {"dapo": 1, "cispo": 1, "dr_grpo": 2 * 16}.get(name, 2)
+    loss, gradient, metrics = run(name, case, make_settings(kl=0.5))
+    close(loss, 0.5 * 0.306852819440055 / share)
+    close(gradient, [[-0.5 / share], [0.0]])
+    assert "kl" in metrics
+    # where the policy is e^30 times as likely as the reference, k3 grows linearly, 30 - 1 + e^-30, and still pulls back
+    far = case[:4] + (tensor([[-31.0], [0.0]]),)
+    loss, gradient, _ = run(name, far, make_settings(kl=0.5))
+    close(loss, 0.5 * 29 / share)
+    close(gradient, [[0.5 / share], [0.0]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kl_needs_reference_logprobs(name):
+    case = make_case(0)
+    with pytest.raises(ValueError):
+        run(name, case, make_settings(kl=0.04), with_ref=False)
+    _, _, metrics = run(name, case, make_settings(kl=0.0), with_ref=False)
+    assert "clip_fraction" in metrics
+
+
+# ---------------------------------------------------------------- normalisers, masks, micro-batches
+
+@pytest.mark.parametrize("name", NAMES)
+def test_micro_batches_add_up_to_the_whole(name):
+    """Uneven splits, an empty response alone; DAPO's count and the others' B are those of the whole."""
+    for seed in range(5):
+        case, settings = make_case(seed), make_settings(kl=0.04)
+        normalizer = int(case[3].sum()) if name in PER_TOKEN else len(case[3])
+        loss, gradient, _ = run(name, case, settings)
+        for sizes in ((1, 1, 1, 1, 1), (2, 3), (3, 1, 1)):
+            parts = [run(name, part, settings, normalizer) for part in zip(*(x.split(sizes) for x in case))]
+            close(sum(p[0] for p in parts), loss)
+            close(torch.cat([p[1] for p in parts]), gradient)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_normalizer_semantics_with_a_fully_masked_response(name):
+    """Responses of 2, 1 and 0 tokens at ratio 1, A = (3, 3 | 5): sums 6 and 5, means 3 and 5.
+    grpo, gspo, sapo: means over 3 responses; dapo: sums over 3 tokens; dr_grpo: sums over 3 * 16.
+    Gradients, as sapo's value differs."""
+    zero = torch.zeros(3, 2, dtype=torch.float64)
+    mask = torch.tensor([[1, 1], [1, 0], [0, 0]], dtype=torch.bool)
+    case = zero, zero, tensor([[3.0, 3.0], [5.0, 0.0], [9.0, 9.0]]), mask, zero
+    _, gradient, _ = run(name, case, make_settings())
+    expected = {"dapo": [[1, 1], [5 / 3, 0]], "cispo": [[1, 1], [5 / 3, 0]], "dr_grpo": [[1 / 16, 1 / 16], [5 / 48, 0]]}
+    expected = expected.get(name, [[0.5, 0.5], [5 / 3, 0]]) + [[0, 0]]
+    close(gradient, -tensor(expected))
+    _, gradient, _ = run(name, case, make_settings(), normalizer=12)   # four times as many in the whole step
+    close(gradient, -tensor(expected) / 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_mask_gives_zero_and_still_has_a_backward(name):
+    logprobs, old, advantages, mask, ref = make_case(0)
+    loss, gradient, metrics = run(name, (logprobs, old, advantages, mask & False, ref), make_settings(kl=0.04))
+    assert loss == 0 and gradient.eq(0).all()
+    assert all(math.isfinite(float(m)) for m in metrics.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("garbage", [math.inf, -math.inf, math.nan, 1e30])
+def test_padding_may_hold_anything(name, garbage):
+    """0 * inf is NaN: masked positions must be replaced before the arithmetic, not multiplied by 0 after it."""
+    for dtype in (torch.float32, torch.float64):
+        case, settings = make_case(2, dtype=dtype), make_settings(kl=0.04)
+        mask = case[3]
+        loss, gradient, _ = run(name, case, settings)
+        for dirty in [(0,), (1,), (2,), (4,), (0, 1), (0, 1, 2, 4)]:   # one argument at a time, two, and all
+            filled = tuple(x.masked_fill(~mask, garbage) if i in dirty else x for i, x in enumerate(case))
+            dirty_loss, dirty_gradient, metrics = run(name, filled, settings)
+            assert torch.equal(dirty_loss, loss) and torch.equal(dirty_gradient, gradient)
+            assert dirty_gradient[~mask].eq(0).all()
+            assert all(math.isfinite(float(m)) for m in metrics.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_extra_padding_columns_do_not_matter(name):
+    case, settings = make_case(4), make_settings(kl=0.04)
+    loss, gradient, _ = run(name, case, settings)
+    padded = tuple(torch.nn.functional.pad(x, (2, 3)) for x in case)
+    padded_loss, padded_gradient, _ = run(name, padded, settings)
+    close(padded_loss, loss)
+    close(padded_gradient[:, 2:-3], gradient)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("log_ratio", [100.0, -100.0, 800.0, -800.0])
+@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
+def test_extreme_log_ratios_stay_finite(name, dtype, log_ratio, advantage):
+    """exp(100) overflows float32 and exp(800) float64; the unused branch of a minimum then has gradient 0 * inf."""
+    logprobs = tensor([[-1.0, -1.0, -1.0]], dtype)
+    old = logprobs - tensor([[log_ratio, 0, 0]], dtype)
+    case = logprobs, old, torch.full_like(logprobs, advantage), torch.ones(1, 3, dtype=torch.bool), old.clone()
+    for kl in (0.0, 0.04):
+        loss, gradient, metrics = run(name, case, make_settings(kl=kl))
+        assert torch.isfinite(loss) and torch.isfinite(gradient).all()
+        assert all(math.isfinite(float(m)) for m in metrics.values())
+    if name in ("grpo", "dapo") and log_ratio * advantage > 0:   # far on the clipped side: no push at all
+        _, gradient, _ = run(name, case, make_settings())
+        assert gradient[0, 0] == 0
+
+
+# ---------------------------------------------------------------- relations between the algorithms
+
+def test_grpo_gspo_and_sapo_share_their_gradient_at_ratio_one():
+    for seed in range(10):
+        logprobs, _, advantages, mask, ref = make_case(seed)
+        case, settings = (logprobs, logprobs.clone(), advantages, mask, ref), make_settings(kl=0.02)
+        gradients = {name: run(name, case, settings)[1] for name in NAMES}
+        close(gradients["gspo"], gradients["grpo"])
+        close(gradients["sapo"], gradients["grpo"])
+        narrow = make_settings(kl=0.02, clip_high=0.2)
+        close(run("dapo", case, narrow)[1], gradients["dapo"])   # clip-higher does nothing
+        close(gradients["cispo"], gradients["dapo"])
+        assert not torch.allclose(gradients["dapo"], gradients["grpo"])   # lengths differ, so the normaliser matters
+        moved = run("sapo", (logprobs, logprobs - 0.1, advantages, mask, ref), settings)[1]
+        assert not torch.allclose(moved, gradients["sapo"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_group_of_equal_rewards_has_exactly_no_gradient(name):
+    rewards = torch.full((1, 5), 0.1)
+    logprobs, old, _, mask, ref = make_case(1, dtype=torch.float32)
+    advantages = rl_algos.group_advantages(rewards).reshape(-1, 1).expand(mask.shape)
+    loss, gradient, _ = run(name, (logprobs, old, advantages, mask, ref), make_settings(), with_ref=False)
+    assert loss == 0 and gradient.eq(0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_advantages_are_constants(name):
+    logprobs, old, advantages, mask, ref = make_case(3)
+    advantages.requires_grad_()
+    loss, _ = rl_algos.policy_loss(name, logprobs.requires_grad_(), old, advantages, mask, make_settings(kl=0.1),
+                                   ref_logprobs=ref)
+    gradient, none = torch.autograd.grad(loss, (logprobs, advantages), allow_unused=True)
+    assert gradient.ne(0).any() and (none is None or none.eq(0).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_is_computed_in_float32(name):
+    """The same numbers in float32 give the same loss; a bfloat16 ratio (8 bits) could not even hold 1 + 4e-4."""
+    half = make_case(7, dtype=torch.bfloat16)
+    single = tuple(x.float() if x.is_floating_point() else x for x in half)
+    settings = make_settings(kl=0.04)
+    (low, low_gradient, _), (high, high_gradient, _) = run(name, half, settings), run(name, single, settings)
+    assert low.dtype == torch.float32 and torch.equal(low, high)
+    assert torch.equal(low_gradient, high_gradient.bfloat16())   # rounded once, when it is handed back
+    mixed, _, _ = run(name, (half[0],) + single[1:], settings)
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, high)
+
+
+def test_unknown_algorithm_names_the_choices():
+    assert set(NAMES) <= set(rl_algos.ALGORITHMS)
+    with pytest.raises(ValueError) as error:
+        run("grppo", make_case(0), make_settings())
+    assert all(name in str(error.value) for name in NAMES)
+
+
+# ---------------------------------------------------------------- group advantages
+
+def test_group_advantages_by_hand():
+    """(1, 0, 0, 1): mean 1/2, unbiased std sqrt(4 * .25 / 3) = .57735, so .5 / .57745 = .865875 (biased: .9998).
+    (3, 1, 2, 2): mean 2, std sqrt(2/3) = .816497, so 1 / .816597 = 1.224595."""
+    rewards = tensor([[1, 0, 0, 1], [3, 1, 2, 2]])
+    close(rl_algos.group_advantages(rewards), [[.8658754297607, -.8658754297607, -.8658754297607, .8658754297607],
+                                               [1.2245948897605, -1.2245948897605, 0, 0]], rtol=0, atol=1e-12)
+    close(rl_algos.group_advantages(rewards, scale="none"), [[.5, -.5, -.5, .5], [1, -1, 0, 0]])
+    # eps 1 beside the std .816497
+    close(rl_algos.group_advantages(rewards, eps=1.0)[1], [0.550510257216822, -0.550510257216822, 0, 0])
+    single = rl_algos.group_advantages(rewards.float())
+    close(single, rl_algos.group_advantages(rewards), rtol=1e-6, atol=1e-6)   # float32 rounding
+
+
+@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_are_exactly_zero(scale, dtype):
+    """The mean of three times 0.1 is not 0.1 in floating point; over eps = 1e-4 the rest would be 1e-4 in float32."""
+    for value in (0.1, 0.3, 0.7, 1 / 3, -1.1, 1e6 + 0.1, 0.0, 1.0):
+        for size in range(2, 17):
+            rewards = torch.full((2, size), value, dtype=dtype)
+            rewards[1, 0] += 1   # the neighbour is not constant
+            advantages = rl_algos.group_advantages(rewards, scale=scale)
+            assert advantages[0].eq(0).all() and advantages[1, 0] > 0, (value, size)
+
+
+def test_groups_are_independent_and_shift_does_not_matter():
+    rewards = torch.rand(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = rl_algos.group_advantages(rewards)
+    for p in range(6):
+        close(rl_algos.group_advantages(rewards[p:p + 1]), whole[p:p + 1])
+    close(rl_algos.group_advantages(rewards + 3), whole)
+    close(whole.sum(1), torch.zeros(6))
+
+
+def test_group_advantages_refuse_what_has_no_meaning():
+    not_finite = [tensor([[0.0, 1.0], [bad, 0.0]]) for bad in (math.nan, math.inf, -math.inf)]
+    for rewards in (torch.ones(3, 1), *not_finite):
+        for scale in ("std", "none"):
+            with pytest.raises(ValueError):
+                rl_algos.group_advantages(rewards, scale=scale)
+    with pytest.raises(ValueError) as error:
+        rl_algos.group_advantages(tensor([[0.0, 1.0]]), scale="sdt")
+    assert "std" in str(error.value) and "none" in str(error.value)
+
+
+# ---------------------------------------------------------------- DAPO's soft overlong punishment
+
+def test_overlong_penalty_by_hand():
+    """100 tokens at most, buffer 20: free up to 80, then linear, -1 from 100 on."""
+    lengths = torch.tensor([0, 1, 80, 81, 85, 90, 99, 100, 120])
+    penalty = rl_algos.overlong_penalty(lengths, 100, 20)
+    assert penalty.is_floating_point()
+    close(penalty, [0, 0, 0, -.05, -.25, -.5, -.95, -1, -1], rtol=0, atol=1e-7)   # float32 quotients of small integers
+    close(rl_algos.overlong_penalty(lengths.reshape(3, 3), 100, 20), penalty.reshape(3, 3))
+    assert rl_algos.overlong_penalty(lengths, 100, 0).eq(0).all()
+
+
+def test_examples_in_the_docstrings_are_true():
+    assert doctest.testmod(rl_algos, extraglobs={"torch": torch}).failed == 0

@@ -1,0 +1,496 @@
+"""train.py: reinforcement learning with verifiable rewards and DyCo-RL's token advantages.
+
+    torchrun train.py config.yaml [section.key=value ...]      # python train.py works as well
+
+One step, top to bottom:
+
+    1. rollout     G responses to each prompt, one prefill per prompt; attention is read while decoding     eq. 1–3
+    2. reward      accuracy and format of each response
+    3. advantage   each response against its group
+    4. DyCo        role of each token, fit of its attention, weight, token advantage                       eq. 4–8
+    5. score       behaviour and reference log-probabilities, where the algorithm needs them
+    6. update      a few optimizer steps, each on its own groups: packed forward, loss, backward, clip, step
+
+What it leaves out: a learning-rate decay, a value model, asynchronous rollouts. Everything a run writes is under run.dir;
+the same command resumes it.
+"""
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import distributed
+import dyco
+import evaluate
+import rewards
+import rl_algos
+import toy
+from config import Config, ConfigError, load_config
+from data import DataError, JsonlDataset, Sampler, check_lengths, encode_prompt
+from model import Policy, load_policy, save_policy
+from rollout import Rollout, generate, join, keyed_generator
+
+# config keys that decide what a run *is*: a checkpoint of another value cannot be continued
+FIXED_ON_RESUME = ("model.path", "model.freeze_vision", "data.path", "data.image_root", "data.prompt_template", "toy", "train.seed")
+
+
+MAX_FAILURES = 5  # steps in a row with a non-finite loss or gradient before the run stops
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on."""
+
+
+# ---------------------------------------------------------------------------------------------------- stages of a step
+
+
+@dataclass
+class Batch:
+    """One rollout batch of this process and what the stages add to it. Rows are group-major, B = prompts · G."""
+    rollout: Rollout
+    rewards: Tensor                            # [prompts, G]
+    accuracy: Tensor                           # [prompts, G]
+    format: Tensor                             # [prompts, G]
+    positions: list[int]                       # of each prompt in the step's order of drawing, over all processes
+    advantages: Tensor | None = None           # [B, T], of every token
+    roles: Tensor | None = None                # [B, T]
+    scores: Tensor | None = None               # [B, T]
+    old_logprobs: Tensor | None = None         # [B, T]
+    ref_logprobs: Tensor | None = None         # [B, T]
+    loss_mask: Tensor | None = None            # [B, T]
+
+
+def collect(config: Config, policy: Policy, dataset, drawn: list[tuple[int, int]], step: int, custom_reward) -> Batch:
+    """Stages 1 and 2: responses to some (position, sample index) pairs, and their rewards."""
+    positions, indices = zip(*drawn)
+    samples = [dataset[index] for index in indices]
+    prompts = [encode_prompt(sample, index, policy.tokenizer, policy.image_processor, config.data.prompt_template,
+                             config.data.max_prompt_tokens) for index, sample in zip(indices, samples)]
+    capture = config.dyco if config.dyco.enabled and config.dyco.capture == "rollout" else None
+    rollout = generate(policy, prompts, config.rollout.group_size, config.rollout.max_new_tokens, (config.train.seed, step),
+                       capture, config.rollout.max_rows)
+
+    of = [sample for sample in samples for _ in range(rollout.group_size)]
+    accuracy = torch.tensor([rewards.accuracy(text, sample.answer) for text, sample in zip(rollout.texts, of)])
+    form = torch.tensor([rewards.format(text) for text in rollout.texts])
+    total = config.reward.accuracy_weight * accuracy + config.reward.format_weight * form
+    if custom_reward is not None:
+        custom = [float(custom_reward(text, sample.answer, sample)) for text, sample in zip(rollout.texts, of)]
+        total = total + config.reward.custom_weight * torch.tensor(custom)
+    total = total + config.algo.overlong_weight * rl_algos.overlong_penalty(
+        rollout.mask.sum(1).cpu(), config.rollout.max_new_tokens, config.algo.overlong_buffer)
+    grouped = lambda x: x.view(len(prompts), rollout.group_size)
+    return Batch(rollout, grouped(total), grouped(accuracy), grouped(form), list(positions))
+
+
+def collect_useful(config: Config, policy: Policy, dataset, sampler: Sampler, step: int, world, custom_reward) -> Batch | None:
+    """`collect` for this process's share of rollout.prompts_per_step. Under dynamic sampling, groups whose accuracy is
+    constant are replaced in at most algo.max_refills further rounds; None if nothing is left on any process."""
+    quota, kept, drawn_before = config.rollout.prompts_per_step, [], 0
+    for _ in range(1 + config.algo.max_refills * config.algo.dynamic_sampling):
+        drawn = list(enumerate(sampler.take(config.rollout.prompts_per_step), start=drawn_before))
+        drawn_before += len(drawn)
+        batch = collect(config, policy, dataset, drawn[world.rank::world.size], step, custom_reward)
+        useful = [position for position, row in zip(batch.positions, batch.accuracy)
+                  if not config.algo.dynamic_sampling or bool((row != row[0]).any())]
+        accepted = sorted(sum(world.gather(useful), []))[:quota]  # the quota is global, first drawn first kept
+        quota -= len(accepted)
+        mine = [i for i, position in enumerate(batch.positions) if position in accepted]
+        if mine:
+            kept.append(Batch(batch.rollout.select(mine), batch.rewards[mine], batch.accuracy[mine], batch.format[mine],
+                              [batch.positions[i] for i in mine]))
+        if quota == 0:
+            break
+    if quota == config.rollout.prompts_per_step:
+        return None
+    if not kept:
+        raise RunError("dynamic sampling left one process without a group; raise rollout.prompts_per_step")
+    stack = lambda name: torch.cat([getattr(b, name) for b in kept])
+    return Batch(join([b.rollout for b in kept]), stack("rewards"), stack("accuracy"), stack("format"),
+                 [position for b in kept for position in b.positions])
+
+
+def split(config: Config, batch: Batch, step: int, world) -> list[list[int]]:
+    """This process's groups of each of the step's mini-batches; the split is seeded and the same for any world size."""
+    positions = sorted(sum(world.gather(batch.positions), []))
+    order = torch.randperm(len(positions), generator=keyed_generator(config.train.seed, step, "split")).tolist()
+    parts = torch.tensor([positions[i] for i in order]).tensor_split(min(config.train.updates_per_rollout, len(positions)))
+    return [[i for i, position in enumerate(batch.positions) if position in set(part.tolist())] for part in parts]
+
+
+def micro_batches(rollout: Rollout, groups: list[int], budget: int) -> list[list[int]]:
+    """Groups in runs of at most `budget` packed tokens; a single larger group is a run of its own."""
+    runs, room = [], 0
+    lengths = rollout.mask.sum(1).view(-1, rollout.group_size).sum(1).tolist()
+    for group in groups:
+        size = len(rollout.prompts[group].input_ids) + lengths[group]
+        if not runs or size > room:
+            runs.append([])
+            room = budget
+        runs[-1].append(group)
+        room -= size
+    return runs
+
+
+def rows_of(groups: list[int], group_size: int) -> list[int]:
+    return [group * group_size + response for group in groups for response in range(group_size)]
+
+
+@torch.no_grad()
+def score(config: Config, policy: Policy, rollout: Rollout, capture: bool = False) -> tuple[Tensor, dyco.Signals | None]:
+    """Stage 5: log-probabilities [B, T] by the packed forward, and with `capture` DyCo's signals."""
+    logprobs = torch.zeros_like(rollout.logprobs)
+    signals = dyco.Signals(*(torch.zeros_like(logprobs) for _ in range(4))) if capture else None
+    for groups in micro_batches(rollout, list(range(len(rollout.prompts))), config.train.micro_batch_tokens):
+        part, rows = rollout.select(groups), rows_of(groups, rollout.group_size)
+        output = policy(part.prompts, part.tokens, part.mask, policy.tap(config.dyco) if capture else None)
+        width = part.mask.shape[1]
+        logprobs[rows, :width] = output.logprobs
+        if capture:
+            for whole, found in zip(signals, output.signals):
+                whole[rows, :width] = found
+    return logprobs, signals
+
+
+def assign_advantages(config: Config, batch: Batch, step: int) -> None:
+    """Stages 3 and 4: group advantages, then one advantage per token."""
+    rollout, settings = batch.rollout, config.dyco
+    advantages = rl_algos.group_advantages(batch.rewards, config.algo.scale).flatten().to(rollout.mask.device)
+    if not settings.enabled:
+        batch.advantages = torch.where(rollout.mask, advantages[:, None], 0)
+        return
+    signals = rollout.signals
+    batch.roles = dyco.assign_roles(signals.visual_shift, signals.text_shift, rollout.mask, settings.tau)            # eq. 5
+    batch.scores = dyco.alignment_scores(signals.visual_mass, signals.text_mass, batch.roles, rollout.mask, settings.ratio)  # eq. 4, 6
+    generators = [keyed_generator(config.train.seed, step, "shuffle", prompt.index, response)
+                  for prompt in rollout.prompts for response in range(rollout.group_size)]
+    batch.advantages = dyco.reweight_advantages(advantages, batch.scores, batch.roles, rollout.mask, settings.alpha,
+                                                settings.rule, generators, rollout.group_size)                     # eq. 7, 8
+
+
+def update(config: Config, policy: Policy, optimizer, batch: Batch, groups: list[int], world) -> dict[str, float]:
+    """Stage 6, one optimizer step on some groups of the batch. Returns what to log of it."""
+    rollout, name = batch.rollout, config.algo.name
+    settings = SimpleNamespace(**vars(config.algo), max_new_tokens=config.rollout.max_new_tokens)
+    loss_mask = batch.loss_mask[rows_of(groups, rollout.group_size)]
+    normalizer = float(world.sum(rl_algos.loss_normalizer(name, loss_mask).double().cpu()))
+    logged: dict[str, Tensor] = {}
+    for part in micro_batches(rollout, groups, config.train.micro_batch_tokens):
+        some, rows = rollout.select(part), rows_of(part, rollout.group_size)
+        cut = lambda x: None if x is None else x[rows, :some.mask.shape[1]]
+        output = policy(some.prompts, some.tokens, some.mask)
+        loss, metrics = rl_algos.policy_loss(name, output.logprobs, cut(batch.old_logprobs), cut(batch.advantages),
+                                             cut(batch.loss_mask), settings, cut(batch.ref_logprobs), normalizer)
+        loss.backward()
+        for key, value in (metrics | {"loss": loss.detach(), "entropy": output.entropy.sum(), "tokens": some.mask.sum()}).items():
+            logged[key] = logged.get(key, 0) + value
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    world.sum_gradients(parameters)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.optim.grad_clip))
+    keys = ["loss", "clip_fraction", "ratio", "entropy", "tokens"] + (["kl"] if batch.ref_logprobs is not None else [])
+    values = dict(zip(keys, world.sum(torch.tensor([float(logged.get(key, 0)) for key in keys], dtype=torch.float64)).tolist()))
+    values["entropy"] /= max(values.pop("tokens"), 1)
+    finite = math.isfinite(norm) and math.isfinite(values["loss"])
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {**values, "grad_norm": norm} if finite else {"skipped_updates": 1.0}
+
+
+def train_step(config: Config, policy: Policy, reference: Policy | None, optimizer, dataset, sampler: Sampler, step: int,
+               updates: int, world, custom_reward) -> tuple[dict[str, float], Batch | None]:
+    """One row of metrics.jsonl, and the batch it came from (None if dynamic sampling left nothing to learn from)."""
+    clock = [time.perf_counter()]
+    lap = lambda: clock.append(time.perf_counter()) or clock[-1] - clock[-2]
+    batch = collect_useful(config, policy, dataset, sampler, step, world, custom_reward)          # 1. rollout, 2. reward
+    seconds = {"rollout": lap()}
+    if batch is None:
+        return {"policy/skipped_updates": float(config.train.updates_per_rollout), "time/rollout": seconds["rollout"]}, None
+
+    rollout = batch.rollout                                                                       # 5. score
+    late_capture = config.dyco.enabled and config.dyco.capture == "scoring"
+    how = config.train.old_logprobs
+    scored = how == "scored" or how == "auto" and policy.dtype != torch.float32
+    batch.old_logprobs = rollout.logprobs
+    if scored or late_capture:
+        logprobs, signals = score(config, policy, rollout, late_capture)
+        rollout.signals = signals if late_capture else rollout.signals
+        batch.old_logprobs = logprobs if scored else rollout.logprobs
+        gap = float((logprobs - rollout.logprobs).abs().max())
+    if reference is not None:
+        batch.ref_logprobs, _ = score(config, reference, rollout)
+    assign_advantages(config, batch, step)                                                        # 3. advantage, 4. DyCo
+    batch.loss_mask = rollout.mask & ~rollout.truncated[:, None] if config.algo.mask_truncated else rollout.mask
+    seconds["score"] = lap()
+
+    rows = []
+    for groups in split(config, batch, step, world):                                              # 6. update
+        for group in optimizer.param_groups:
+            group["lr"] = config.optim.lr * min(1.0, (updates + len(rows) + 1) / max(config.optim.warmup_steps, 1))
+        rows.append(update(config, policy, optimizer, batch, groups, world))
+    seconds["update"] = lap()
+
+    row = describe(batch, world)
+    for key in sorted({key for found in rows for key in found}):
+        values = [found[key] for found in rows if key in found]
+        row[f"policy/{key}"] = sum(values) if key == "skipped_updates" else sum(values) / len(values)
+    if scored or late_capture:
+        row["policy/rollout_gap"] = max(world.gather(gap))
+    tokens = row["response/length"] * row.pop("responses")
+    row |= {f"time/{stage}": value for stage, value in seconds.items()}
+    row["time/tokens_per_second"] = tokens / sum(seconds.values())
+    if world.device.type == "cuda":
+        row["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return row, batch
+
+
+def describe(batch: Batch, world) -> dict[str, float]:
+    """Means over all responses, or all tokens, of all processes."""
+    mask, rollout = batch.rollout.mask, batch.rollout
+    responses, tokens = mask.shape[0], int(mask.sum())
+    pairs = {"responses": (responses, 1), "reward/mean": (batch.rewards.sum(), responses),
+             "reward/accuracy": (batch.accuracy.sum(), responses), "reward/format": (batch.format.sum(), responses),
+             "reward/constant_groups": ((batch.rewards == batch.rewards[:, :1]).all(1).sum(), len(batch.rewards)),
+             "response/length": (tokens, responses), "response/truncated": (rollout.truncated.sum(), responses)}
+    if batch.roles is not None:
+        signals, acting = rollout.signals, batch.roles != 0
+        pairs |= {"dyco/visual_share": ((batch.roles > 0).sum(), tokens), "dyco/text_share": ((batch.roles < 0).sum(), tokens),
+                  "dyco/neutral_share": ((mask & ~acting).sum(), tokens), "dyco/alignment": (batch.scores.sum(), acting.sum()),
+                  "dyco/visual_mass": (signals.visual_mass.sum(), tokens), "dyco/text_mass": (signals.text_mass.sum(), tokens),
+                  "dyco/visual_shift": (signals.visual_shift.sum(), tokens), "dyco/text_shift": (signals.text_shift.sum(), tokens)}
+    sums = world.sum(torch.tensor([[float(a), float(b)] for a, b in pairs.values()], dtype=torch.float64)).tolist()
+    return {name: a if name == "responses" else a / b for name, (a, b) in zip(pairs, sums) if b > 0}
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+
+class MetricsLog:
+    """metrics.jsonl: appended, one object per step, never a step twice; a half-written last line is cut off."""
+
+    def __init__(self, path: Path):
+        self.path, self.last = path, -1
+        if path.exists():
+            content = path.read_bytes()
+            whole = content[:content.rfind(b"\n") + 1]
+            if len(whole) < len(content):
+                os.truncate(path, len(whole))
+            for line in whole.splitlines():
+                self.last = max(self.last, json.loads(line)["step"])
+
+    def append(self, row: dict) -> None:
+        if row["step"] > self.last:
+            self.last = row["step"]
+            with open(self.path, "a") as file:
+                file.write(json.dumps({k: v for k, v in row.items() if math.isfinite(v)}) + "\n")
+
+
+def console_line(row: dict, steps: int) -> str:
+    """One step for people: is it learning, and where does the time go?"""
+    part = lambda label, key, form: f"{label} {row[key]:{form}}" if key in row else ""
+    fields = [f"step {row['step']:>4}/{steps}", part("reward", "reward/mean", ".3f"), part("acc", "reward/accuracy", ".3f"),
+              part("fmt", "reward/format", ".2f"), part("len", "response/length", ".0f"), part("trunc", "response/truncated", ".2f"),
+              part("ent", "policy/entropy", ".3f"), part("kl", "policy/kl", ".4f"), part("clip", "policy/clip_fraction", ".3f"),
+              part("grad", "policy/grad_norm", ".2f")]
+    if "dyco/visual_share" in row:
+        fields.append("vis/txt/neu " + "/".join(f"{row[f'dyco/{role}_share']:.2f}" for role in ("visual", "text", "neutral")))
+        fields.append(part("align", "dyco/alignment", ".3f"))
+    if "time/update" in row:
+        fields.append("s " + "+".join(f"{row[f'time/{stage}']:.2f}" for stage in ("rollout", "score", "update")))
+        fields.append(part("tok/s", "time/tokens_per_second", ".0f"))
+    fields += [part("| eval", "eval/accuracy", ".3f"), part("greedy", "eval/accuracy_greedy", ".3f"),
+               part("swapped", "eval/accuracy_swapped", ".3f")]
+    return "  ".join(field for field in fields if field)
+
+
+def sample_rows(batch: Batch, step: int, count: int):
+    """Some responses for samples.jsonl: the first of each group, in turn."""
+    size = batch.rollout.group_size
+    order = [group * size + response for response in range(size) for group in range(len(batch.rollout.prompts))]
+    for row in order[:count]:
+        prompt = batch.rollout.prompts[row // size]
+        yield {"step": step, "id": prompt.id, "question": prompt.question, "answer": prompt.answer, "response": batch.rollout.texts[row],
+               "reward": float(batch.rewards.flatten()[row]), "accuracy": float(batch.accuracy.flatten()[row]),
+               "roles": None if batch.roles is None else batch.roles[row][batch.rollout.mask[row]].tolist()}
+
+
+def load_data(config: Config, world, tokenizer, image_processor):
+    """(training set, held-out samples); all rows are checked before anything long starts."""
+    def read(path: str, root: str | None) -> JsonlDataset:
+        rows = JsonlDataset(path, root, config.data.on_error, progress=world.is_main)
+        check_lengths(rows, tokenizer, image_processor, config.data.prompt_template, config.data.max_prompt_tokens)
+        return rows
+
+    if config.data.path == "toy":
+        level = toy.LEVELS[config.toy.level]
+        dataset = toy.ToyDataset(level, config.toy.seed, "train", config.toy.train_size)
+        held_out = toy.ToyDataset(level, config.toy.seed, "test", config.toy.eval_size)
+    else:
+        dataset, held_out = read(config.data.path, config.data.image_root), None
+    if config.data.eval_path is not None:
+        held_out = read(config.data.eval_path, config.data.eval_image_root)
+    return dataset, held_out
+
+
+def refuse_changes(old: dict, config: Config, say) -> None:
+    """Compare a checkpoint's config with this one: say what changed, refuse what cannot be changed."""
+    new = asdict(config)
+    flat = lambda tree: {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
+    before, after = flat(old), flat(new)
+    changed = [key for key in after if before.get(key) != after[key]]
+    fixed = [key for key in changed if key in FIXED_ON_RESUME or key.split(".")[0] in FIXED_ON_RESUME]
+    if fixed:
+        raise ConfigError("this run's checkpoint was made with another " + ", ".join(
+            f"{key} ({before.get(key)!r}, now {after[key]!r})" for key in fixed) + "; set run.dir to a new folder")
+    for key in changed:
+        say(f"changed since the checkpoint: {key} {before.get(key)!r} -> {after[key]!r}")
+
+
+def run(config: Config, world) -> None:
+    folder = Path(config.run.dir)
+    say = (lambda text: tqdm.write(text, file=sys.stdout)) if world.is_main else (lambda text: None)
+    if config.rollout.prompts_per_step % (config.train.updates_per_rollout * world.size):
+        raise ConfigError(f"rollout.prompts_per_step: expected a multiple of train.updates_per_rollout × processes "
+                          f"({config.train.updates_per_rollout} × {world.size}), found {config.rollout.prompts_per_step}")
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        distributed.remove_partial(folder)
+        distributed.remove_partial(folder / "checkpoints")
+    saved = distributed.checkpoints(folder / "checkpoints")
+    tensors, facts = distributed.load_checkpoint(saved[-1]) if saved else (None, {"step": 0, "updates": 0, "sampler": None})
+    if saved:
+        refuse_changes(facts["config"], config, say)
+    if facts["step"] >= config.train.steps and (folder / "final").exists():
+        say(f"{folder}: finished at step {facts['step']}; nothing to do")
+        return
+    custom_reward = rewards.load_custom(config.reward.custom) if config.reward.custom else None
+
+    path = config.model.path
+    if path == "toy":
+        build = lambda: toy.prepare(config.toy.level, config.toy.seed, config.data.prompt_template, config.toy.cache_dir, world.is_main)
+        if world.is_main:
+            build()
+        world.barrier()
+        path = build()
+    load = lambda **other: load_policy(path, world.device, config.model.dtype, config.model.attention, config.rollout.temperature,
+                                       config.model.compile, max_pixels=config.data.max_pixels, **other)
+    policy = load(freeze_vision=config.model.freeze_vision, gradient_checkpointing=config.model.gradient_checkpointing)
+    reference = load().eval().requires_grad_(False) if config.algo.kl > 0 else None
+    policy.tap(config.dyco)  # names a layer that does not exist before any work starts
+    dataset, held_out = load_data(config, world, policy.tokenizer, policy.image_processor)
+    sampler = Sampler(len(dataset), config.train.seed)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=config.optim.lr,
+                                  weight_decay=config.optim.weight_decay)
+    if tensors is not None:
+        policy.hf.load_state_dict(tensors["policy"])
+        optimizer.load_state_dict(tensors["optimizer"])
+        sampler.load_state_dict(facts["sampler"])
+        say(f"resumed {folder} at step {facts['step']}")
+    step, updates, failures = facts["step"], facts["updates"], 0
+
+    log = MetricsLog(folder / "metrics.jsonl") if world.is_main else None
+    if world.is_main:
+        (folder / "config.yaml").write_text(config.to_yaml())
+        if not saved:
+            say(config.to_yaml())
+    writer = tensorboard(folder) if config.log.tensorboard and world.is_main else None
+
+    def evaluation() -> dict[str, float]:
+        if held_out is None:
+            return {}
+        samples = [held_out[i] for i in range(min(config.eval.samples, len(held_out)))]
+        return {f"eval/{name}": value for name, value in evaluate.held_out(
+            policy, samples, config.data.prompt_template, config.rollout.max_new_tokens, config.train.seed, config.rollout.max_rows,
+            config.eval.swapped, config.data.max_prompt_tokens, world).items()}
+
+    def record(row: dict) -> None:
+        if world.is_main:
+            log.append(row)
+            say(console_line(row, config.train.steps))
+            if writer is not None:
+                for key, value in row.items():
+                    writer.add_scalar(key, value, row["step"])
+
+    def save() -> None:
+        if world.is_main:
+            distributed.save_checkpoint(
+                folder / "checkpoints", step, {"policy": policy.hf.state_dict(), "optimizer": optimizer.state_dict()},
+                {"step": step, "updates": updates, "sampler": sampler.state_dict(), "config": asdict(config)}, config.checkpoint.keep_last)
+        world.barrier()
+
+    stop_asked = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop_asked.append(True))
+
+    if step == 0:
+        record({"step": 0, **evaluation()})
+    bar = tqdm(total=config.train.steps, initial=step, disable=not world.is_main, desc="train")
+    while step < config.train.steps:
+        step += 1
+        row, batch = train_step(config, policy, reference, optimizer, dataset, sampler, step, updates, world, custom_reward)
+        updates += config.train.updates_per_rollout
+        failures = failures + 1 if row.get("policy/skipped_updates") and batch is not None else 0
+        if failures >= MAX_FAILURES:
+            raise RunError(f"step {step}: {failures} steps in a row had a loss or gradient that is not finite; the last good "
+                           f"checkpoint is in {folder / 'checkpoints'}; lower optim.lr")
+        if step % config.eval.every == 0 or step == config.train.steps:
+            started = time.perf_counter()
+            row |= evaluation()
+            row["time/eval"] = time.perf_counter() - started
+        if world.is_main and batch is not None and step > log.last:
+            with open(folder / "samples.jsonl", "a") as file:
+                file.writelines(json.dumps(sample) + "\n" for sample in sample_rows(batch, step, config.log.samples_per_step))
+        record({"step": step, **row})
+        bar.update()
+        stopping = any(world.gather(bool(stop_asked)))
+        if step % config.checkpoint.every == 0 or step == config.train.steps or stopping:
+            save()
+        if stopping and step < config.train.steps:
+            bar.close()
+            say(f"stopped at step {step}; the same command resumes it")
+            return
+    bar.close()
+    if world.is_main:
+        distributed.write_folder(folder / "final", lambda path: save_policy(policy, path))
+        say(f"done: {folder / 'final'} is a Hugging Face directory; try\n  python evaluate.py ask --model {folder / 'final'} --image FILE QUESTION")
+
+
+def tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("log.tensorboard is true, but TensorBoard is not installed: pip install tensorboard") from None
+    return SummaryWriter(folder / "tensorboard")
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    paths = [a for a in arguments if "=" not in a]
+    if len(paths) != 1 or paths[0] in ("-h", "--help"):
+        sys.exit(f"usage: {{torchrun|python}} train.py CONFIG.yaml [section.key=value ...]\n\n{__doc__}")
+    world = None
+    try:
+        config = load_config(paths[0], [a for a in arguments if "=" in a])
+        world = distributed.start()
+        run(config, world)
+    except (ConfigError, DataError, RunError, ValueError) as error:
+        if world is None or world.is_main:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
