@@ -420,7 +420,10 @@ def load_policy(path: str | Path, device: torch.device, dtype: str = "auto", ker
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
     if max_pixels is not None:
-        image_processor.size = {**image_processor.size, "longest_edge": max_pixels}
+        least = image_processor.size["shortest_edge"]  # of this processor, both edges are areas in pixels
+        if max_pixels < least:
+            raise ValueError(f"data.max_pixels: expected at least {least}, the smallest image of this model, found {max_pixels}")
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, size={"shortest_edge": least, "longest_edge": max_pixels})
     if freeze_vision:
         hf.model.visual.requires_grad_(False)
     if gradient_checkpointing:

@@ -104,7 +104,7 @@ def load_custom(spec: str) -> Callable[[str, str, Any], float]:
     function = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        found = f"a {type(function).__name__}" if hasattr(module, name) else "nothing of that name"
+        found = f"{type(function).__name__} {name}" if hasattr(module, name) else "nothing of that name"
         near = ", ".join(difflib.get_close_matches(name, names) or names) or "none"
         raise ValueError(f"custom reward {spec!r}: found {found}, expected a function; nearest in the file: {near}")
     return function

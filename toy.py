@@ -50,7 +50,7 @@ class Level:
 
 
 LEVELS = {
-    1: Level(grid=4, cell_size=1, shapes=4, operands=3, legend=False, visual_slip=0.2, habit_slip=0.65, textual_slip=0.12,
+    1: Level(grid=4, cell_size=1, shapes=4, operands=3, legend=False, visual_slip=0.2, habit_slip=0.75, textual_slip=0.12,
              stages=(("colors", 180, 6e-3), ("traces", 110, 4e-3), ("slips", 80, 1e-3))),
 }
 

@@ -430,7 +430,7 @@ def run(config: Config, world) -> None:
         world.barrier()
 
     stop_asked = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT):  # finish the step, save, leave
         signal.signal(number, lambda *_: stop_asked.append(True))
 
     if step == 0:
@@ -474,12 +474,11 @@ def tensorboard(folder: Path):
     return SummaryWriter(folder / "tensorboard")
 
 
-def main() -> None:
-    arguments = sys.argv[1:]
+def main(arguments: list[str] = sys.argv[1:]) -> None:
     paths = [a for a in arguments if "=" not in a]
     if len(paths) != 1 or paths[0] in ("-h", "--help"):
         sys.exit(f"usage: {{torchrun|python}} train.py CONFIG.yaml [section.key=value ...]\n\n{__doc__}")
-    world = None
+    world, handlers = None, [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
         config = load_config(paths[0], [a for a in arguments if "=" in a])
         world = distributed.start()
@@ -490,6 +489,8 @@ def main() -> None:
         sys.exit(2)
     finally:
         distributed.stop()
+        for number, handler in handlers:
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

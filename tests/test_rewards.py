@@ -64,7 +64,7 @@ UNITS = [
 ]
 LATEX = [
     (r"\boxed{5}", "5", YES), (r"The answer is \boxed{\frac{1}{2}}.", "0.5", YES), (r"\boxed{3} \boxed{5}", "3", NO), ("$5$", "5", YES),
-    (r"\(5\)", "5", YES), (r"\[5\]", "5", YES), ("$$x+1$$", "1+x", YES), (r"\text{True}", "true", YES), (r"\mathrm{C}", "C", YES),
+    (r"\(5\)", "5", YES), (r"\[5\]", "5", YES), ("$$5$$", "5", YES), (r"\text{True}", "true", YES), (r"\mathrm{C}", "C", YES),
     (r"\left(1,2\right)", "(1,2)", YES), (r"2\sqrt{2}", r"\sqrt{8}", YES), (r"2\sqrt{2}", r"\sqrt{6}", NO), ("2√3", "√12", YES),
     (r"\sqrt[3]{8}", "2", YES), (r"\sqrt[3]{9}", "2", NO), (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}", YES), (r"\frac{1}{2}\pi", r"\frac{\pi}{2}", YES),
     (r"\frac{\pi}{2}", "pi/2", YES), (r"2\pi", "6.283185", YES), (r"2\pi", "6.28", NO), ("12 π", r"12\pi", YES), (r"9\pi \text{ cm}^2", r"9\pi", YES),
@@ -77,7 +77,7 @@ SYMBOLIC = [
     (r"\frac{1}{12x}", r"\frac{11}{2x}", NO), (r"\frac{1}{x+1}+\frac{1}{x-1}", r"\frac{2x}{x^2-1}", YES), (r"\sin^2 x+\cos^2 x", "1", YES),
     (r"\sin 2x", r"2\sin x\cos x", YES), (r"\sin x", r"\cos x", NO), ("e^{2x}", "(e^x)^2", YES), (r"\sqrt{x^2}", "x", NO), (r"\ln(x^2)", r"2\ln x", NO),
     ("x_1+x_2", "x_2+x_1", YES), ("x_1", "x_2", NO), (r"\theta", "θ", YES), ("2+3i", "3i+2", YES), ("X", "x", YES), ("1.41421x", r"\sqrt{2}x", NO),
-    ("x + 1 + y - y", "x + 1", YES), (r"\frac{n(n+1)}{2}", r"\frac{n^2+n}{2}", YES),
+    ("x + 1 + y - y", "x + 1", YES), ("$$x+1$$", "1+x", YES), (r"\frac{n(n+1)}{2}", r"\frac{n^2+n}{2}", YES),
 ]
 RELATIONS = [
     ("x = 5", "5", YES), ("5", "x=5", YES), ("x = 6", "5", NO), ("x = 5", "y = 5", NO), ("5 = x", "x = 5", YES), ("x=5 cm", "5", YES),
@@ -234,7 +234,7 @@ def test_fractions_agree_with_the_rule(a, b):
 # ---- the worker ----------------------------------------------------------------------------------------------------
 
 IDENTITY = ("x^2+2x+1", "(x+1)^2")
-SLOW = ("(x+y+z)^{60}", "(x+y+z)^{58}(x^2+y^2+z^2+2xy+2yz+2xz)")  # equal, but the expansion takes SymPy seconds
+SLOW = ("(x+y+z)^{98}", "(x+y+z)^{96}(x^2+y^2+z^2+2xy+2yz+2xz)")  # equal, but the expansion takes SymPy seconds
 
 
 @pytest.fixture
@@ -248,27 +248,26 @@ def worker():
 
 def test_constants_need_no_worker():
     rewards._PROVER.stop()
-    for table in (NUMBERS, FRACTIONS, UNITS, LATEX[:-1], [("x+1", "x+2", NO), ("x + 1", "x+1", YES)]):
-        for prediction, reference, expected in table:
-            if "x+1" not in prediction or table is not LATEX[:-1]:
-                equivalent(prediction, reference)
-    equivalent("x+1", "y+1")
-    assert rewards._PROVER.process is None or "x" in str(LATEX)
+    for prediction, reference, expected in CHOICES + NUMBERS + FRACTIONS + UNITS + LATEX + TEXT:
+        assert equivalent(prediction, reference) is expected
+    assert equivalent("x + 1", "x+1") and not equivalent("x+1", "x+2") and not equivalent("x^2+2x+2", "(x+1)^2")
+    assert rewards._PROVER.process is None
 
 
-def test_a_slow_proof_ends_in_time_and_leaves_the_worker_sound(worker):
+def test_a_slow_proof_ends_in_time_and_leaves_the_worker_sound(worker, monkeypatch):
+    monkeypatch.setattr(rewards, "SYMBOLIC_LIMIT", 20.0)  # so that it is the proof's own limit that acts
     before = worker.process
     begin = time.monotonic()
     assert not equivalent(*SLOW)
-    assert time.monotonic() - begin < 1.0
+    assert rewards.PROOF_LIMIT <= time.monotonic() - begin < 3.0
     assert worker.process is before and before.poll() is None  # the proof was ended, the process that holds SymPy not
     assert equivalent(*IDENTITY)
 
 
 def test_many_slow_proofs_in_one_answer_share_one_budget(worker):
     begin = time.monotonic()
-    assert not equivalent(f"{SLOW[0]}, {SLOW[0]}, {SLOW[0]}", f"{SLOW[1]}, {SLOW[1]}, {SLOW[1]}")
-    assert time.monotonic() - begin < 1.0
+    assert not equivalent(", ".join([SLOW[0]] * 6), ", ".join([SLOW[1]] * 6))
+    assert time.monotonic() - begin < 2.0  # six limits of one proof would be 3.6 s
 
 
 def test_a_worker_that_overruns_is_killed_and_replaced(worker):
@@ -350,7 +349,7 @@ def test_load_custom(tmp_path):
     ("mine:length", "expected path/to/file.py:function"),
     ("mime.py:length", "no file .*nearest there: mine.py"),
     ("mine.py:lenght", "found nothing of that name.*nearest in the file: length"),
-    ("mine.py:SCALE", "found a int, expected a function.*length"),
+    ("mine.py:SCALE", "found int SCALE, expected a function.*length"),
 ])
 def test_load_custom_names_what_is_wrong(tmp_path, suffix, message):
     (tmp_path / "mine.py").write_text("SCALE = 2\ndef length(response, answer, sample):\n    return 1.0\n")

@@ -1,0 +1,103 @@
+"""config.py: strict, typed, with recipes; and config.yaml, which is the documentation."""
+import re
+from dataclasses import asdict
+
+import pytest
+import yaml
+
+from config import DEFAULTS, ConfigError, load_config
+
+
+def test_defaults_load_and_round_trip(tmp_path):
+    config = load_config()
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config.dyco.alpha == 0.2 and config.dyco.tau == 0.05 and config.dyco.rule == "paper"
+
+
+@pytest.mark.parametrize("name, low, high, kl", [("grpo", 0.2, 0.2, 0.04), ("dapo", 0.2, 0.28, 0.0), ("gspo", 3e-4, 4e-4, 0.001),
+                                                 ("sapo", 0.2, 0.2, 0.001)])
+def test_recipe_follows_the_name(name, low, high, kl):
+    algo = load_config(DEFAULTS, [f"algo.name={name}"]).algo
+    assert (algo.clip_low, algo.clip_high, algo.kl) == (low, high, kl)
+    assert algo.dynamic_sampling == algo.mask_truncated == (name == "dapo")
+    assert (algo.temperature_pos, algo.temperature_neg) == (1.0, 1.05)
+
+
+def test_a_key_under_algo_wins_over_the_recipe(tmp_path):
+    assert load_config(DEFAULTS, ["algo.name=gspo", "algo.kl=0"]).algo.kl == 0.0
+    assert load_config(DEFAULTS, ["recipes.grpo.kl=0.5"]).algo.kl == 0.5
+    (tmp_path / "mine.yaml").write_text("algo: {name: dapo, clip_high: 0.3}\ntrain: {steps: 7}\n")
+    mine = load_config(tmp_path / "mine.yaml")
+    assert (mine.algo.clip_high, mine.algo.clip_low, mine.train.steps) == (0.3, 0.2, 7)
+    assert mine.optim == load_config().optim  # what a file leaves out is as in config.yaml
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    recipe = dict(asdict(load_config().algo))
+    del recipe["name"], recipe["max_refills"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"algo": {"name": "dapo"}, "recipes": {"dapo": recipe | {"kl": 0.5}}}))
+    assert load_config(tmp_path / "mine.yaml").algo.kl == 0.5
+
+
+def test_numbers_and_switches_as_people_write_them():
+    config = load_config(DEFAULTS, ["optim.lr=1e-5", "optim.weight_decay=0", "model.compile=on", "dyco.layers=[0, -1]",
+                                    "data.image_root=/some/where", "data.eval_path=null"])
+    assert config.optim.lr == 1e-5 and config.optim.weight_decay == 0.0 and config.model.compile == "on"
+    assert config.dyco.layers == [0, -1] and config.data.image_root == "/some/where" and config.data.eval_path is None
+
+
+@pytest.mark.parametrize("override, message", [
+    ("algo.nme=gspo", r"unknown key algo\.nme; did you mean 'name'\?"),
+    ("tran.steps=3", r"unknown section 'tran'; did you mean 'train'\?"),
+    ("train.steps=many", r"train\.steps: expected a whole number, found 'many'"),
+    ("train.steps=1.5", r"train\.steps: expected a whole number, found 1\.5"),
+    ("train.steps=true", r"train\.steps: expected a whole number, found True"),
+    ("optim.lr=fast", r"optim\.lr: expected a number, found 'fast'"),
+    ("optim.lr=nan", r"optim\.lr: expected a finite number, found"),
+    ("optim.lr=-1", r"optim\.lr: expected 0 or more, found -1\.0"),
+    ("dyco.enabled=1", r"dyco\.enabled: expected true or false, found 1"),
+    ("dyco.rule=papr", r"dyco\.rule: expected one of off, paper.*found 'papr'"),
+    ("dyco.layers=3", r"dyco\.layers: expected a list of int, found 3"),
+    ("dyco.layers=[]", r"dyco\.layers: expected at least one decoder layer"),
+    ("model.dtype=float16", r"model\.dtype: expected one of auto, float32, bfloat16, found 'float16'"),
+    ("algo.name=grop", r"algo\.name: no recipe 'grop'; did you mean 'grpo'\?"),
+    ("rollout.group_size=1", r"rollout\.group_size: expected at least 2"),
+    ("train.updates_per_rollout=3", r"rollout\.prompts_per_step: expected a multiple of train\.updates_per_rollout \(3\), found 16"),
+    ("rollout.temperature=0", r"rollout\.temperature: expected more than 0"),
+    ("data.prompt_template=Hello", r"data\.prompt_template: expected text with \{question\}"),
+    ("train=3", r"override 'train=3': expected section\.key=value"),
+    ("steps", r"override 'steps': expected section\.key=value"),
+])
+def test_mistakes_are_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(DEFAULTS, [override])
+
+
+def test_all_mistakes_are_listed_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load_config(DEFAULTS, ["train.steps=x", "optim.lr=y", "nothing.at=all"])
+    assert all(part in str(caught.value) for part in ("train.steps", "optim.lr", "'nothing'"))
+
+
+@pytest.mark.parametrize("content, message", [
+    ("train: {steps: 1, steps: 2}", "line 1: key 'steps' is given twice"),
+    ("- a\n- b", "expected sections with keys"),
+    ("train: 3", "expected sections with keys"),
+    ("train: [", "while parsing"),
+    ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+])
+def test_broken_files(tmp_path, content, message):
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "bad.yaml")
+    with pytest.raises(ConfigError, match="no such config file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_every_key_has_a_line_and_a_meaning():
+    """config.yaml is the only documentation of the keys: one line each, with a comment."""
+    text = DEFAULTS.read_text()
+    for section, keys in asdict(load_config()).items():
+        for key in keys:
+            assert re.search(rf"^ +{key}: .*# \S", text, re.MULTILINE), f"{section}.{key} has no line with a comment"

@@ -1,0 +1,186 @@
+"""train.py end to end, on a tiny random policy: every algorithm with and without DyCo, logs, resume, interruption."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import config as config_module
+import train
+from model import save_policy
+
+REWARD = '''
+def vowels(response, answer, sample):
+    """A reward that a random policy can differ in: nothing about the task."""
+    return sum(letter in "aeiou" for letter in response) / 20 + 0 * len(sample.images)
+'''
+
+
+@pytest.fixture
+def start(make_policy, tmp_path):
+    """start(*overrides, folder=...) runs train.main on a random policy; returns the run's folder."""
+    save_policy(make_policy(seed=1), tmp_path / "model")
+    (tmp_path / "reward.py").write_text(REWARD)
+
+    def run(*overrides, folder="run") -> Path:
+        train.main([str(config_module.DEFAULTS), f"run.dir={tmp_path / folder}", f"model.path={tmp_path / 'model'}",
+                    f"reward.custom={tmp_path / 'reward.py'}:vowels", "rollout.prompts_per_step=4", "rollout.group_size=3",
+                    "rollout.max_new_tokens=12", "train.steps=2", "eval.samples=5", "eval.every=2", "checkpoint.every=2",
+                    "optim.lr=1e-3", *overrides])
+        return tmp_path / folder
+    return run
+
+
+def rows_of(folder: Path, timeless: bool = True) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows] if timeless else rows
+
+
+def weights_of(folder: Path) -> dict:
+    return load_file(folder / "final" / "model.safetensors")
+
+
+@pytest.mark.parametrize("dyco", [True, False])
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo", "sapo", "dr_grpo", "cispo"])
+def test_two_steps(start, tmp_path, algorithm, dyco):
+    # dapo's own dynamic sampling would find no group with both right and wrong answers here, and masks truncated responses
+    extra = ["algo.dynamic_sampling=false", "algo.mask_truncated=false"] if algorithm == "dapo" else []
+    folder = start(f"algo.name={algorithm}", f"dyco.enabled={dyco}", *extra)
+    rows = rows_of(folder, timeless=False)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert {"eval/accuracy", "eval/accuracy_greedy", "eval/accuracy_swapped"} <= rows[0].keys() & rows[2].keys()
+    for row in rows[1:]:
+        assert {"reward/mean", "reward/accuracy", "reward/format", "response/length", "response/truncated", "policy/entropy",
+                "policy/loss", "policy/grad_norm", "policy/clip_fraction", "time/tokens_per_second", "time/rollout"} <= row.keys()
+        assert row["policy/grad_norm"] > 0 and row["response/length"] <= 12
+        assert ("dyco/alignment" in row) == dyco
+        assert ("policy/kl" in row) == (algorithm in ("grpo", "gspo", "sapo"))
+        if dyco:
+            assert row["dyco/visual_share"] + row["dyco/text_share"] + row["dyco/neutral_share"] == pytest.approx(1)
+    before, after = load_file(tmp_path / "model" / "model.safetensors"), weights_of(folder)
+    assert all(torch.isfinite(w).all() for w in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [1] * 4 + [2] * 4 and all(len(s["response"]) for s in samples)
+    assert (folder / "config.yaml").exists() and len(list((folder / "checkpoints").iterdir())) == 1
+
+
+def test_capture_in_rollout_and_in_scoring_train_the_same_policy(start):
+    """The signals agree to 1e-4, so a step's weights do too; a role at the edge of τ may differ, hence not exactly."""
+    one, two = start(folder="one"), start("dyco.capture=scoring", "train.old_logprobs=scored", folder="two")
+    for a, b in zip(rows_of(one)[1:2], rows_of(two)[1:2]):
+        assert b.pop("policy/rollout_gap") < 1e-4
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=2e-2, abs=1e-3), key
+
+
+def test_a_run_repeats_and_resumes_exactly(start):
+    """Same config, same numbers; a run cut after step 2 and resumed ends with the same metrics and the same bits."""
+    whole = start("train.steps=4", folder="whole")
+    again = start("train.steps=4", folder="again")
+    assert rows_of(whole) == rows_of(again)
+    start("train.steps=2", folder="cut")
+    cut = start("train.steps=4", folder="cut")
+    assert rows_of(cut)[:2] + rows_of(cut)[3:] == rows_of(whole)[:2] + rows_of(whole)[3:]  # step 2 also holds an evaluation
+    assert rows_of(cut) == rows_of(whole)
+    a, b = weights_of(whole), weights_of(cut)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_finished_run_adds_nothing(start, capsys):
+    folder = start()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    start()
+    assert "finished at step 2; nothing to do" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_log_longer_than_the_checkpoint_is_neither_cut_nor_repeated(start, tmp_path):
+    """A crash after step 3 leaves rows past the checkpoint of step 2, and half a line; they are the rows of the rerun."""
+    whole = start("train.steps=4", folder="whole")
+    folder = start("train.steps=2", folder="crashed")
+    row_3 = json.dumps(json.loads((whole / "metrics.jsonl").read_text().splitlines()[3]))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(row_3 + "\n" + '{"step": 4, "rewa')
+    partial = folder / "checkpoints" / "step-00000003.partial-abc"
+    partial.mkdir()
+    start("train.steps=4", folder="crashed")
+    assert [row["step"] for row in rows_of(folder)] == [0, 1, 2, 3, 4]
+    assert rows_of(folder) == rows_of(whole) and not partial.exists()
+
+
+def test_another_seed_cannot_resume(start, capsys):
+    start()
+    with pytest.raises(SystemExit):
+        start("train.seed=1", "train.steps=3")
+    assert "train.seed (0, now 1)" in capsys.readouterr().err
+    start("optim.lr=1e-4", "train.steps=3")
+    assert "changed since the checkpoint: optim.lr 0.001 -> 0.0001" in capsys.readouterr().out
+
+
+def test_dynamic_sampling_skips_a_step_without_a_useful_group(start, tmp_path):
+    """A random policy is never right, so every group's accuracy is constant: refills are tried and the step is skipped."""
+    folder = start("algo.name=dapo", "algo.max_refills=1", "train.steps=1")
+    row = rows_of(folder)[1]
+    assert row["policy/skipped_updates"] == 2 and "policy/loss" not in row
+    before, after = load_file(tmp_path / "model" / "model.safetensors"), weights_of(folder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    facts = json.loads((folder / "checkpoints" / "step-00000001" / "facts.json").read_text())
+    assert facts["sampler"] == {"consumed": 8}  # dropped prompts count as consumed
+
+
+def test_dynamic_sampling_refills_up_to_the_quota(start, monkeypatch):
+    """Accuracy that depends on the prompt alone in every second prompt: those are dropped, the rest fill the quota."""
+    answers = iter(range(10**6))
+    monkeypatch.setattr(train.rewards, "accuracy", lambda text, answer: float(int(answer) % 2 and next(answers) % 3 == 0))
+    folder = start("algo.name=dapo", "algo.mask_truncated=false", "eval.every=100", "train.steps=1")
+    row = rows_of(folder)[1]
+    assert row["policy/grad_norm"] > 0 and row["reward/constant_groups"] == 0
+
+
+def test_mistakes_end_with_one_line(start, capsys, tmp_path):
+    for override, message in [("dyco.layers=[5]", "dyco.layers: [5] out of range"), ("model.path=/nowhere", "model.path: '/nowhere'"),
+                              ("reward.custom=/nowhere.py:f", "/nowhere.py"), ("data.path=/nowhere.jsonl", "/nowhere.jsonl"),
+                              ("trian.steps=1", "did you mean 'train'?"), ("data.max_pixels=100", "data.max_pixels: expected at least 3136")]:
+        with pytest.raises(SystemExit) as caught:
+            start(override)
+        error = capsys.readouterr().err
+        assert caught.value.code == 2 and "Traceback" not in error
+        assert error.splitlines()[-1].startswith("error: ") and message in error.splitlines()[-1]
+
+
+def test_own_jsonl_with_held_out_rows(start, tmp_path):
+    """The authors' rows and plain ones, one, two and no images, under torchrun."""
+    from conftest import picture
+
+    for name in ("a", "b"):
+        picture(84, 56, ord(name)).save(tmp_path / f"{name}.png")
+    rows = [{"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": "3"}]},
+            {"images": ["a.png", "b.png"], "question": "<image>Is it larger than <image>?", "answer": "yes"},
+            {"question": "Sum circle, cross.", "answer": "4"}, {"images": ["b.png"], "question": "How many?", "answer": 2}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = start(f"data.path={tmp_path / 'rows.jsonl'}", f"data.eval_path={tmp_path / 'rows.jsonl'}", "train.updates_per_rollout=1")
+    assert [row["step"] for row in rows_of(folder)] == [0, 1, 2] and rows_of(folder)[2]["policy/grad_norm"] > 0
+
+
+def test_torchrun_and_ask(start, tmp_path):
+    """The command lines of the README, on a tiny policy."""
+    from conftest import picture
+
+    root = Path(train.__file__).parent
+    start("train.steps=1", folder="seen")
+    common = dict(cwd=root, capture_output=True, text=True, timeout=300)
+    command = ["train.py", "config.yaml", f"run.dir={tmp_path / 'seen'}", f"model.path={tmp_path / 'model'}", "rollout.prompts_per_step=4",
+               "rollout.group_size=3", "rollout.max_new_tokens=12", "train.steps=2", "eval.samples=5",
+               f"reward.custom={tmp_path / 'reward.py'}:vowels", "optim.lr=1e-3"]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", *command], **common)
+    assert done.returncode == 0, done.stderr
+    assert "resumed" in done.stdout and "step    2/2" in done.stdout
+    picture(112, 112, 0).save(tmp_path / "p.png")
+    asked = subprocess.run([sys.executable, "evaluate.py", "ask", "--model", str(tmp_path / "seen" / "final"), "--max-new-tokens", "5",
+                            "--image", str(tmp_path / "p.png"), "Sum circle, cross."], **common)
+    assert asked.returncode == 0 and asked.stdout.strip(), asked.stderr
