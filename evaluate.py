@@ -60,7 +60,7 @@ def held_out(policy: Policy, samples: list[Sample], template: str, max_new_token
 def ask(arguments) -> None:
     """Print the response to one question about some images."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_policy(arguments.model, device, temperature=arguments.temperature or 1.0)
+    policy = load_policy(arguments.model, device, temperature=arguments.temperature or 1.0, trainable=False)
     paths = [Path(path).resolve() for path in arguments.image]
     images = tuple(load_image(path.name, path.parent) for path in paths)
     question = arguments.question if "<image>" in arguments.question else "<image>" * len(images) + arguments.question

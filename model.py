@@ -402,9 +402,10 @@ def _as_list(value) -> list:
 
 
 def load_policy(path: str | Path, device: torch.device, dtype: str = "auto", kernel: str = "sdpa", temperature: float = 1.0,
-                compile: str = "auto", freeze_vision: bool = False, gradient_checkpointing: bool = False,
+                compile: str = "auto", trainable: bool = True, freeze_vision: bool = False, gradient_checkpointing: bool = False,
                 max_pixels: int | None = None) -> Policy:
-    """A Policy from a Qwen2.5-VL directory or hub id. Weights are float32; `dtype` is what arithmetic runs in.
+    """A Policy from a Qwen2.5-VL directory or hub id. `dtype` ("auto", "float32", "bfloat16") is what arithmetic runs in;
+    the weights of a trainable policy are float32 all the same, those of another one are of `dtype`.
 
     Raises ValueError where the path is not a Qwen2.5-VL.
     """
@@ -417,7 +418,12 @@ def load_policy(path: str | Path, device: torch.device, dtype: str = "auto", ker
         raise ValueError(f"model.path: {str(path)!r} is neither a Hugging Face directory nor a hub id: {error}") from None
     if kind != "qwen2_5_vl":
         raise ValueError(f"model.path: {str(path)!r} is a {kind!r}; expected a Qwen2.5-VL (model_type 'qwen2_5_vl')")
-    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, dtype)
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32 if trainable else dtype,
+                                                            attn_implementation="sdpa")
+    hf.requires_grad_(trainable)
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
     if max_pixels is not None:
         least = image_processor.size["shortest_edge"]  # of this processor, both edges are areas in pixels
@@ -428,10 +434,8 @@ def load_policy(path: str | Path, device: torch.device, dtype: str = "auto", ker
         hf.model.visual.requires_grad_(False)
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
     compiled = compile == "on" or compile == "auto" and device.type == "cuda"
-    policy = Policy(hf, AutoTokenizer.from_pretrained(path), image_processor, temperature, kernel, getattr(torch, dtype), compiled)
+    policy = Policy(hf, AutoTokenizer.from_pretrained(path), image_processor, temperature, kernel, dtype, compiled)
     return policy.to(device).train()  # gradient checkpointing asks for training mode; there is no dropout
 
 

@@ -417,8 +417,9 @@ class Parser:
             radicand = self.operation(5)
             return ("^", radicand, ("/", ("num", 1, 1), index)) if index else ("sqrt", radicand)
         if len(token) == 1 and token.isalpha() or token[1:2] == "_" or token[1:] in _GREEK:
-            self.names.add(token)
-            return ("var", token)
+            name = re.sub(r"[\\{}]", "", token)
+            self.names.add(name)
+            return ("var", name)
         raise ValueError(f"found {token!r}")
 
     def call(self, function: str) -> tuple:

@@ -137,7 +137,7 @@ def policy_loss(algorithm: str, logprobs: Tensor, old_logprobs: Tensor, advantag
     the whole, and so do the metrics; None takes this call's. With β > 0, β·k3 per token joins the loss under the same
     normaliser, k3 = exp(ref − logp) − (ref − logp) − 1.
 
-    Returns the scalar to minimise and detached scalars: kl, clip_fraction, ratio (averages under this normaliser).
+    Returns the scalar to minimise and detached scalars to log: kl, clip_fraction, ratio.
     Raises ValueError for an unknown algorithm, or β > 0 without ref_logprobs.
     """
     if algorithm not in ALGORITHMS:
@@ -154,7 +154,7 @@ def policy_loss(algorithm: str, logprobs: Tensor, old_logprobs: Tensor, advantag
     logprobs, old_logprobs, advantages = clean(logprobs), clean(old_logprobs).detach(), clean(advantages).detach()
     token_objective, ratio = objective(logprobs, logprobs - old_logprobs, advantages, mask, settings)
 
-    def reduce(per_token: Tensor) -> Tensor:
+    def reduce(per_token: Tensor, average: str = average) -> Tensor:
         per_token = torch.where(mask, per_token, 0)
         if average == "response":
             per_token = per_token.sum(-1) / mask.sum(-1).clamp(min=1)
@@ -162,14 +162,16 @@ def policy_loss(algorithm: str, logprobs: Tensor, old_logprobs: Tensor, advantag
             per_token = per_token.sum(-1) / settings.max_new_tokens
         return per_token.sum() / max(float(normalizer), 1.0)
 
+    # what is logged is a mean over tokens or over responses, also where the loss is divided by a budget
+    log = lambda per_token: reduce(per_token.detach(), "token" if average == "token" else "response")
+
     loss, metrics = -reduce(token_objective), {}
     if ref_logprobs is not None:
         log_ref_ratio = clean(ref_logprobs).detach() - logprobs
-        kl = reduce(_ratio(log_ref_ratio) - log_ref_ratio - 1)
-        loss = loss + settings.kl * kl
-        metrics["kl"] = kl.detach()
-    ratio = ratio.detach()
+        k3 = _ratio(log_ref_ratio) - log_ref_ratio - 1
+        loss = loss + settings.kl * reduce(k3)
+        metrics["kl"] = log(k3)
     beyond = torch.where(advantages > 0, ratio > 1 + settings.clip_high, ratio < 1 - settings.clip_low)  # min() clips one side
-    metrics["clip_fraction"] = reduce((beyond & (advantages != 0)).to(ratio.dtype))
-    metrics["ratio"] = reduce(ratio)
+    metrics["clip_fraction"] = log((beyond & (advantages != 0)).to(ratio.dtype))
+    metrics["ratio"] = log(ratio)
     return loss, metrics

@@ -50,8 +50,15 @@ class Level:
 
 
 LEVELS = {
+    # the default: 16 visual tokens, fixed values
     1: Level(grid=4, cell_size=1, shapes=4, operands=3, legend=False, visual_slip=0.2, habit_slip=0.75, textual_slip=0.12,
-             stages=(("colors", 180, 6e-3), ("traces", 110, 4e-3), ("slips", 80, 1e-3))),
+             stages=(("colors", 150, 6e-3), ("traces", 110, 4e-3), ("slips", 80, 1e-3))),
+    # longer and larger: 25 visual tokens, six shapes, four operands
+    2: Level(grid=5, cell_size=1, shapes=6, operands=4, legend=False, visual_slip=0.2, habit_slip=0.75, textual_slip=0.2,
+             stages=(("colors", 250, 6e-3), ("traces", 150, 4e-3), ("slips", 80, 1e-3))),
+    # what a colour is worth must be read: a legend in each question, totals up to 27
+    3: Level(grid=4, cell_size=1, shapes=4, operands=3, legend=True, visual_slip=0.2, habit_slip=0.75, textual_slip=0.12,
+             stages=(("colors", 150, 6e-3), ("traces", 600, 4e-3), ("slips", 80, 1e-3))),
 }
 
 

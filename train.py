@@ -257,7 +257,7 @@ def describe(batch: Batch, world) -> dict[str, float]:
     """Means over all responses, or all tokens, of all processes."""
     mask, rollout = batch.rollout.mask, batch.rollout
     responses, tokens = mask.shape[0], int(mask.sum())
-    pairs = {"responses": (responses, 1), "reward/mean": (batch.rewards.sum(), responses),
+    pairs = {"responses": (responses, 1), "reward/mean": (batch.rewards.double().sum(), responses),
              "reward/accuracy": (batch.accuracy.sum(), responses), "reward/format": (batch.format.sum(), responses),
              "reward/constant_groups": ((batch.rewards == batch.rewards[:, :1]).all(1).sum(), len(batch.rewards)),
              "response/length": (tokens, responses), "response/truncated": (rollout.truncated.sum(), responses)}
@@ -323,11 +323,30 @@ def sample_rows(batch: Batch, step: int, count: int):
                "roles": None if batch.roles is None else batch.roles[row][batch.rollout.mask[row]].tolist()}
 
 
-def load_data(config: Config, world, tokenizer, image_processor):
-    """(training set, held-out samples); all rows are checked before anything long starts."""
+def build(config: Config, world):
+    """(policy, reference policy or None, training set, held-out samples or None, custom reward or None), with everything
+    that can be wrong with them found before anything long starts. Raises ConfigError or DataError."""
+    try:
+        custom_reward = rewards.load_custom(config.reward.custom) if config.reward.custom else None
+        path = config.model.path
+        if path == "toy":
+            warm_start = lambda: toy.prepare(config.toy.level, config.toy.seed, config.data.prompt_template, config.toy.cache_dir,
+                                             world.is_main)
+            if world.is_main:
+                warm_start()
+            world.barrier()
+            path = warm_start()
+        load = lambda **more: load_policy(path, world.device, config.model.dtype, config.model.attention, config.rollout.temperature,
+                                          config.model.compile, max_pixels=config.data.max_pixels, **more)
+        policy = load(freeze_vision=config.model.freeze_vision, gradient_checkpointing=config.model.gradient_checkpointing)
+        policy.tap(config.dyco)  # knows which layers there are
+        reference = load(trainable=False) if config.algo.kl > 0 else None
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
     def read(path: str, root: str | None) -> JsonlDataset:
         rows = JsonlDataset(path, root, config.data.on_error, progress=world.is_main)
-        check_lengths(rows, tokenizer, image_processor, config.data.prompt_template, config.data.max_prompt_tokens)
+        check_lengths(rows, policy.tokenizer, policy.image_processor, config.data.prompt_template, config.data.max_prompt_tokens)
         return rows
 
     if config.data.path == "toy":
@@ -338,7 +357,7 @@ def load_data(config: Config, world, tokenizer, image_processor):
         dataset, held_out = read(config.data.path, config.data.image_root), None
     if config.data.eval_path is not None:
         held_out = read(config.data.eval_path, config.data.eval_image_root)
-    return dataset, held_out
+    return policy, reference, dataset, held_out, custom_reward
 
 
 def refuse_changes(old: dict, config: Config, say) -> None:
@@ -374,21 +393,8 @@ def run(config: Config, world) -> None:
     if facts["step"] >= config.train.steps and (folder / "final").exists():
         say(f"{folder}: finished at step {facts['step']}; nothing to do")
         return
-    custom_reward = rewards.load_custom(config.reward.custom) if config.reward.custom else None
-
-    path = config.model.path
-    if path == "toy":
-        build = lambda: toy.prepare(config.toy.level, config.toy.seed, config.data.prompt_template, config.toy.cache_dir, world.is_main)
-        if world.is_main:
-            build()
-        world.barrier()
-        path = build()
-    load = lambda **other: load_policy(path, world.device, config.model.dtype, config.model.attention, config.rollout.temperature,
-                                       config.model.compile, max_pixels=config.data.max_pixels, **other)
-    policy = load(freeze_vision=config.model.freeze_vision, gradient_checkpointing=config.model.gradient_checkpointing)
-    reference = load().eval().requires_grad_(False) if config.algo.kl > 0 else None
-    policy.tap(config.dyco)  # names a layer that does not exist before any work starts
-    dataset, held_out = load_data(config, world, policy.tokenizer, policy.image_processor)
+    writer = tensorboard(folder) if config.log.tensorboard and world.is_main else None
+    policy, reference, dataset, held_out, custom_reward = build(config, world)
     sampler = Sampler(len(dataset), config.train.seed)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=config.optim.lr,
                                   weight_decay=config.optim.weight_decay)
@@ -404,8 +410,6 @@ def run(config: Config, world) -> None:
         (folder / "config.yaml").write_text(config.to_yaml())
         if not saved:
             say(config.to_yaml())
-    writer = tensorboard(folder) if config.log.tensorboard and world.is_main else None
-
     def evaluation() -> dict[str, float]:
         if held_out is None:
             return {}
@@ -483,7 +487,7 @@ def main(arguments: list[str] = sys.argv[1:]) -> None:
         config = load_config(paths[0], [a for a in arguments if "=" in a])
         world = distributed.start()
         run(config, world)
-    except (ConfigError, DataError, RunError, ValueError) as error:
+    except (ConfigError, DataError, RunError) as error:
         if world is None or world.is_main:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

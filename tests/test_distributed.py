@@ -1,0 +1,89 @@
+"""distributed.py: checkpoints that are whole or absent, and two processes that do what one does."""
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import rows_of, start, weights_of  # noqa: F401  (start is a fixture)
+
+import distributed
+import train
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def broken(path):
+        (path / "half").write_text("x")
+        raise OSError("disk full")
+
+    distributed.write_folder(tmp_path / "a", lambda path: (path / "file").write_text("old"))
+    with pytest.raises(OSError):
+        distributed.write_folder(tmp_path / "a", broken)
+    assert (tmp_path / "a" / "file").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2
+    distributed.remove_partial(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    distributed.write_folder(tmp_path / "a", lambda path: (path / "file").write_text("new"))
+    assert (tmp_path / "a" / "file").read_text() == "new"
+
+
+def test_checkpoints_round_trip_and_are_bounded(tmp_path):
+    for step in (2, 9, 10):
+        distributed.save_checkpoint(tmp_path, step, {"w": torch.full((3,), float(step))}, {"step": step}, keep_last=2)
+    (tmp_path / "step-00000011.partial-x").mkdir()
+    assert [path.name for path in distributed.checkpoints(tmp_path)] == ["step-00000009", "step-00000010"]
+    tensors, facts = distributed.load_checkpoint(distributed.checkpoints(tmp_path)[-1])
+    assert facts == {"step": 10} and torch.equal(tensors["w"], torch.full((3,), 10.0))
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    torch.save({"w": Evil()}, folder / "tensors.pt")
+    (folder / "facts.json").write_text("{}")
+    with pytest.raises(pickle.UnpicklingError):
+        distributed.load_checkpoint(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("extra", [[], ["algo.name=dapo", "algo.dynamic_sampling=false", "algo.mask_truncated=false"]])
+def test_two_processes_do_what_one_does(start, tmp_path, extra):  # noqa: F811
+    """Same global batch on one and on two gloo processes. Gradients are sums in another order: 1e-4 of each value."""
+    settings = ["train.steps=2", "rollout.prompts_per_step=4", "rollout.group_size=3", "rollout.max_new_tokens=12", "eval.samples=5",
+                "eval.every=2", "optim.lr=1e-3", "optim.warmup_steps=1", *extra]
+    one = start(*settings, folder="one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", "config.yaml", *settings,
+               f"model.path={tmp_path / 'model'}", f"reward.custom={tmp_path / 'reward.py'}:vowels", f"run.dir={tmp_path / 'two'}"]
+    done = subprocess.run(command, cwd=Path(train.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    two = tmp_path / "two"
+    for a, b in zip(rows_of(one), rows_of(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+    assert rows_of(one)[1]["reward/mean"] == rows_of(two)[1]["reward/mean"]  # the same samples, not just similar ones
+    before, a, b = load_file(tmp_path / "model" / "model.safetensors"), weights_of(one), weights_of(two)
+    moved = max(float((a[name] - before[name]).abs().max()) for name in a)
+    # AdamW divides by the gradient's own size, so where a gradient is rounding, its step is too: compare in the mean
+    apart = sum(float((a[name] - b[name]).abs().sum()) for name in a) / sum(w.numel() for w in a.values())
+    assert moved > 1e-3 and apart < 1e-2 * moved
+
+
+def test_the_error_of_one_process_ends_all(start, tmp_path):  # noqa: F811
+    """A rank that fails must not leave the other waiting."""
+    (tmp_path / "bad.py").write_text("import os\ndef f(response, answer, sample):\n    if os.environ['RANK'] == '1':\n"
+                                     "        raise ValueError('rank one is ill')\n    return 0.0\n")
+    start("train.steps=1", folder="warm")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", "config.yaml",
+               f"model.path={tmp_path / 'model'}", f"reward.custom={tmp_path / 'bad.py'}:f", f"run.dir={tmp_path / 'ill'}",
+               "train.steps=1", "rollout.prompts_per_step=4", "rollout.group_size=2", "rollout.max_new_tokens=4", "eval.samples=2"]
+    done = subprocess.run(command, cwd=Path(train.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode != 0 and "rank one is ill" in done.stderr
