@@ -5,7 +5,9 @@ key, a wrong type or a value out of range is a ConfigError that names the key, w
 """
 import difflib
 import math
+import re
 import types
+import warnings
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -163,7 +165,9 @@ class Config:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where YAML would silently keep the last."""
+    """SafeLoader in which on, off, yes and no are words, and a key given twice is an error instead of the last one."""
+    yaml_implicit_resolvers = {first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+                               for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -174,6 +178,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dic
     return dict(loader.construct_pairs(node, deep=True))
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
@@ -195,7 +200,10 @@ def _nearest(name: str, known) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str, wanted: Any) -> Any:
+    """The value of an override, whose type is known: text needs no quotes there."""
+    if wanted is str:
+        return text
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ConfigError, TypeError, ValueError, RecursionError):
@@ -208,8 +216,6 @@ def _convert(value: Any, wanted: Any, key: str) -> Any:
         raise ConfigError(f"{key}: expected {expected}, found {value!r}")
 
     if get_origin(wanted) is Literal:
-        # `on` and `off` are booleans to YAML
-        value = {True: "on", False: "off"}.get(value, value) if "on" in get_args(wanted) and isinstance(value, bool) else value
         return value if value in get_args(wanted) else refuse("one of " + ", ".join(get_args(wanted)))
     if get_origin(wanted) in (Union, types.UnionType):
         inner = next(t for t in get_args(wanted) if t is not type(None))
@@ -238,18 +244,19 @@ def load_config(path: str | Path = DEFAULTS, overrides: list[str] = ()) -> Confi
     """
     path = Path(path)
     trees = [_read(DEFAULTS)] if path.resolve() == DEFAULTS.resolve() else [_read(DEFAULTS), _read(path)]
-    problems, command_line = [], {}
+    problems, command_line, sections = [], {}, get_type_hints(Config)
     for text in overrides:
         key, equals, value = text.partition("=")
         section, dot, name = key.strip().partition(".")
         if not equals or not dot:
             problems.append(f"override {text!r}: expected section.key=value")
         else:
-            command_line.setdefault(section, {})[name] = _parse(value)
+            wanted = get_type_hints(sections[section]).get(name) if section in sections else None
+            command_line.setdefault(section, {})[name] = _parse(value, wanted)
     trees.append(command_line)
 
-    sections = get_type_hints(Config)
     merged: dict[str, dict] = {name: {} for name in (*sections, "recipes")}
+    recipe_keys = [key for key in get_type_hints(Algo) if key not in ("name", "max_refills")]
     for tree in trees:
         for section, values in tree.items():
             if section not in merged:
@@ -257,11 +264,20 @@ def load_config(path: str | Path = DEFAULTS, overrides: list[str] = ()) -> Confi
             elif section == "recipes":
                 for name, recipe in values.items():  # recipes.gspo.kl=0 arrives as {"gspo.kl": 0}
                     name, dot, key = str(name).partition(".")
-                    merged["recipes"].setdefault(name, {}).update({key: recipe} if dot else recipe or {})
+                    recipe = {key: recipe} if dot else recipe
+                    if not isinstance(recipe, dict):
+                        problems.append(f"recipes.{name}: expected keys and values, found {recipe!r}")
+                    else:
+                        merged["recipes"].setdefault(name, {}).update(recipe)
             else:
+                if section == "algo" and values.get("name", merged["algo"].get("name")) != merged["algo"].get("name"):
+                    # another algorithm: what an earlier file, such as a run's resolved config, took from its recipe is void
+                    merged["algo"] = {key: value for key, value in merged["algo"].items() if key not in recipe_keys}
                 merged[section].update(values)
 
     recipes, name = merged.pop("recipes"), str(merged["algo"].get("name"))
+    for other, recipe in recipes.items():
+        problems += [f"unknown key recipes.{other}.{key}; {_nearest(key, recipe_keys)}" for key in recipe if key not in recipe_keys]
     if name not in recipes:
         problems.append(f"algo.name: no recipe {name!r}; {_nearest(name, recipes)}")
     merged["algo"] = {**recipes.get(name, {}), **merged["algo"]}
@@ -286,6 +302,12 @@ def load_config(path: str | Path = DEFAULTS, overrides: list[str] = ()) -> Confi
         problems += _out_of_range(config)
     if problems:
         raise ConfigError(f"{path}: " + "\n".join(problems))
+    if config.dyco.enabled and config.dyco.rule.startswith("signed") and config.dyco.alpha > 1 / math.e:
+        warnings.warn(f"dyco.alpha {config.dyco.alpha} with dyco.rule {config.dyco.rule}: above 1/e = 0.37 a weight can turn a "
+                      "punishment into a reward", stacklevel=2)
+    if config.dyco.enabled and config.dyco.text_scope == "after_image" and config.data.prompt_template.split("{question}")[0].strip():
+        warnings.warn("data.prompt_template has text before {question}: with dyco.text_scope after_image, text before the first "
+                      "image does not count as text", stacklevel=2)
     return config
 
 

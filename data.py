@@ -385,7 +385,7 @@ class JsonlDataset:
         self._rows = [row for row in self._rows if row.line not in problems]
 
     def _warn_about_late_images(self) -> None:
-        """DyCo's text scope starts at the first image (method.md, section 1) and would leave out such a question."""
+        """DyCo's text scope starts at the first image, past the attention sink, and would leave out such a question."""
         late = [row.line for row in self._rows if row.images and row.question.split(IMAGE_MARKER)[0].strip()]
         if late:
             warnings.warn(

@@ -121,7 +121,10 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def load_checkpoint(path: Path) -> tuple[dict, dict]:
-    """(tensors on the CPU, facts) of one checkpoint. Nothing in it is executed."""
-    return (torch.load(path / "tensors.pt", map_location="cpu", weights_only=True),
-            json.loads((path / "facts.json").read_text()))
+def read_facts(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "facts.json").read_text())
+
+
+def read_tensors(checkpoint: Path) -> dict:
+    """The tensors of a checkpoint, on the CPU. Nothing in it is executed."""
+    return torch.load(checkpoint / "tensors.pt", map_location="cpu", weights_only=True)

@@ -191,7 +191,7 @@ def _response_factor(scores: Tensor, roles: Tensor, alpha: float, group_size: in
         raise ValueError(f"rule 'response': {len(scores)} responses are not whole groups of {group_size}")
     acting = roles != 0
     mean = torch.where(acting, scores, 0).sum(-1) / acting.sum(-1).clamp(min=1)
-    grouped = mean.view(-1, group_size)
+    grouped = mean.view(len(mean) // group_size, group_size)
     spread = grouped.amax(-1, keepdim=True) - grouped.amin(-1, keepdim=True)
     std = grouped.std(-1, keepdim=True, unbiased=group_size > 1)
     # scores are in 0 … 1: means that differ by rounding alone must not be standardised into ±1

@@ -30,7 +30,7 @@ def swap_images(samples: list[Sample]) -> list[Sample]:
 
 def held_out(policy: Policy, samples: list[Sample], template: str, max_new_tokens: int, seed: int, max_rows: int = 256,
              swapped: bool = True, max_prompt_tokens: int | None = None, world: World = ALONE) -> dict[str, float]:
-    """Accuracy on samples, as fractions 0 … 1: sampled at the policy's temperature, greedy, and with images swapped.
+    """Accuracy on samples, as fractions 0 … 1: sampled at temperature 1, greedy, and with images swapped.
 
     The random streams depend on `seed` and the sample's place alone, so evaluations of one run differ by the policy only.
     """
@@ -42,7 +42,7 @@ def held_out(policy: Policy, samples: list[Sample], template: str, max_new_token
         for start in range(0, len(places), max_rows):
             prompts = [encode_prompt(of[place], place, policy.tokenizer, policy.image_processor, template, max_prompt_tokens)
                        for place in places[start:start + max_rows]]
-            rollout = generate(policy, prompts, 1, max_new_tokens, key, max_rows=max_rows)
+            rollout = generate(policy, prompts, 1, max_new_tokens, key, max_rows=max_rows, temperature=1.0)
             texts += rollout.texts
             lengths += rollout.mask.sum(1).tolist()
         return texts, lengths

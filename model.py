@@ -45,6 +45,7 @@ def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, la
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions made them float32
     return layout.attend(module.layer_idx, query, key, value, module.scaling), None
 
 
@@ -57,8 +58,21 @@ def register_attention() -> None:
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
+def float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with a float32 result, whatever the inputs: attention scores and logits rounded to bfloat16 would drown
+    shifts of τ = 0.05 and the ratios that GSPO clips at 3e-4."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32 and b.dtype == torch.float32:
+            return a @ b
+        if not a.is_cuda:  # only CUDA multiplies 16 bits into 32
+            return a.float() @ b.float()
+        if a.dim() == 2:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32).unflatten(0, a.shape[:-2])
+
+
 def _eager_attention(query, key, value, scale, mask) -> Tensor:
-    scores = (query @ key.transpose(-1, -2) * scale).float().masked_fill(~mask, -math.inf)
+    scores = (float32_product(query, key.transpose(-1, -2)) * scale).masked_fill(~mask, -math.inf)
     return torch.softmax(scores, dim=-1).to(value.dtype) @ value
 
 
@@ -89,7 +103,8 @@ class PackedGroups:
     """
 
     def __init__(self, prompts: list[Prompt], branches: list[list[int]], kernel: str = "sdpa", tap: "Tap | None" = None,
-                 keep_keys: bool = False):
+                 keep_keys: bool = False, first_group: int = 0):
+        self.first_group = first_group  # the tap's number of the first of these groups
         self.kernel, self.tap, self.branches = kernel, tap, branches
         self.prompts = prompts
         self.pieces = [n for prompt, group in zip(prompts, branches) for n in (len(prompt.input_ids), *group)]
@@ -119,7 +134,7 @@ class PackedGroups:
                         next(x)
             if self.tap is not None and layer in self.tap.layers:
                 last = q[:, :, -1:].expand(max(len(group), 1), -1, -1, -1)      # it predicts o_1
-                self.tap.read_group(layer, index, prompt, last if own_q is None else torch.cat([last, own_q], dim=2),
+                self.tap.read_group(layer, self.first_group + index, prompt, last if own_q is None else torch.cat([last, own_q], dim=2),
                                     k if own_q is not None else k.expand(max(len(group), 1), -1, -1, -1), scale)
         return torch.cat(outputs)[None]
 
@@ -197,7 +212,7 @@ def attention_rows(query: Tensor, key: Tensor, scale: float, first: int) -> Tens
     """
     (batch, heads, queries, width), (key_heads, keys) = query.shape, key.shape[1:3]
     query = query.reshape(batch, key_heads, heads // key_heads * queries, width)
-    scores = (query @ key.transpose(-1, -2)).float().mul_(scale).view(batch, heads, queries, keys)
+    scores = float32_product(query, key.transpose(-1, -2)).mul_(scale).view(batch, heads, queries, keys)
     ahead = torch.arange(keys, device=key.device) > torch.arange(first, first + queries, device=key.device)[:, None]
     return torch.softmax(scores.masked_fill_(ahead, -math.inf), dim=-1).mean(dim=1)
 
@@ -210,7 +225,7 @@ def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, suppressed
 
     hidden [M, D], weight [V, D], suppressed [n] ids -> [M, V].
     """
-    logits = (hidden @ weight.T).float() / temperature
+    logits = float32_product(hidden, weight.T) / temperature
     return logits.index_fill_(1, suppressed, torch.finfo(torch.float32).min)
 
 
@@ -227,18 +242,20 @@ def _chunk_backward(hidden, weight, targets, temperature, suppressed, log_total,
     slope = logits.sub_(log_total[:, None]).exp_().mul_(-gradient[:, None])
     slope.scatter_add_(1, targets[:, None], gradient[:, None])
     slope = (slope / temperature).to(weight.dtype)
-    return slope @ weight, slope.T @ hidden
+    return slope @ weight, float32_product(slope.T, hidden)
 
 
 class TokenLogprobs(torch.autograd.Function):
     """Log-probabilities of target tokens and entropies, with only `chunk` rows of [M, V] alive, forward and backward.
 
     The backward pass computes the logits again: ∂logp/∂logit = 1[target] − softmax. Entropies carry no gradient.
+    The product runs in the dtype of `hidden`; the weight's gradient is summed in float32.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, suppressed, chunk, forward_chunk, backward_chunk):
-        parts = [forward_chunk(h, weight, t, temperature, suppressed)
+        rounded = weight.to(hidden.dtype)
+        parts = [forward_chunk(h, rounded, t, temperature, suppressed)
                  for h, t in zip(hidden.split(chunk), targets.split(chunk))]
         logprobs, entropy, log_total = (torch.cat(x) for x in zip(*parts))
         ctx.save_for_backward(hidden, weight, targets, suppressed, log_total)
@@ -249,13 +266,14 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         hidden, weight, targets, suppressed, log_total = ctx.saved_tensors
-        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
+        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        rounded = weight.to(hidden.dtype)
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             hidden_gradient[part], added = ctx.backward_chunk(
-                hidden[part], weight, targets[part], ctx.temperature, suppressed, log_total[part], gradient[part])
+                hidden[part], rounded, targets[part], ctx.temperature, suppressed, log_total[part], gradient[part])
             weight_gradient += added
-        return hidden_gradient, weight_gradient, *[None] * 6
+        return hidden_gradient, weight_gradient.to(weight.dtype), *[None] * 6
 
 
 # --------------------------------------------------------------------------------------------------------- the policy
@@ -308,26 +326,25 @@ class Policy(nn.Module):
 
     # -- inputs
 
-    def embed_images(self, prompts: list[Prompt]) -> list[Tensor]:
-        """The image tokens' embeddings of each prompt, [visual tokens, D]; one call for all prompts."""
-        seeing = [p for p in prompts if p.pixel_values is not None]
-        features = iter(())
-        if seeing:
-            pixels = torch.cat([p.pixel_values for p in seeing]).to(self.device, self.hf.model.visual.dtype)
-            grid = torch.cat([p.image_grid_thw for p in seeing]).to(self.device)
-            frozen = not any(parameter.requires_grad for parameter in self.hf.model.visual.parameters())
-            with torch.no_grad() if frozen else contextlib.nullcontext():
-                output = self.hf.model.get_image_features(pixels, grid, return_dict=True)
-            features = iter(torch.cat(tuple(output.pooler_output)).split([int(p.visual_mask.sum()) for p in seeing]))
-        return [next(features) if p.pixel_values is not None else None for p in prompts]
+    def embed(self, prompts: list[Prompt], responses: list[list[Tensor]] | None = None) -> Tensor:
+        """Input embeddings of packed groups, [N, D]: ids looked up at once, images where their placeholders stand.
 
-    def embed(self, prompt: Prompt, images: Tensor | None) -> Tensor:
-        """Input embeddings of a prompt, [P, D]."""
-        embedded = self.hf.get_input_embeddings()(prompt.input_ids.to(self.device))
-        if images is None:
+        responses: [prompts][G] input ids of each response, [tokens]; without them the row holds prompts alone.
+        """
+        pieces, at_images = [], []
+        for prompt, group in zip(prompts, responses or [[]] * len(prompts)):
+            pieces += [prompt.input_ids.to(self.device), *group]
+            at_images += [prompt.visual_mask, torch.zeros(sum(map(len, group)), dtype=torch.bool)]
+        embedded = self.hf.get_input_embeddings()(torch.cat(pieces))
+        seeing = [p for p in prompts if p.pixel_values is not None]
+        if not seeing:
             return embedded
-        at_images = prompt.visual_mask.to(self.device)[:, None].expand_as(embedded)
-        return embedded.masked_scatter(at_images, images.to(embedded.dtype))
+        pixels = torch.cat([p.pixel_values for p in seeing]).to(self.device, self.hf.model.visual.dtype)
+        grid = torch.cat([p.image_grid_thw for p in seeing]).to(self.device)
+        frozen = not any(parameter.requires_grad for parameter in self.hf.model.visual.parameters())
+        with torch.no_grad() if frozen else contextlib.nullcontext():
+            images = torch.cat(tuple(self.hf.model.get_image_features(pixels, grid, return_dict=True).pooler_output))
+        return embedded.masked_scatter(torch.cat(at_images).to(self.device)[:, None], images.to(embedded.dtype))
 
     def prompt_positions(self, prompt: Prompt) -> Tensor:
         """M-RoPE positions of a prompt, [3, P]. A response goes on at the maximum + 1 on all three axes."""
@@ -346,12 +363,9 @@ class Policy(nn.Module):
 
     # -- outputs
 
-    def next_token_logits(self, hidden: Tensor) -> Tensor:
-        """[M, D] -> [M, V] float32, the distribution that is sampled."""
-        return scaled_logits(hidden, self.head_weight(hidden.dtype), self.temperature, self.suppressed)
-
-    def head_weight(self, dtype: torch.dtype) -> Tensor:
-        return self.hf.lm_head.weight.to(dtype)
+    def next_token_logits(self, hidden: Tensor, weight: Tensor, temperature: float | None = None) -> Tensor:
+        """[M, D] -> [M, V] float32, the distribution that is sampled; `weight` is the head's, in the policy's dtype."""
+        return scaled_logits(hidden.to(self.dtype), weight, temperature or self.temperature, self.suppressed)
 
     def forward(self, prompts: list[Prompt], tokens: Tensor, mask: Tensor, tap: Tap | None = None) -> PackedOutput:
         """Score responses in packed groups.
@@ -363,27 +377,27 @@ class Policy(nn.Module):
         lengths = mask.sum(1).tolist()
         branches = [[max(n - 1, 0) for n in lengths[i:i + group_size]] for i in range(0, len(lengths), group_size)]
         layout = PackedGroups(prompts, branches, self.kernel, tap)
+        positions, predictors, responses, offset = [], [], [], 0
+        for index, prompt in enumerate(prompts):
+            positions.append(self.prompt_positions(prompt))
+            following = int(positions[-1].max()) + 1
+            offset += len(prompt.input_ids)
+            last_of_prompt = offset - 1
+            responses.append([])
+            for row, inputs in zip(range(index * group_size, (index + 1) * group_size), branches[index]):
+                responses[-1].append(tokens[row, :inputs].to(self.device))
+                positions.append(torch.arange(following, following + inputs).expand(3, -1))
+                if lengths[row]:
+                    predictors += [last_of_prompt, *range(offset, offset + inputs)]
+                offset += inputs
         with self.autocast():
-            embeddings, positions, predictors, offset = [], [], [], 0
-            for index, (prompt, images) in enumerate(zip(prompts, self.embed_images(prompts))):
-                embeddings.append(self.embed(prompt, images))
-                positions.append(self.prompt_positions(prompt))
-                following = int(positions[-1].max()) + 1
-                offset += len(prompt.input_ids)
-                last_of_prompt = offset - 1
-                for row, inputs in zip(range(index * group_size, (index + 1) * group_size), branches[index]):
-                    embeddings.append(self.hf.get_input_embeddings()(tokens[row, :inputs].to(self.device)))
-                    positions.append(torch.arange(following, following + inputs).expand(3, -1))
-                    if lengths[row]:
-                        predictors += [last_of_prompt, *range(offset, offset + inputs)]
-                    offset += inputs
-            hidden = self.decoder(torch.cat(embeddings)[None], torch.cat(positions, dim=1)[:, None], layout)[0]
+            embedded = self.embed(prompts, responses)
+            hidden = self.decoder(embedded[None], torch.cat(positions, dim=1)[:, None], layout)[0]
             hidden = hidden[torch.tensor(predictors, dtype=torch.long, device=self.device)]
-        weight = self.head_weight(hidden.dtype)
         mask = mask.to(self.device)
-        targets = tokens.to(self.device)[mask]
-        logprobs, entropy = TokenLogprobs.apply(hidden, weight, targets, self.temperature, self.suppressed, self.CHUNK,
-                                                self.forward_chunk, self.backward_chunk)
+        logprobs, entropy = TokenLogprobs.apply(
+            hidden.to(self.dtype), self.hf.lm_head.weight, tokens.to(self.device)[mask], self.temperature, self.suppressed,
+             self.CHUNK, self.forward_chunk, self.backward_chunk)
         unpack = lambda flat: torch.zeros(mask.shape, device=self.device).masked_scatter(mask, flat)
         signals = None
         if tap is not None:
@@ -429,7 +443,7 @@ def load_policy(path: str | Path, device: torch.device, dtype: str = "auto", ker
         least = image_processor.size["shortest_edge"]  # of this processor, both edges are areas in pixels
         if max_pixels < least:
             raise ValueError(f"data.max_pixels: expected at least {least}, the smallest image of this model, found {max_pixels}")
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, size={"shortest_edge": least, "longest_edge": max_pixels})
+        image_processor.size["longest_edge"] = max_pixels  # an argument of from_pretrained loses to released files
     if freeze_vision:
         hf.model.visual.requires_grad_(False)
     if gradient_checkpointing:

@@ -61,7 +61,7 @@ def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tenso
 
 
 class Algorithm(NamedTuple):
-    objective: Callable  # (logprobs, log_ratio, advantages, mask, settings) -> (maximised, importance ratio), each [B, T]
+    objective: Callable  # (logprobs, log_ratio, advantages, mask, settings) -> (maximised, ratio, clipped), each [B, T]
     average: str         # "response": over a response's tokens, then over responses · "token": over all tokens ·
                          # "budget": the sum over a response's tokens / max_new_tokens, then over responses
 
@@ -80,41 +80,42 @@ def _ratio(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
 
-def _clipped(ratio: Tensor, advantages: Tensor, settings) -> Tensor:
-    """PPO's pessimistic surrogate min(r·A, clip(r, 1 − ε_low, 1 + ε_high)·A)."""
-    return torch.min(ratio * advantages, ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high) * advantages)
+def _pessimistic(ratio: Tensor, advantages: Tensor, settings) -> tuple[Tensor, Tensor, Tensor]:
+    """PPO's surrogate min(r·A, clip(r, 1 − ε_low, 1 + ε_high)·A); a token is clipped where that takes its gradient."""
+    bounded = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    return torch.min(ratio * advantages, bounded * advantages), ratio, bounded * advantages < ratio * advantages
 
 
 @register("grpo", average="response")
 @register("dapo", average="token")
 @register("dr_grpo", average="budget")
-def clipped_objective(logprobs, log_ratio, advantages, mask, settings) -> tuple[Tensor, Tensor]:
+def clipped_objective(logprobs, log_ratio, advantages, mask, settings):
     """GRPO, DAPO and Dr. GRPO: the same clipped surrogate of the token ratio; they differ in how tokens are averaged."""
-    ratio = _ratio(log_ratio)
-    return _clipped(ratio, advantages, settings), ratio
+    return _pessimistic(_ratio(log_ratio), advantages, settings)
 
 
 @register("gspo", average="response")
-def gspo_objective(logprobs, log_ratio, advantages, mask, settings) -> tuple[Tensor, Tensor]:
+def gspo_objective(logprobs, log_ratio, advantages, mask, settings):
     """GSPO in its token form: the value of the sequence ratio s_i = exp(mean log r), the gradient of the token's π."""
     log_sequence_ratio = log_ratio.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
     ratio = _ratio(log_sequence_ratio) * (logprobs - logprobs.detach()).exp()
-    return _clipped(ratio, advantages, settings), ratio
+    return _pessimistic(ratio, advantages, settings)
 
 
 @register("sapo", average="response")
-def sapo_objective(logprobs, log_ratio, advantages, mask, settings) -> tuple[Tensor, Tensor]:
+def sapo_objective(logprobs, log_ratio, advantages, mask, settings):
     """SAPO: a sigmoid gate of the token ratio in place of the clip, cooler for tokens that are punished."""
     temperature = torch.full_like(advantages, settings.temperature_neg).masked_fill(advantages > 0, settings.temperature_pos)
     ratio = _ratio(log_ratio)
-    return 4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * advantages, ratio
+    return 4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * advantages, ratio, torch.zeros_like(mask)
 
 
 @register("cispo", average="token")
-def cispo_objective(logprobs, log_ratio, advantages, mask, settings) -> tuple[Tensor, Tensor]:
+def cispo_objective(logprobs, log_ratio, advantages, mask, settings):
     """CISPO: REINFORCE with a clipped, constant importance weight, so that no token loses its gradient."""
     ratio = _ratio(log_ratio.detach())
-    return ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high) * advantages * logprobs, ratio
+    weight = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    return weight * advantages * logprobs, ratio, weight != ratio
 
 
 # ----------------------------------------------------------------------------------------------------------- the loss
@@ -137,7 +138,8 @@ def policy_loss(algorithm: str, logprobs: Tensor, old_logprobs: Tensor, advantag
     the whole, and so do the metrics; None takes this call's. With β > 0, β·k3 per token joins the loss under the same
     normaliser, k3 = exp(ref − logp) − (ref − logp) − 1.
 
-    Returns the scalar to minimise and detached scalars to log: kl, clip_fraction, ratio.
+    Returns the scalar to minimise and detached scalars to log: kl, clip_fraction, ratio_deviation
+    (mean |r − 1|).
     Raises ValueError for an unknown algorithm, or β > 0 without ref_logprobs.
     """
     if algorithm not in ALGORITHMS:
@@ -152,7 +154,7 @@ def policy_loss(algorithm: str, logprobs: Tensor, old_logprobs: Tensor, advantag
         return torch.where(mask, x, 0).to(x.dtype if x.dtype == torch.float64 else torch.float32)
 
     logprobs, old_logprobs, advantages = clean(logprobs), clean(old_logprobs).detach(), clean(advantages).detach()
-    token_objective, ratio = objective(logprobs, logprobs - old_logprobs, advantages, mask, settings)
+    token_objective, ratio, clipped = objective(logprobs, logprobs - old_logprobs, advantages, mask, settings)
 
     def reduce(per_token: Tensor, average: str = average) -> Tensor:
         per_token = torch.where(mask, per_token, 0)
@@ -171,7 +173,6 @@ def policy_loss(algorithm: str, logprobs: Tensor, old_logprobs: Tensor, advantag
         k3 = _ratio(log_ref_ratio) - log_ref_ratio - 1
         loss = loss + settings.kl * reduce(k3)
         metrics["kl"] = log(k3)
-    beyond = torch.where(advantages > 0, ratio > 1 + settings.clip_high, ratio < 1 - settings.clip_low)  # min() clips one side
-    metrics["clip_fraction"] = log((beyond & (advantages != 0)).to(ratio.dtype))
-    metrics["ratio"] = log(ratio)
+    metrics["clip_fraction"] = log(clipped.to(ratio.dtype))
+    metrics["ratio_deviation"] = log((ratio - 1).abs())
     return loss, metrics

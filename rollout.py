@@ -6,8 +6,8 @@ response brings only its own keys (`Decoding`). The softmax over both parts is e
 reads is there anyway. Rows leave the batch once enough of them have ended.
 
 What is sampled is what is scored: temperature only, no top-k, no top-p, and the same suppressed tokens (model.py,
-scaled_logits). Each response draws its uniforms from a generator of its own, keyed by (seed, step, prompt, response):
-neither batch composition nor the number of processes nor rows that leave early change what is sampled.
+scaled_logits). Each response draws its uniforms from a generator of its own, keyed by (seed, step, the prompt's place in
+the step, response): neither batch composition nor the number of processes nor rows that leave early change what is sampled.
 
 Shapes: P prompts, G responses per prompt, B = P·G, T response tokens, R rows still decoding, K keys, H heads, D width.
 """
@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from data import Prompt
 from dyco import Signals
-from model import PackedGroups, Policy, Tap
+from model import PackedGroups, Policy, Tap, float32_product
 
+PREFILL_TOKENS = 16384  # prompt tokens in one prefill
 COMPACT_BELOW = 0.75  # finished rows leave the batch when at most this share is alive: each leaving copies the cache
 
 
@@ -41,7 +42,7 @@ class Rollout:
     def select(self, prompts: list[int]) -> "Rollout":
         """The groups of some prompts, cut to their longest response."""
         rows = [i * self.group_size + j for i in prompts for j in range(self.group_size)]
-        width = max(1, int(self.mask[rows].sum(1).max()))
+        width = max([1, *self.mask[rows].sum(1).tolist()])
         cut = lambda x: x[rows, :width]
         return Rollout([self.prompts[i] for i in prompts], self.group_size, cut(self.tokens), cut(self.mask),
                        cut(self.logprobs), self.truncated[rows],
@@ -61,7 +62,7 @@ def join(rollouts: list[Rollout]) -> Rollout:
 
 
 def keyed_generator(*key) -> torch.Generator:
-    """A CPU generator whose stream depends on the key alone, say (seed, step, prompt index, response index)."""
+    """A CPU generator whose stream depends on the key alone, say (seed, step, place of the prompt, response)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
@@ -76,21 +77,20 @@ def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
 class Decoding:
     """The layout of decoding: every row sees its prompt's keys, shared by the group, and its own."""
 
-    def __init__(self, prefill: PackedGroups, group_size: int, capacity: int, tap: Tap | None):
+    def __init__(self, prompts: list[Prompt], kept: dict, group_size: int, capacity: int, tap: Tap | None, device):
+        """kept: layer -> (keys, values) of each prompt, [1, H_kv, P, D] each; emptied here."""
         self.tap, self.capacity, self.length = tap, capacity, 0
-        count, device = len(prefill.prompts), next(iter(prefill.kept.values()))[0][0].device
-        lengths = torch.tensor([len(p.input_ids) for p in prefill.prompts], device=device)
+        count, lengths = len(prompts), torch.tensor([len(p.input_ids) for p in prompts], device=device)
         self.width = int(lengths.max())
         pad = lambda x: F.pad(x, (0, 0, 0, self.width - x.shape[2]))
         # layer -> keys and values of the prompts [P, H_kv, width, D]; of the rows' own tokens [R, H_kv, capacity, D]
-        self.shared = {layer: tuple(torch.cat([pad(x) for x in part]) for part in zip(*pairs))
-                       for layer, pairs in prefill.kept.items()}
+        self.shared = {layer: tuple(torch.cat([pad(x) for x in part]) for part in zip(*kept.pop(layer))) for layer in list(kept)}
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
         self.padding = torch.arange(self.width, device=device) >= lengths[:, None]  # [P, width]
         self.prompt_of = torch.arange(count, device=device).repeat_interleave(group_size)
         self._place()
         if tap is not None:
-            members = [tap.prompt_members(p, device) for p in prefill.prompts]
+            members = [tap.prompt_members(p, device) for p in prompts]
             fit = lambda x: F.pad(x, (0, self.width - x.shape[-1]))
             self.visual, self.text = (torch.stack([fit(m[i]) for m in members])[self.prompt_of] for i in (0, 1))
             tap.last_rows = {layer: torch.cat([fit(rows[i]) for i in range(count)])[self.prompt_of]
@@ -127,9 +127,9 @@ class Decoding:
         shared_keys, shared_values = self.shared[layer]
 
         query = query.reshape(rows, key_heads, heads // key_heads, width)
-        shared_scores = self._to_grid(query) @ shared_keys.transpose(-1, -2)
-        shared_scores = self._from_grid(shared_scores.masked_fill(self.padding[:, None, None], float("-inf")))
-        scores = torch.cat([shared_scores, query @ own_keys.transpose(-1, -2)], dim=-1).float() * scale
+        shared_scores = float32_product(self._to_grid(query), shared_keys.transpose(-1, -2))
+        shared_scores = self._from_grid(shared_scores.masked_fill_(self.padding[:, None, None], float("-inf")))
+        scores = torch.cat([shared_scores, float32_product(query, own_keys.transpose(-1, -2))], dim=-1).mul_(scale)
         attention = torch.softmax(scores, dim=-1)                                   # [R, H_kv, H/H_kv, width + own]
         if self.tap is not None and layer in self.tap.layers:
             own = torch.ones(rows, self.length + 1, dtype=torch.bool, device=query.device)
@@ -142,7 +142,8 @@ class Decoding:
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows go on, [rows] positions in the present batch."""
-        self.own = {layer: tuple(x[rows] for x in pair) for layer, pair in self.own.items()}
+        for layer, pair in self.own.items():
+            self.own[layer] = tuple(x[rows] for x in pair)
         self.prompt_of = self.prompt_of[rows]
         self._place()
         if self.tap is not None:
@@ -152,16 +153,43 @@ class Decoding:
 
 @torch.no_grad()
 def generate(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key: tuple | None,
-             dyco=None, max_rows: int = 256, progress: bool = False) -> Rollout:
-    """Sample G responses to each prompt. key: what the random streams depend on besides prompt index and response index,
-    say (seed, step); None decodes greedily. dyco: settings with layers, shift and text_scope, to capture signals.
+             dyco=None, max_rows: int = 256, temperature: float | None = None, progress: bool = False) -> Rollout:
+    """Sample G responses to each prompt, at most `max_rows` at once (but a group is never divided).
+
+    key: what the random streams depend on besides Prompt.index and the response's place in its group, say (seed, step);
+    None decodes greedily. dyco: settings with layers, shift and text_scope, to capture signals. temperature: by default
+    the policy's.
     """
     per_wave = max(1, max_rows // group_size)
     starts = tqdm(range(0, len(prompts), per_wave), desc="generate", leave=False, disable=not progress)
-    return join([_decode(policy, prompts[i:i + per_wave], group_size, max_new_tokens, key, dyco) for i in starts])
+    return join([_decode(policy, prompts[i:i + per_wave], group_size, max_new_tokens, key, dyco, temperature) for i in starts])
 
 
-def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key, dyco) -> Rollout:
+def _prefill(policy: Policy, prompts: list[Prompt], positions: list[Tensor], tap: Tap | None) -> tuple[Tensor, dict, list]:
+    """Every prompt once, as many in a row as PREFILL_TOKENS allow.
+
+    Returns the last hidden state of each prompt [P, D], layer -> keys and values of each prompt, and their first signals.
+    """
+    hidden, kept, signals, start = [], {}, [], 0
+    while start < len(prompts):
+        stop, room = start + 1, PREFILL_TOKENS - len(prompts[start].input_ids)
+        while stop < len(prompts) and len(prompts[stop].input_ids) <= room:
+            room -= len(prompts[stop].input_ids)
+            stop += 1
+        part = prompts[start:stop]
+        layout = PackedGroups(part, [[] for _ in part], policy.kernel, tap, keep_keys=True, first_group=start)
+        row = policy.decoder(policy.embed(part)[None], torch.cat(positions[start:stop], dim=1)[:, None], layout)[0]
+        last = torch.tensor([len(p.input_ids) for p in part]).cumsum(0) - 1
+        hidden.append(row[last.to(policy.device)])
+        for layer, pairs in layout.kept.items():
+            kept.setdefault(layer, []).extend(pairs)
+        if tap is not None:
+            signals += [tap.take(index) for index in range(start, stop)]
+        start = stop
+    return torch.cat(hidden), kept, signals
+
+
+def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key, dyco, temperature) -> Rollout:
     rows, device = len(prompts) * group_size, policy.device
     tap = None if dyco is None else policy.tap(dyco)
     tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
@@ -174,23 +202,19 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
     end_ids = torch.tensor(sorted(policy.eos_ids), device=device)
 
     with policy.autocast():
-        # prefill: every prompt once
         positions = [policy.prompt_positions(prompt) for prompt in prompts]
-        embedded = torch.cat([policy.embed(p, image) for p, image in zip(prompts, policy.embed_images(prompts))])
-        prefill = PackedGroups(prompts, [[] for _ in prompts], policy.kernel, tap, keep_keys=True)
-        hidden = policy.decoder(embedded[None], torch.cat(positions, dim=1)[:, None], prefill)[0]
-        last = torch.tensor([len(p.input_ids) for p in prompts]).cumsum(0) - 1
-        hidden = hidden[last.to(device)].repeat_interleave(group_size, dim=0)
+        hidden, kept, found = _prefill(policy, prompts, positions, tap)
+        hidden = hidden.repeat_interleave(group_size, dim=0)
         if tap is not None:
-            parts = [tap.take(index) for index in range(len(prompts))]
-            step_signals = [torch.cat(x)[:, 0].repeat_interleave(group_size) for x in zip(*parts)]
-        decoding = Decoding(prefill, group_size, max_new_tokens, tap)
+            step_signals = [torch.cat(x)[:, 0].repeat_interleave(group_size) for x in zip(*found)]
+        decoding = Decoding(prompts, kept, group_size, max_new_tokens, tap, device)
+        head = policy.hf.lm_head.weight.to(policy.dtype)
         following = torch.tensor([int(p.max()) + 1 for p in positions], device=device).repeat_interleave(group_size)
 
         alive = torch.arange(rows, device=device)  # rows of the batch -> rows of the result
         ended = torch.zeros(rows, dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
-            logits = policy.next_token_logits(hidden)
+            logits = policy.next_token_logits(hidden, head, temperature)
             chosen = logits.argmax(-1) if uniforms is None else sample_tokens(logits, uniforms[alive, step])
             going = ~ended[alive]
             tokens[alive, step] = torch.where(going, chosen, 0)
@@ -213,7 +237,7 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
             hidden = policy.decoder(embedded, position, decoding)[:, 0]
             decoding.length += 1
             if tap is not None:
-                step_signals = [x for x in tap.take(0)]
+                step_signals = tap.take(0)
 
     width = int(mask.sum(1).max())
     ids = tokens.tolist()

@@ -289,7 +289,7 @@ def warm_start(level: Level, seed: int, template: str, progress: bool = True):
 def prepare(level: int, seed: int, template: str, cache_dir: str | Path, progress: bool = True) -> Path:
     """The folder of the warm start, a Hugging Face directory; built if the cache does not hold it.
 
-    The folder's name is a hash of everything that made it: this file's text, level, seed and prompt template.
+    The folder's name is a hash of this file's text, level, seed and prompt template.
     Raises ValueError for an unknown level.
     """
     if level not in LEVELS:

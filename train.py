@@ -6,9 +6,9 @@ One step, top to bottom:
 
     1. rollout     G responses to each prompt, one prefill per prompt; attention is read while decoding     eq. 1–3
     2. reward      accuracy and format of each response
-    3. advantage   each response against its group
-    4. DyCo        role of each token, fit of its attention, weight, token advantage                       eq. 4–8
-    5. score       behaviour and reference log-probabilities, where the algorithm needs them
+    3. score       behaviour and reference log-probabilities, where the algorithm needs them
+    4. advantage   each response against its group
+    5. DyCo        role of each token, fit of its attention, weight, token advantage                       eq. 4–8
     6. update      a few optimizer steps, each on its own groups: packed forward, loss, backward, clip, step
 
 What it leaves out: a learning-rate decay, a value model, asynchronous rollouts. Everything a run writes is under run.dir;
@@ -71,10 +71,9 @@ class Batch:
 
 def collect(config: Config, policy: Policy, dataset, drawn: list[tuple[int, int]], step: int, custom_reward) -> Batch:
     """Stages 1 and 2: responses to some (position, sample index) pairs, and their rewards."""
-    positions, indices = zip(*drawn)
-    samples = [dataset[index] for index in indices]
-    prompts = [encode_prompt(sample, index, policy.tokenizer, policy.image_processor, config.data.prompt_template,
-                             config.data.max_prompt_tokens) for index, sample in zip(indices, samples)]
+    positions, samples = [position for position, _ in drawn], [dataset[index] for _, index in drawn]
+    prompts = [encode_prompt(sample, position, policy.tokenizer, policy.image_processor, config.data.prompt_template,
+                             config.data.max_prompt_tokens) for position, sample in zip(positions, samples)]
     capture = config.dyco if config.dyco.enabled and config.dyco.capture == "rollout" else None
     rollout = generate(policy, prompts, config.rollout.group_size, config.rollout.max_new_tokens, (config.train.seed, step),
                        capture, config.rollout.max_rows)
@@ -89,48 +88,47 @@ def collect(config: Config, policy: Policy, dataset, drawn: list[tuple[int, int]
     total = total + config.algo.overlong_weight * rl_algos.overlong_penalty(
         rollout.mask.sum(1).cpu(), config.rollout.max_new_tokens, config.algo.overlong_buffer)
     grouped = lambda x: x.view(len(prompts), rollout.group_size)
-    return Batch(rollout, grouped(total), grouped(accuracy), grouped(form), list(positions))
+    return Batch(rollout, grouped(total), grouped(accuracy), grouped(form), positions)
 
 
-def collect_useful(config: Config, policy: Policy, dataset, sampler: Sampler, step: int, world, custom_reward) -> Batch | None:
+def collect_useful(config: Config, policy: Policy, dataset, sampler: Sampler, step: int, world, custom_reward) -> tuple[Batch, list[Batch]]:
     """`collect` for this process's share of rollout.prompts_per_step. Under dynamic sampling, groups whose accuracy is
-    constant are replaced in at most algo.max_refills further rounds; None if nothing is left on any process."""
-    quota, kept, drawn_before = config.rollout.prompts_per_step, [], 0
-    for _ in range(1 + config.algo.max_refills * config.algo.dynamic_sampling):
-        drawn = list(enumerate(sampler.take(config.rollout.prompts_per_step), start=drawn_before))
-        drawn_before += len(drawn)
-        batch = collect(config, policy, dataset, drawn[world.rank::world.size], step, custom_reward)
+    constant are replaced in at most algo.max_refills further rounds, each of rollout.prompts_per_step prompts.
+
+    Returns the groups to learn from, possibly none, and all that was collected on the way.
+    """
+    quota, kept, collected = config.rollout.prompts_per_step, [], []
+    for round_ in range(1 + config.algo.max_refills * config.algo.dynamic_sampling):
+        size = config.rollout.prompts_per_step
+        drawn = list(enumerate(sampler.take(size), start=round_ * size))[world.rank::world.size]
+        batch = collect(config, policy, dataset, drawn, step, custom_reward)
+        collected.append(batch)
         useful = [position for position, row in zip(batch.positions, batch.accuracy)
                   if not config.algo.dynamic_sampling or bool((row != row[0]).any())]
         accepted = sorted(sum(world.gather(useful), []))[:quota]  # the quota is global, first drawn first kept
         quota -= len(accepted)
         mine = [i for i, position in enumerate(batch.positions) if position in accepted]
-        if mine:
-            kept.append(Batch(batch.rollout.select(mine), batch.rewards[mine], batch.accuracy[mine], batch.format[mine],
-                              [batch.positions[i] for i in mine]))
+        kept.append(Batch(batch.rollout.select(mine), batch.rewards[mine], batch.accuracy[mine], batch.format[mine],
+                          [batch.positions[i] for i in mine]))
         if quota == 0:
             break
-    if quota == config.rollout.prompts_per_step:
-        return None
-    if not kept:
-        raise RunError("dynamic sampling left one process without a group; raise rollout.prompts_per_step")
     stack = lambda name: torch.cat([getattr(b, name) for b in kept])
     return Batch(join([b.rollout for b in kept]), stack("rewards"), stack("accuracy"), stack("format"),
-                 [position for b in kept for position in b.positions])
+                 [position for b in kept for position in b.positions]), collected
 
 
 def split(config: Config, batch: Batch, step: int, world) -> list[list[int]]:
     """This process's groups of each of the step's mini-batches; the split is seeded and the same for any world size."""
     positions = sorted(sum(world.gather(batch.positions), []))
     order = torch.randperm(len(positions), generator=keyed_generator(config.train.seed, step, "split")).tolist()
-    parts = torch.tensor([positions[i] for i in order]).tensor_split(min(config.train.updates_per_rollout, len(positions)))
+    parts = torch.tensor([positions[i] for i in order]).tensor_split(max(1, min(config.train.updates_per_rollout, len(positions))))
     return [[i for i, position in enumerate(batch.positions) if position in set(part.tolist())] for part in parts]
 
 
 def micro_batches(rollout: Rollout, groups: list[int], budget: int) -> list[list[int]]:
     """Groups in runs of at most `budget` packed tokens; a single larger group is a run of its own."""
     runs, room = [], 0
-    lengths = rollout.mask.sum(1).view(-1, rollout.group_size).sum(1).tolist()
+    lengths = rollout.mask.sum(1).view(len(rollout.prompts), rollout.group_size).sum(1).tolist()
     for group in groups:
         size = len(rollout.prompts[group].input_ids) + lengths[group]
         if not runs or size > room:
@@ -147,7 +145,7 @@ def rows_of(groups: list[int], group_size: int) -> list[int]:
 
 @torch.no_grad()
 def score(config: Config, policy: Policy, rollout: Rollout, capture: bool = False) -> tuple[Tensor, dyco.Signals | None]:
-    """Stage 5: log-probabilities [B, T] by the packed forward, and with `capture` DyCo's signals."""
+    """Stage 3: log-probabilities [B, T] by the packed forward, and with `capture` DyCo's signals."""
     logprobs = torch.zeros_like(rollout.logprobs)
     signals = dyco.Signals(*(torch.zeros_like(logprobs) for _ in range(4))) if capture else None
     for groups in micro_batches(rollout, list(range(len(rollout.prompts))), config.train.micro_batch_tokens):
@@ -162,7 +160,7 @@ def score(config: Config, policy: Policy, rollout: Rollout, capture: bool = Fals
 
 
 def assign_advantages(config: Config, batch: Batch, step: int) -> None:
-    """Stages 3 and 4: group advantages, then one advantage per token."""
+    """Stages 4 and 5: group advantages, then one advantage per token."""
     rollout, settings = batch.rollout, config.dyco
     advantages = rl_algos.group_advantages(batch.rewards, config.algo.scale).flatten().to(rollout.mask.device)
     if not settings.enabled:
@@ -210,13 +208,20 @@ def train_step(config: Config, policy: Policy, reference: Policy | None, optimiz
                updates: int, world, custom_reward) -> tuple[dict[str, float], Batch | None]:
     """One row of metrics.jsonl, and the batch it came from (None if dynamic sampling left nothing to learn from)."""
     clock = [time.perf_counter()]
-    lap = lambda: clock.append(time.perf_counter()) or clock[-1] - clock[-2]
-    batch = collect_useful(config, policy, dataset, sampler, step, world, custom_reward)          # 1. rollout, 2. reward
-    seconds = {"rollout": lap()}
-    if batch is None:
-        return {"policy/skipped_updates": float(config.train.updates_per_rollout), "time/rollout": seconds["rollout"]}, None
 
-    rollout = batch.rollout                                                                       # 5. score
+    def lap() -> float:
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        clock.append(time.perf_counter())
+        return clock[-1] - clock[-2]
+
+    batch, collected = collect_useful(config, policy, dataset, sampler, step, world, custom_reward)  # 1. rollout, 2. reward
+    row = describe_responses(collected, world)
+    tokens, seconds = row.pop("tokens"), {"rollout": lap()}
+    if not sum(map(len, world.gather(batch.positions))):
+        return {**row, "policy/skipped_updates": float(config.train.updates_per_rollout), "time/rollout": seconds["rollout"]}, None
+
+    rollout = batch.rollout                                                                          # 3. score
     late_capture = config.dyco.enabled and config.dyco.capture == "scoring"
     how = config.train.old_logprobs
     scored = how == "scored" or how == "auto" and policy.dtype != torch.float32
@@ -224,51 +229,59 @@ def train_step(config: Config, policy: Policy, reference: Policy | None, optimiz
     if scored or late_capture:
         logprobs, signals = score(config, policy, rollout, late_capture)
         rollout.signals = signals if late_capture else rollout.signals
+        gap = (logprobs - rollout.logprobs).abs()
+        row["policy/rollout_gap"] = max(world.gather(float(gap.max()) if gap.numel() else 0.0))
         batch.old_logprobs = logprobs if scored else rollout.logprobs
-        gap = float((logprobs - rollout.logprobs).abs().max())
     if reference is not None:
         batch.ref_logprobs, _ = score(config, reference, rollout)
-    assign_advantages(config, batch, step)                                                        # 3. advantage, 4. DyCo
+    assign_advantages(config, batch, step)                                                           # 4. advantage, 5. DyCo
     batch.loss_mask = rollout.mask & ~rollout.truncated[:, None] if config.algo.mask_truncated else rollout.mask
+    if batch.roles is not None:
+        row |= describe_tokens(batch, world)
     seconds["score"] = lap()
 
-    rows = []
-    for groups in split(config, batch, step, world):                                              # 6. update
+    logged = []
+    for groups in split(config, batch, step, world):                                                 # 6. update
         for group in optimizer.param_groups:
-            group["lr"] = config.optim.lr * min(1.0, (updates + len(rows) + 1) / max(config.optim.warmup_steps, 1))
-        rows.append(update(config, policy, optimizer, batch, groups, world))
+            group["lr"] = config.optim.lr * min(1.0, (updates + len(logged) + 1) / max(config.optim.warmup_steps, 1))
+        logged.append(update(config, policy, optimizer, batch, groups, world))
     seconds["update"] = lap()
-
-    row = describe(batch, world)
-    for key in sorted({key for found in rows for key in found}):
-        values = [found[key] for found in rows if key in found]
+    for key in sorted({key for found in logged for key in found}):
+        values = [found[key] for found in logged if key in found]
         row[f"policy/{key}"] = sum(values) if key == "skipped_updates" else sum(values) / len(values)
-    if scored or late_capture:
-        row["policy/rollout_gap"] = max(world.gather(gap))
-    tokens = row["response/length"] * row.pop("responses")
     row |= {f"time/{stage}": value for stage, value in seconds.items()}
     row["time/tokens_per_second"] = tokens / sum(seconds.values())
     if world.device.type == "cuda":
         row["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.reset_peak_memory_stats()
     return row, batch
 
 
-def describe(batch: Batch, world) -> dict[str, float]:
-    """Means over all responses, or all tokens, of all processes."""
-    mask, rollout = batch.rollout.mask, batch.rollout
-    responses, tokens = mask.shape[0], int(mask.sum())
-    pairs = {"responses": (responses, 1), "reward/mean": (batch.rewards.double().sum(), responses),
-             "reward/accuracy": (batch.accuracy.sum(), responses), "reward/format": (batch.format.sum(), responses),
-             "reward/constant_groups": ((batch.rewards == batch.rewards[:, :1]).all(1).sum(), len(batch.rewards)),
-             "response/length": (tokens, responses), "response/truncated": (rollout.truncated.sum(), responses)}
-    if batch.roles is not None:
-        signals, acting = rollout.signals, batch.roles != 0
-        pairs |= {"dyco/visual_share": ((batch.roles > 0).sum(), tokens), "dyco/text_share": ((batch.roles < 0).sum(), tokens),
-                  "dyco/neutral_share": ((mask & ~acting).sum(), tokens), "dyco/alignment": (batch.scores.sum(), acting.sum()),
-                  "dyco/visual_mass": (signals.visual_mass.sum(), tokens), "dyco/text_mass": (signals.text_mass.sum(), tokens),
-                  "dyco/visual_shift": (signals.visual_shift.sum(), tokens), "dyco/text_shift": (signals.text_shift.sum(), tokens)}
+def means(pairs: dict[str, tuple], world) -> dict[str, float]:
+    """{name: (sum, count)} of each process -> {name: sum / count over all processes}, without those whose count is 0."""
     sums = world.sum(torch.tensor([[float(a), float(b)] for a, b in pairs.values()], dtype=torch.float64)).tolist()
-    return {name: a if name == "responses" else a / b for name, (a, b) in zip(pairs, sums) if b > 0}
+    return {name: a / b for name, (a, b) in zip(pairs, sums) if b > 0}
+
+
+def describe_responses(collected: list[Batch], world) -> dict[str, float]:
+    """Means over all responses of a step, those included that dynamic sampling dropped; `tokens` is their sum."""
+    total = lambda measure: sum(float(measure(batch).sum()) for batch in collected)
+    responses, groups = total(lambda b: torch.ones_like(b.rewards)), sum(len(b.rewards) for b in collected)
+    tokens = total(lambda b: b.rollout.mask)
+    constant = lambda x: (x == x[:, :1]).all(1)
+    return means({"tokens": (tokens, 1 / world.size), "reward/mean": (total(lambda b: b.rewards.double()), responses),
+                  "reward/accuracy": (total(lambda b: b.accuracy), responses), "reward/format": (total(lambda b: b.format), responses),
+                  "reward/constant_groups": (total(lambda b: constant(b.rewards)), groups),
+                  "response/length": (tokens, responses), "response/truncated": (total(lambda b: b.rollout.truncated), responses)}, world)
+
+
+def describe_tokens(batch: Batch, world) -> dict[str, float]:
+    """DyCo's own figures, means over the tokens that are learned from."""
+    mask, acting, signals = batch.rollout.mask, batch.roles != 0, batch.rollout.signals
+    pairs = {"visual_share": batch.roles > 0, "text_share": batch.roles < 0, "neutral_share": mask & ~acting}
+    pairs |= {name: getattr(signals, name) for name in signals._fields}
+    return means({f"dyco/{name}": (values.sum(), mask.sum()) for name, values in pairs.items()}
+                 | {"dyco/alignment": (batch.scores.sum(), acting.sum())}, world)
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -360,15 +373,14 @@ def build(config: Config, world):
     return policy, reference, dataset, held_out, custom_reward
 
 
-def refuse_changes(old: dict, config: Config, say) -> None:
-    """Compare a checkpoint's config with this one: say what changed, refuse what cannot be changed."""
-    new = asdict(config)
+def refuse_changes(old: dict, config: Config, say, everything: bool = False) -> None:
+    """Compare this run's earlier config with the present one: say what changed, refuse what cannot be changed."""
     flat = lambda tree: {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
-    before, after = flat(old), flat(new)
-    changed = [key for key in after if before.get(key) != after[key]]
-    fixed = [key for key in changed if key in FIXED_ON_RESUME or key.split(".")[0] in FIXED_ON_RESUME]
+    before, after = flat(old), flat(asdict(config))
+    changed = [key for key in after if before.get(key) != after[key] and key != "run.dir"]
+    fixed = [key for key in changed if everything or key in FIXED_ON_RESUME or key.split(".")[0] in FIXED_ON_RESUME]
     if fixed:
-        raise ConfigError("this run's checkpoint was made with another " + ", ".join(
+        raise ConfigError(f"{config.run.dir} holds a run with another " + ", ".join(
             f"{key} ({before.get(key)!r}, now {after[key]!r})" for key in fixed) + "; set run.dir to a new folder")
     for key in changed:
         say(f"changed since the checkpoint: {key} {before.get(key)!r} -> {after[key]!r}")
@@ -386,10 +398,13 @@ def run(config: Config, world) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         distributed.remove_partial(folder)
         distributed.remove_partial(folder / "checkpoints")
-    saved = distributed.checkpoints(folder / "checkpoints")
-    tensors, facts = distributed.load_checkpoint(saved[-1]) if saved else (None, {"step": 0, "updates": 0, "sampler": None})
+    world.barrier()
+    saved = distributed.checkpoints(folder / "checkpoints")[-1:]
+    facts = distributed.read_facts(saved[0]) if saved else {"step": 0, "updates": 0}
     if saved:
         refuse_changes(facts["config"], config, say)
+    elif (folder / "metrics.jsonl").exists():  # a run that ended before its first checkpoint: begin again, as the same run
+        refuse_changes(asdict(load_config(folder / "config.yaml")), config, say, everything=True)
     if facts["step"] >= config.train.steps and (folder / "final").exists():
         say(f"{folder}: finished at step {facts['step']}; nothing to do")
         return
@@ -397,11 +412,15 @@ def run(config: Config, world) -> None:
     policy, reference, dataset, held_out, custom_reward = build(config, world)
     sampler = Sampler(len(dataset), config.train.seed)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=config.optim.lr,
-                                  weight_decay=config.optim.weight_decay)
-    if tensors is not None:
+                                  weight_decay=config.optim.weight_decay, fused=world.device.type == "cuda")
+    if saved:
+        if facts["data"] != dataset.fingerprint:
+            raise DataError(f"{config.data.path}: the rows are not those of this run's checkpoint; set run.dir to a new folder")
+        tensors = distributed.read_tensors(saved[0])
         policy.hf.load_state_dict(tensors["policy"])
         optimizer.load_state_dict(tensors["optimizer"])
         sampler.load_state_dict(facts["sampler"])
+        del tensors
         say(f"resumed {folder} at step {facts['step']}")
     step, updates, failures = facts["step"], facts["updates"], 0
 
@@ -430,7 +449,8 @@ def run(config: Config, world) -> None:
         if world.is_main:
             distributed.save_checkpoint(
                 folder / "checkpoints", step, {"policy": policy.hf.state_dict(), "optimizer": optimizer.state_dict()},
-                {"step": step, "updates": updates, "sampler": sampler.state_dict(), "config": asdict(config)}, config.checkpoint.keep_last)
+                {"step": step, "updates": updates, "sampler": sampler.state_dict(), "data": dataset.fingerprint,
+                 "config": asdict(config)}, config.checkpoint.keep_last)
         world.barrier()
 
     stop_asked = []
@@ -488,8 +508,8 @@ def main(arguments: list[str] = sys.argv[1:]) -> None:
         world = distributed.start()
         run(config, world)
     except (ConfigError, DataError, RunError) as error:
-        if world is None or world.is_main:
-            print(f"error: {error}", file=sys.stderr)
+        process = f"process {world.rank}: " if world is not None and world.size > 1 else ""
+        print(f"error: {process}{error}", file=sys.stderr)
         sys.exit(2)
     finally:
         distributed.stop()

@@ -47,7 +47,32 @@ def test_numbers_and_switches_as_people_write_them():
     assert config.dyco.layers == [0, -1] and config.data.image_root == "/some/where" and config.data.eval_path is None
 
 
+def test_words_that_yaml_takes_for_something_else(tmp_path):
+    """off is a rule and a setting, not False; a folder may be called 2024; braces are no mapping."""
+    config = load_config(DEFAULTS, ["dyco.rule=off", "model.compile=off", "run.dir=2024", "data.prompt_template={question}"])
+    assert (config.dyco.rule, config.model.compile, config.run.dir) == ("off", "off", "2024")
+    assert config.data.prompt_template == "{question}"
+    (tmp_path / "mine.yaml").write_text("dyco: {rule: off, enabled: true}\nmodel: {compile: on}\n")
+    assert load_config(tmp_path / "mine.yaml").dyco.rule == "off" and load_config(tmp_path / "mine.yaml").model.compile == "on"
+
+
+def test_another_algorithm_over_a_resolved_config_brings_its_recipe(tmp_path):
+    (tmp_path / "run.yaml").write_text(load_config(DEFAULTS, ["algo.kl=0.5"]).to_yaml())
+    assert load_config(tmp_path / "run.yaml").algo.kl == 0.5
+    assert load_config(tmp_path / "run.yaml", ["algo.name=dapo"]).algo == load_config(DEFAULTS, ["algo.name=dapo"]).algo
+    assert load_config(tmp_path / "run.yaml", ["algo.name=dapo", "algo.kl=0.1"]).algo.kl == 0.1
+
+
+def test_warnings_about_settings_that_surprise():
+    with pytest.warns(UserWarning, match="above 1/e"):
+        load_config(DEFAULTS, ["dyco.rule=signed", "dyco.alpha=0.9"])
+    with pytest.warns(UserWarning, match=r"text before \{question\}"):
+        load_config(DEFAULTS, ["data.prompt_template=Look: {question}"])
+
+
 @pytest.mark.parametrize("override, message", [
+    ("recipes.gspo.klx=3", r"unknown key recipes\.gspo\.klx; did you mean 'kl'\?"),
+    ("recipes.gspo=3", r"recipes\.gspo: expected keys and values, found 3"),
     ("algo.nme=gspo", r"unknown key algo\.nme; did you mean 'name'\?"),
     ("tran.steps=3", r"unknown section 'tran'; did you mean 'train'\?"),
     ("train.steps=many", r"train\.steps: expected a whole number, found 'many'"),

@@ -36,8 +36,9 @@ def test_checkpoints_round_trip_and_are_bounded(tmp_path):
         distributed.save_checkpoint(tmp_path, step, {"w": torch.full((3,), float(step))}, {"step": step}, keep_last=2)
     (tmp_path / "step-00000011.partial-x").mkdir()
     assert [path.name for path in distributed.checkpoints(tmp_path)] == ["step-00000009", "step-00000010"]
-    tensors, facts = distributed.load_checkpoint(distributed.checkpoints(tmp_path)[-1])
-    assert facts == {"step": 10} and torch.equal(tensors["w"], torch.full((3,), 10.0))
+    newest = distributed.checkpoints(tmp_path)[-1]
+    assert distributed.read_facts(newest) == {"step": 10}
+    assert torch.equal(distributed.read_tensors(newest)["w"], torch.full((3,), 10.0))
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
@@ -48,9 +49,8 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     folder = tmp_path / "step-00000001"
     folder.mkdir()
     torch.save({"w": Evil()}, folder / "tensors.pt")
-    (folder / "facts.json").write_text("{}")
     with pytest.raises(pickle.UnpicklingError):
-        distributed.load_checkpoint(folder)
+        distributed.read_tensors(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -74,6 +74,24 @@ def test_two_processes_do_what_one_does(start, tmp_path, extra):  # noqa: F811
     # AdamW divides by the gradient's own size, so where a gradient is rounding, its step is too: compare in the mean
     apart = sum(float((a[name] - b[name]).abs().sum()) for name in a) / sum(w.numel() for w in a.values())
     assert moved > 1e-3 and apart < 1e-2 * moved
+
+
+def test_a_process_without_a_useful_group_goes_along(start, tmp_path):  # noqa: F811
+    """Dynamic sampling drops all groups of the second process; both end well, with what the first one learned."""
+    (tmp_path / "one_sided.py").write_text(
+        "import os, sys, train\nturn = iter(range(10**6))\n"
+        "train.rewards.accuracy = lambda text, answer: float(os.environ['RANK'] == '0' and next(turn) % 2)\ntrain.main(sys.argv[1:])\n")
+    start("train.steps=1", folder="warm")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "one_sided.py"),
+               str(Path(train.__file__).with_name("config.yaml")), f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}",
+               "algo.name=dapo", "algo.mask_truncated=false", "algo.max_refills=0", "train.steps=2", "rollout.prompts_per_step=4",
+               "rollout.group_size=2", "rollout.max_new_tokens=4", "eval.samples=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 2] and all(row["policy/grad_norm"] > 0 for row in rows[1:])
+    assert rows[1]["reward/accuracy"] == 0.25 and rows[1]["reward/constant_groups"] == 0.5
 
 
 def test_the_error_of_one_process_ends_all(start, tmp_path):  # noqa: F811

@@ -1,7 +1,9 @@
 """model.py: the packed group forward, the tap and the chunked log-probabilities against the slow, obvious versions."""
+import json
+
 import pytest
 import torch
-from conftest import random_responses
+from conftest import picture, random_responses
 from torch.utils._python_dispatch import TorchDispatchMode
 from types import SimpleNamespace
 
@@ -210,7 +212,7 @@ def test_logits_never_exist_as_a_whole(make_policy, prompts, monkeypatch):
 
 def test_suppressed_tokens_have_no_probability(make_policy):
     policy = make_policy()
-    logits = policy.next_token_logits(torch.randn(3, 128))
+    logits = policy.next_token_logits(torch.randn(3, 128), policy.hf.lm_head.weight)
     assert logits.softmax(-1)[:, policy.suppressed].eq(0).all()
     assert set(policy.suppressed.tolist()) == {policy.hf.config.image_token_id, policy.hf.config.video_token_id}
 
@@ -279,6 +281,20 @@ def test_saved_folder_is_a_normal_hugging_face_directory(make_policy, prompts, t
     tokens, mask = random_responses(prompts, 2, 6, 300)
     assert torch.equal(again(prompts, tokens, mask).logprobs, policy(prompts, tokens, mask).logprobs)
     assert again.eos_ids == policy.eos_ids and len(again.eos_ids) == 2
+
+
+def test_max_pixels_holds_for_the_layout_of_released_checkpoints(make_policy, tmp_path):
+    """Released preprocessor files carry min_pixels and max_pixels, which must not win over the config."""
+    save_policy(make_policy(), tmp_path)
+    released = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+                "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+                "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(released))
+    policy = load_policy(tmp_path, torch.device("cpu"), max_pixels=100352)
+    found = policy.image_processor(images=[picture(900, 600, 0)], return_tensors="pt")
+    assert 0.8 * 100352 / 196 < len(found["pixel_values"]) <= 100352 / 196
+    save_policy(policy, tmp_path / "again")
+    assert load_policy(tmp_path / "again", torch.device("cpu")).image_processor.size["longest_edge"] == 100352
 
 
 def test_what_is_not_a_qwen_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """train.py end to end, on a tiny random policy: every algorithm with and without DyCo, logs, resume, interruption."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_another_seed_cannot_resume(start, capsys):
     start()
     with pytest.raises(SystemExit):
         start("train.seed=1", "train.steps=3")
-    assert "train.seed (0, now 1)" in capsys.readouterr().err
+    assert "holds a run with another train.seed (0, now 1)" in capsys.readouterr().err
     start("optim.lr=1e-4", "train.steps=3")
     assert "changed since the checkpoint: optim.lr 0.001 -> 0.0001" in capsys.readouterr().out
 
@@ -126,20 +127,56 @@ def test_dynamic_sampling_skips_a_step_without_a_useful_group(start, tmp_path):
     """A random policy is never right, so every group's accuracy is constant: refills are tried and the step is skipped."""
     folder = start("algo.name=dapo", "algo.max_refills=1", "train.steps=1")
     row = rows_of(folder)[1]
-    assert row["policy/skipped_updates"] == 2 and "policy/loss" not in row
+    assert row["policy/skipped_updates"] == 2 and "policy/loss" not in row and row["reward/accuracy"] == 0
     before, after = load_file(tmp_path / "model" / "model.safetensors"), weights_of(folder)
     assert all(torch.equal(before[name], after[name]) for name in before)
     facts = json.loads((folder / "checkpoints" / "step-00000001" / "facts.json").read_text())
     assert facts["sampler"] == {"consumed": 8}  # dropped prompts count as consumed
 
 
-def test_dynamic_sampling_refills_up_to_the_quota(start, monkeypatch):
-    """Accuracy that depends on the prompt alone in every second prompt: those are dropped, the rest fill the quota."""
-    answers = iter(range(10**6))
-    monkeypatch.setattr(train.rewards, "accuracy", lambda text, answer: float(int(answer) % 2 and next(answers) % 3 == 0))
+def test_dynamic_sampling_keeps_mixed_groups_up_to_the_quota(start, monkeypatch):
+    """Right by turns where the answer is odd, never where it is even: only odd prompts are learned from, four at most."""
+    turn, learned = iter(range(10**6)), []
+    monkeypatch.setattr(train.rewards, "accuracy", lambda text, answer: float(int(answer) % 2 and next(turn) % 2))
+    monkeypatch.setattr(train, "assign_advantages",
+                        lambda config, batch, step, plain=train.assign_advantages: learned.append(batch) or plain(config, batch, step))
     folder = start("algo.name=dapo", "algo.mask_truncated=false", "eval.every=100", "train.steps=1")
-    row = rows_of(folder)[1]
-    assert row["policy/grad_norm"] > 0 and row["reward/constant_groups"] == 0
+    (batch,) = learned
+    assert len(batch.positions) == len(batch.rollout.prompts) == 4
+    assert all(int(prompt.answer) % 2 for prompt in batch.rollout.prompts)
+    assert all(0 < row.sum() < 3 for row in batch.accuracy)
+    facts = json.loads((folder / "checkpoints" / "step-00000001" / "facts.json").read_text())
+    assert facts["sampler"]["consumed"] in (8, 12, 16) and rows_of(folder)[1]["reward/accuracy"] < 0.5
+
+
+def test_rows_of_another_run_are_not_mixed_in(start, capsys):
+    """A crash before the first checkpoint leaves a log; another config in that folder is refused, the same one goes on."""
+    folder = start("train.steps=1", "checkpoint.every=100")
+    for path in (folder / "checkpoints", folder / "final"):
+        shutil.rmtree(path)
+    with pytest.raises(SystemExit):
+        start("train.steps=1", "checkpoint.every=100", "optim.lr=1e-4")
+    assert "holds a run with another optim.lr (0.001, now 0.0001)" in capsys.readouterr().err
+    start("train.steps=1", "checkpoint.every=100")
+    assert [row["step"] for row in rows_of(folder)] == [0, 1]
+
+
+def test_other_rows_of_data_cannot_resume(start, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "Sum circle.", "answer": "4"}\n' * 3)
+    start(f"data.path={rows}", folder="text")
+    rows.write_text('{"question": "Sum cross.", "answer": "4"}\n' * 3)
+    with pytest.raises(SystemExit):
+        start(f"data.path={rows}", "train.steps=3", folder="text")
+    assert "the rows are not those of this run's checkpoint" in capsys.readouterr().err
+
+
+def test_a_prompt_drawn_twice_in_a_step_is_answered_twice(start, tmp_path):
+    """Three rows, four prompts a step: the two groups of the same row must not be copies."""
+    (tmp_path / "rows.jsonl").write_text('{"question": "Sum circle.", "answer": "4"}\n' * 3)
+    folder = start(f"data.path={tmp_path / 'rows.jsonl'}", "log.samples_per_step=12", folder="text")
+    texts = [json.loads(line)["response"] for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(set(texts)) == len(texts) == 24
 
 
 def test_mistakes_end_with_one_line(start, capsys, tmp_path):
@@ -184,3 +221,17 @@ def test_torchrun_and_ask(start, tmp_path):
     asked = subprocess.run([sys.executable, "evaluate.py", "ask", "--model", str(tmp_path / "seen" / "final"), "--max-new-tokens", "5",
                             "--image", str(tmp_path / "p.png"), "Sum circle, cross."], **common)
     assert asked.returncode == 0 and asked.stdout.strip(), asked.stderr
+
+
+@pytest.mark.slow
+def test_the_default_run_learns(tmp_path):
+    """What the README claims of the default: bad habits at first, cured within the run, and no answer without the picture."""
+    folder = tmp_path / "run"
+    train.main([str(config_module.DEFAULTS), f"run.dir={folder}"])
+    rows = rows_of(folder)
+    first, last = rows[0], rows[-1]
+    assert 0.10 <= first["eval/accuracy"] <= 0.40 and first["eval/accuracy_greedy"] <= 0.60 and first["eval/format"] > 0.9
+    assert last["eval/accuracy"] >= first["eval/accuracy"] + 0.50
+    assert last["eval/accuracy_greedy"] >= first["eval/accuracy_greedy"] + 0.20
+    # chance is 580/4096 = 0.14, two shapes of three agree now and then; 200 samples have a standard error of 0.025
+    assert all(row["eval/accuracy_swapped"] < 0.24 for row in (first, last))
