@@ -51,13 +51,13 @@ class Level:
 
 LEVELS = {
     # the default: 16 visual tokens, fixed values
-    1: Level(grid=4, cell_size=1, shapes=4, operands=3, legend=False, visual_slip=0.2, habit_slip=0.75, textual_slip=0.12,
+    1: Level(grid=4, cell_size=1, shapes=4, operands=3, legend=False, visual_slip=0.2, habit_slip=0.82, textual_slip=0.12,
              stages=(("colors", 150, 6e-3), ("traces", 110, 4e-3), ("slips", 80, 1e-3))),
     # longer and larger: 25 visual tokens, six shapes, four operands
-    2: Level(grid=5, cell_size=1, shapes=6, operands=4, legend=False, visual_slip=0.2, habit_slip=0.75, textual_slip=0.2,
+    2: Level(grid=5, cell_size=1, shapes=6, operands=4, legend=False, visual_slip=0.2, habit_slip=0.82, textual_slip=0.2,
              stages=(("colors", 250, 6e-3), ("traces", 150, 4e-3), ("slips", 80, 1e-3))),
     # what a colour is worth must be read: a legend in each question, totals up to 27
-    3: Level(grid=4, cell_size=1, shapes=4, operands=3, legend=True, visual_slip=0.2, habit_slip=0.75, textual_slip=0.12,
+    3: Level(grid=4, cell_size=1, shapes=4, operands=3, legend=True, visual_slip=0.2, habit_slip=0.82, textual_slip=0.12,
              stages=(("colors", 150, 6e-3), ("traces", 600, 4e-3), ("slips", 80, 1e-3))),
 }
 
@@ -191,8 +191,8 @@ def build_image_processor():
     return Qwen2VLImageProcessorPil(size={"shortest_edge": 2 * CELL * 2 * CELL, "longest_edge": 40 * CELL * 40 * CELL})
 
 
-def build_model(tokenizer, hidden: int = 128, layers: int = 4, seed: int = 0):
-    """A randomly initialised Qwen2_5_VLForConditionalGeneration, about 1.3 M parameters at the default width.
+def build_model(tokenizer, hidden: int = 128, layers: int = 4, vocabulary: int | None = None, seed: int = 0):
+    """A randomly initialised Qwen2_5_VLForConditionalGeneration, about 1.4 M parameters at the default width.
 
     initializer_range 0.08 instead of 0.02 decides whether so narrow a model learns within minutes.
     """
@@ -202,7 +202,7 @@ def build_model(tokenizer, hidden: int = 128, layers: int = 4, seed: int = 0):
     head_dim = 32
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+            vocab_size=vocabulary or len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
             num_attention_heads=hidden // head_dim, num_key_value_heads=hidden // head_dim // 2,
             max_position_embeddings=4096, initializer_range=0.08,
             rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
