@@ -101,7 +101,7 @@ class Rollout:
     group_size: int
     max_new_tokens: int
     temperature: float
-    max_rows: int
+    max_cache_tokens: int
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ class Train:
     updates_per_rollout: int
     micro_batch_tokens: int
     old_logprobs: Literal["auto", "rollout", "scored"]
+    profile_steps: int
     threads: int
 
 
@@ -324,12 +325,12 @@ def _out_of_range(c: Config) -> list[str]:
             problems.append(f"{key}: expected {expected}, found {getattr(getattr(c, section), name)!r}")
 
     for key in ("data.max_prompt_tokens", "data.max_pixels", "toy.train_size", "toy.eval_size", "rollout.prompts_per_step",
-                "rollout.max_new_tokens", "rollout.max_rows", "train.updates_per_rollout", "train.micro_batch_tokens",
+                "rollout.max_new_tokens", "rollout.max_cache_tokens", "train.updates_per_rollout", "train.micro_batch_tokens",
                 "eval.every", "eval.samples", "checkpoint.every", "checkpoint.keep_last"):
         section, name = key.split(".")
         need(getattr(getattr(c, section), name) >= 1, key, "a whole number of at least 1")
     for key in ("algo.kl", "algo.max_refills", "algo.clip_low", "algo.clip_high", "algo.overlong_buffer", "algo.overlong_weight",
-                "dyco.alpha", "dyco.tau", "reward.accuracy_weight", "reward.format_weight", "train.steps", "train.threads",
+                "dyco.alpha", "dyco.tau", "reward.accuracy_weight", "reward.format_weight", "train.steps", "train.threads", "train.profile_steps",
                 "optim.lr", "optim.weight_decay", "optim.warmup_steps", "log.samples_per_step"):
         section, name = key.split(".")
         need(getattr(getattr(c, section), name) >= 0, key, "0 or more")

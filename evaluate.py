@@ -15,6 +15,8 @@ from distributed import ALONE, World
 from model import Policy, load_policy
 from rollout import generate
 
+ROWS = 256  # whose pixels are in memory at once
+
 
 def swap_images(samples: list[Sample]) -> list[Sample]:
     """Each sample with the images of the next one that has as many of them; questions and answers stay."""
@@ -28,7 +30,7 @@ def swap_images(samples: list[Sample]) -> list[Sample]:
     return swapped
 
 
-def held_out(policy: Policy, samples: list[Sample], template: str, max_new_tokens: int, seed: int, max_rows: int = 256,
+def held_out(policy: Policy, samples: list[Sample], template: str, max_new_tokens: int, seed: int, max_cache_tokens: int = 131072,
              swapped: bool = True, max_prompt_tokens: int | None = None, world: World = ALONE) -> dict[str, float]:
     """Accuracy on samples, as fractions 0 … 1: sampled at temperature 1, greedy, and with images swapped.
 
@@ -39,10 +41,10 @@ def held_out(policy: Policy, samples: list[Sample], template: str, max_new_token
 
     def respond(of: list[Sample], key: tuple | None) -> tuple[list[str], list[int]]:
         texts, lengths = [], []
-        for start in range(0, len(places), max_rows):
+        for start in range(0, len(places), ROWS):
             prompts = [encode_prompt(of[place], place, policy.tokenizer, policy.image_processor, template, max_prompt_tokens)
-                       for place in places[start:start + max_rows]]
-            rollout = generate(policy, prompts, 1, max_new_tokens, key, max_rows=max_rows, temperature=1.0)
+                       for place in places[start:start + ROWS]]
+            rollout = generate(policy, prompts, 1, max_new_tokens, key, max_cache_tokens=max_cache_tokens, temperature=1.0)
             texts += rollout.texts
             lengths += rollout.mask.sum(1).tolist()
         return texts, lengths

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from data import Prompt
 from dyco import Signals
@@ -59,6 +58,22 @@ def join(rollouts: list[Rollout]) -> Rollout:
     return Rollout([p for r in rollouts for p in r.prompts], rollouts[0].group_size, stack([r.tokens for r in rollouts]),
                    stack([r.mask for r in rollouts]), stack([r.logprobs for r in rollouts]),
                    torch.cat([r.truncated for r in rollouts]), signals, [text for r in rollouts for text in r.texts])
+
+
+def runs_within(sizes: list[int], budget: int) -> list[list[int]]:
+    """Consecutive indices in runs whose sizes add up to at most `budget`; a larger one is a run of its own.
+
+    >>> runs_within([3, 3, 5, 9, 1], budget=8)
+    [[0, 1], [2], [3], [4]]
+    """
+    runs, room = [], 0
+    for index, size in enumerate(sizes):
+        if not runs or size > room:
+            runs.append([])
+            room = budget
+        runs[-1].append(index)
+        room -= size
+    return runs
 
 
 def keyed_generator(*key) -> torch.Generator:
@@ -153,16 +168,15 @@ class Decoding:
 
 @torch.no_grad()
 def generate(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key: tuple | None,
-             dyco=None, max_rows: int = 256, temperature: float | None = None, progress: bool = False) -> Rollout:
-    """Sample G responses to each prompt, at most `max_rows` at once (but a group is never divided).
+             dyco=None, max_cache_tokens: int = 131072, temperature: float | None = None) -> Rollout:
+    """Sample G responses to each prompt, in waves of at most `max_cache_tokens` prompt and response tokens.
 
     key: what the random streams depend on besides Prompt.index and the response's place in its group, say (seed, step);
     None decodes greedily. dyco: settings with layers, shift and text_scope, to capture signals. temperature: by default
     the policy's.
     """
-    per_wave = max(1, max_rows // group_size)
-    starts = tqdm(range(0, len(prompts), per_wave), desc="generate", leave=False, disable=not progress)
-    return join([_decode(policy, prompts[i:i + per_wave], group_size, max_new_tokens, key, dyco, temperature) for i in starts])
+    waves = runs_within([len(prompt.input_ids) + group_size * max_new_tokens for prompt in prompts], max_cache_tokens)
+    return join([_decode(policy, [prompts[i] for i in wave], group_size, max_new_tokens, key, dyco, temperature) for wave in waves])
 
 
 def _prefill(policy: Policy, prompts: list[Prompt], positions: list[Tensor], tap: Tap | None) -> tuple[Tensor, dict, list]:
@@ -170,22 +184,17 @@ def _prefill(policy: Policy, prompts: list[Prompt], positions: list[Tensor], tap
 
     Returns the last hidden state of each prompt [P, D], layer -> keys and values of each prompt, and their first signals.
     """
-    hidden, kept, signals, start = [], {}, [], 0
-    while start < len(prompts):
-        stop, room = start + 1, PREFILL_TOKENS - len(prompts[start].input_ids)
-        while stop < len(prompts) and len(prompts[stop].input_ids) <= room:
-            room -= len(prompts[stop].input_ids)
-            stop += 1
-        part = prompts[start:stop]
-        layout = PackedGroups(part, [[] for _ in part], policy.kernel, tap, keep_keys=True, first_group=start)
-        row = policy.decoder(policy.embed(part)[None], torch.cat(positions[start:stop], dim=1)[:, None], layout)[0]
+    hidden, kept, signals = [], {}, []
+    for run in runs_within([len(p.input_ids) for p in prompts], PREFILL_TOKENS):
+        part = [prompts[i] for i in run]
+        layout = PackedGroups(part, [[] for _ in part], policy.kernel, tap, keep_keys=True, first_group=run[0])
+        row = policy.decoder(policy.embed(part)[None], torch.cat([positions[i] for i in run], dim=1)[:, None], layout)[0]
         last = torch.tensor([len(p.input_ids) for p in part]).cumsum(0) - 1
         hidden.append(row[last.to(policy.device)])
         for layer, pairs in layout.kept.items():
             kept.setdefault(layer, []).extend(pairs)
         if tap is not None:
-            signals += [tap.take(index) for index in range(start, stop)]
-        start = stop
+            signals += [tap.take(index) for index in run]
     return torch.cat(hidden), kept, signals
 
 

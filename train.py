@@ -14,6 +14,7 @@ One step, top to bottom:
 What it leaves out: a learning-rate decay, a value model, asynchronous rollouts. Everything a run writes is under run.dir;
 the same command resumes it.
 """
+import contextlib
 import json
 import math
 import os
@@ -37,7 +38,7 @@ import toy
 from config import Config, ConfigError, load_config
 from data import DataError, JsonlDataset, Sampler, check_lengths, encode_prompt
 from model import Policy, load_policy, save_policy
-from rollout import Rollout, generate, join, keyed_generator
+from rollout import Rollout, generate, join, keyed_generator, runs_within
 
 # config keys that decide what a run *is*: a checkpoint of another value cannot be continued
 FIXED_ON_RESUME = ("model.path", "model.freeze_vision", "data.path", "data.image_root", "data.prompt_template", "toy", "train.seed")
@@ -76,7 +77,7 @@ def collect(config: Config, policy: Policy, dataset, drawn: list[tuple[int, int]
                              config.data.max_prompt_tokens) for position, sample in zip(positions, samples)]
     capture = config.dyco if config.dyco.enabled and config.dyco.capture == "rollout" else None
     rollout = generate(policy, prompts, config.rollout.group_size, config.rollout.max_new_tokens, (config.train.seed, step),
-                       capture, config.rollout.max_rows)
+                       capture, config.rollout.max_cache_tokens)
 
     of = [sample for sample in samples for _ in range(rollout.group_size)]
     accuracy = torch.tensor([rewards.accuracy(text, sample.answer) for text, sample in zip(rollout.texts, of)])
@@ -127,16 +128,9 @@ def split(config: Config, batch: Batch, step: int, world) -> list[list[int]]:
 
 def micro_batches(rollout: Rollout, groups: list[int], budget: int) -> list[list[int]]:
     """Groups in runs of at most `budget` packed tokens; a single larger group is a run of its own."""
-    runs, room = [], 0
     lengths = rollout.mask.sum(1).view(len(rollout.prompts), rollout.group_size).sum(1).tolist()
-    for group in groups:
-        size = len(rollout.prompts[group].input_ids) + lengths[group]
-        if not runs or size > room:
-            runs.append([])
-            room = budget
-        runs[-1].append(group)
-        room -= size
-    return runs
+    runs = runs_within([len(rollout.prompts[group].input_ids) + lengths[group] for group in groups], budget)
+    return [[groups[i] for i in run] for run in runs]
 
 
 def rows_of(groups: list[int], group_size: int) -> list[int]:
@@ -434,7 +428,7 @@ def run(config: Config, world) -> None:
             return {}
         samples = [held_out[i] for i in range(min(config.eval.samples, len(held_out)))]
         return {f"eval/{name}": value for name, value in evaluate.held_out(
-            policy, samples, config.data.prompt_template, config.rollout.max_new_tokens, config.train.seed, config.rollout.max_rows,
+            policy, samples, config.data.prompt_template, config.rollout.max_new_tokens, config.train.seed, config.rollout.max_cache_tokens,
             config.eval.swapped, config.data.max_prompt_tokens, world).items()}
 
     def record(row: dict) -> None:
@@ -462,7 +456,8 @@ def run(config: Config, world) -> None:
     bar = tqdm(total=config.train.steps, initial=step, disable=not world.is_main, desc="train")
     while step < config.train.steps:
         step += 1
-        row, batch = train_step(config, policy, reference, optimizer, dataset, sampler, step, updates, world, custom_reward)
+        with profiled(config.train.profile_steps >= step - facts["step"] > 0 and world.is_main, folder / f"profile-{step}.json"):
+            row, batch = train_step(config, policy, reference, optimizer, dataset, sampler, step, updates, world, custom_reward)
         updates += config.train.updates_per_rollout
         failures = failures + 1 if row.get("policy/skipped_updates") and batch is not None else 0
         if failures >= MAX_FAILURES:
@@ -487,7 +482,29 @@ def run(config: Config, world) -> None:
     bar.close()
     if world.is_main:
         distributed.write_folder(folder / "final", lambda path: save_policy(policy, path))
+        if held_out is not None:
+            say(curve(log.path))
         say(f"done: {folder / 'final'} is a Hugging Face directory; try\n  python evaluate.py ask --model {folder / 'final'} --image FILE QUESTION")
+
+
+@contextlib.contextmanager
+def profiled(wanted: bool, path: Path):
+    """Write a trace of what runs inside, to be opened at ui.perfetto.dev or chrome://tracing."""
+    if not wanted:
+        yield
+        return
+    with torch.profiler.profile() as profiler:
+        yield
+    profiler.export_chrome_trace(str(path))
+
+
+def curve(path: Path) -> str:
+    """The evaluations of a run, for people: one line per figure."""
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if "eval/accuracy" in row]
+    lines = ["held out, in percent, at step  " + "  ".join(f"{row['step']:>4}" for row in rows)]
+    for label, key in (("temperature 1", "accuracy"), ("greedy", "accuracy_greedy"), ("images swapped", "accuracy_swapped")):
+        lines.append(f"{label:>29}  " + "  ".join(f"{100 * row.get(f'eval/{key}', math.nan):4.0f}" for row in rows))
+    return "\n".join(lines)
 
 
 def tensorboard(folder: Path):

@@ -24,15 +24,17 @@ def test_held_out_counts_every_sample_once_on_any_number_of_processes(make_polic
     policy = make_policy()
     samples = [toy.make_sample(toy.LEVELS[1], 0, "test", index) for index in range(7)]
     monkeypatch.setattr(rewards, "accuracy", lambda text, answer: float(len(text) % 2))
-    measure = lambda world, rows: evaluate.held_out(policy, samples, TEMPLATE, 6, 0, max_rows=rows, world=world)
-    whole = measure(World(0, 1, torch.device("cpu")), 256)
+    measure = lambda world, tokens: evaluate.held_out(policy, samples, TEMPLATE, 6, 0, max_cache_tokens=tokens, world=world)
+    whole = measure(World(0, 1, torch.device("cpu")), 10**6)
     assert whole.keys() == {"accuracy", "format", "length", "accuracy_greedy", "accuracy_swapped"}
-    assert measure(World(0, 1, torch.device("cpu")), 3) == pytest.approx(whole)
+    assert measure(World(0, 1, torch.device("cpu")), 120) == pytest.approx(whole)
+    monkeypatch.setattr(evaluate, "ROWS", 3)
+    assert measure(World(0, 1, torch.device("cpu")), 10**6) == pytest.approx(whole)
 
     class Share(World):
         def sum(self, values):
             return values
-    parts = [measure(Share(rank, 2, torch.device("cpu")), 256) for rank in range(2)]
+    parts = [measure(Share(rank, 2, torch.device("cpu")), 10**6) for rank in range(2)]
     assert {name: parts[0][name] + parts[1][name] for name in whole} == pytest.approx(whole)
 
 

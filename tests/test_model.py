@@ -323,3 +323,28 @@ def test_attention_never_builds_keys_for_other_responses(make_policy, prompts):
         model.grouped_query_attention = original
     length, branch = len(prompts[0].input_ids), 19
     assert sum(pairs) == policy.depth * (length**2 + 6 * branch * (length + branch))
+
+
+def test_compiled_functions_do_not_recompile_per_step(make_policy, prompts, monkeypatch):
+    """Ten steps of other lengths, batches and prompts: rollout, scoring and update soon meet no new shape. Dynamo takes a
+    size of 1 for a case of its own, so the first time that a single row is left to decode is one more.
+
+    Compilation itself is left out (backend "eager"): what is counted is how often dynamo traces anew.
+    """
+    from torch._dynamo.utils import counters
+
+    from rollout import generate
+
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: plain(f, **options | {"backend": "eager"}))
+    torch._dynamo.reset()
+    counters.clear()
+    policy, graphs = make_policy(compiled=True), []
+    policy.eos_ids = set(range(0, 40))
+    for step in range(10):
+        some = [prompts[i] for i in ((0, 1, 2), (0, 2), (1, 0))[step % 3]]
+        found = generate(policy, some, 3 + step % 4, 9 + 2 * step, (0, step), DYCO)
+        output = policy(some, found.tokens, found.mask, policy.tap(DYCO))
+        output.logprobs.sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[-1] <= graphs[0] + 1 and len(set(graphs[5:])) == 1, graphs

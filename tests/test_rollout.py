@@ -94,7 +94,7 @@ def test_nothing_depends_on_the_batch(make_policy, prompts, monkeypatch):
 
     check(generate(policy, [prompts[2]], 4, 20, (3, 7), DYCO), [2])
     check(generate(policy, [prompts[2], prompts[0]], 4, 20, (3, 7), DYCO), [2, 0])
-    check(generate(policy, prompts, 4, 20, (3, 7), DYCO, max_rows=4), [0, 1, 2])
+    check(generate(policy, prompts, 4, 20, (3, 7), DYCO, max_cache_tokens=1), [0, 1, 2])
     monkeypatch.setattr(rollout, "PREFILL_TOKENS", 1)
     check(generate(policy, prompts, 4, 20, (3, 7), DYCO), [0, 1, 2])
     monkeypatch.setattr(rollout, "COMPACT_BELOW", 0.0)

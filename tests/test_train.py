@@ -235,3 +235,12 @@ def test_the_default_run_learns(tmp_path):
     assert last["eval/accuracy_greedy"] >= first["eval/accuracy_greedy"] + 0.20
     # chance is 580/4096 = 0.14, two shapes of three agree now and then; 200 samples have a standard error of 0.025
     assert all(row["eval/accuracy_swapped"] < 0.24 for row in (first, last))
+
+
+def test_profile_and_curve(start, capsys):
+    """A trace of each of the first steps, which a viewer can open, and the evaluations as a table at the end."""
+    folder = start("train.profile_steps=1")
+    trace = json.loads((folder / "profile-1.json").read_text())
+    assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
+    assert not (folder / "profile-2.json").exists()
+    assert "at step     0     2" in capsys.readouterr().out
