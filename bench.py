@@ -2,7 +2,6 @@
 
     python bench.py                  # every row; prints a table and writes bench.json
     python bench.py update rollout   # some rows
-    python bench.py estimate         # memory and time of the real 3B and 7B, on paper
 
 Rounds of the compared ways are interleaved; the ratio is the median over rounds, with the smallest and the largest.
 Peak memory is that of a process of its own. Run it alone: two computing processes on two cores slow one another tenfold.
@@ -25,12 +24,11 @@ from PIL import Image
 
 import dyco
 import model
-import rl_algos
 import toy
 from config import DEFAULTS, load_config
 from data import Sample, encode_prompt
 from model import ATTENTION, Policy, TokenLogprobs
-from rollout import generate, keyed_generator
+from rollout import generate
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
 GROUP = 8

@@ -42,8 +42,6 @@ from rollout import Rollout, generate, join, keyed_generator, runs_within
 
 # config keys that decide what a run *is*: a checkpoint of another value cannot be continued
 FIXED_ON_RESUME = ("model.path", "model.freeze_vision", "data.path", "data.image_root", "data.prompt_template", "toy", "train.seed")
-
-
 MAX_FAILURES = 5  # steps in a row with a non-finite loss or gradient before the run stops
 
 
@@ -188,8 +186,9 @@ def update(config: Config, policy: Policy, optimizer, batch: Batch, groups: list
     parameters = [p for p in policy.parameters() if p.requires_grad]
     world.sum_gradients(parameters)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.optim.grad_clip))
-    keys = ["loss", "clip_fraction", "ratio", "entropy", "tokens"] + (["kl"] if batch.ref_logprobs is not None else [])
-    values = dict(zip(keys, world.sum(torch.tensor([float(logged.get(key, 0)) for key in keys], dtype=torch.float64)).tolist()))
+    keys = ["loss", "clip_fraction", "ratio_deviation", "entropy", "tokens", *(["kl"] if batch.ref_logprobs is not None else [])]
+    mine = [float(logged[key]) if logged else 0.0 for key in keys]  # a process without groups of this mini-batch adds nothing
+    values = dict(zip(keys, world.sum(torch.tensor(mine, dtype=torch.float64)).tolist()))
     values["entropy"] /= max(values.pop("tokens"), 1)
     finite = math.isfinite(norm) and math.isfinite(values["loss"])
     if finite:

@@ -57,6 +57,7 @@ def test_two_steps(start, tmp_path, algorithm, dyco):
         assert {"reward/mean", "reward/accuracy", "reward/format", "response/length", "response/truncated", "policy/entropy",
                 "policy/loss", "policy/grad_norm", "policy/clip_fraction", "time/tokens_per_second", "time/rollout"} <= row.keys()
         assert row["policy/grad_norm"] > 0 and row["response/length"] <= 12
+        assert row["policy/ratio_deviation"] > 0  # the second update of a step is off policy
         assert ("dyco/alignment" in row) == dyco
         assert ("policy/kl" in row) == (algorithm in ("grpo", "gspo", "sapo"))
         if dyco:
