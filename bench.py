@@ -4,7 +4,7 @@
     python bench.py update rollout   # some rows
 
 Rounds of the compared ways are interleaved; the ratio is the median over rounds, with the smallest and the largest.
-Peak memory is that of a process of its own. Run it alone: two computing processes on two cores slow one another tenfold.
+Peak memory is that of a process of its own. Run nothing else meanwhile.
 TRL is a peer of the row `step`, if it is installed (pip install -r requirements-bench.txt).
 """
 import gc

@@ -59,7 +59,7 @@ class Toy:
 
 @dataclass(frozen=True)
 class Algo:
-    """`name`, `max_refills`, and the recipe of that name; also the `settings` of rl_algos.policy_loss."""
+    """`name`, `max_refills`, and the recipe of that name; with max_new_tokens, the `settings` of rl_algos.policy_loss."""
     name: str
     max_refills: int
     clip_low: float

@@ -3,8 +3,8 @@
     dataset = JsonlDataset("train.jsonl", image_root="images")        # every row and every image is checked here
     check_lengths(dataset, tokenizer, image_processor, template, 2048)
     sampler = Sampler(len(dataset), seed=0)
-    for index in sampler.take(8):
-        prompt = encode_prompt(dataset[index], index, tokenizer, image_processor, template, 2048)
+    for place, index in enumerate(sampler.take(8)):
+        prompt = encode_prompt(dataset[index], place, tokenizer, image_processor, template, 2048)
 
 A row is a JSON object in one of two forms; `<image>` in the question marks where an image stands:
 
@@ -73,7 +73,7 @@ class Sample:
 class Prompt:
     """One encoded prompt of P tokens, on the CPU; N is the number of image patches over all images."""
 
-    index: int
+    index: int  # keys the random streams of its responses: the prompt's place in the step
     id: str
     answer: str
     question: str

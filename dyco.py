@@ -62,6 +62,7 @@ def _total_variation(p: Tensor, q: Tensor) -> Tensor:
     return (p - q).abs().sum(-1) * (math.pi / 2)
 
 
+# each scaled to 0 … π, so that τ keeps its meaning; l1 is the total variation
 SHIFTS = {"fisher_rao": fisher_rao_distance, "hellinger": _hellinger, "js": _jensen_shannon, "l1": _total_variation}
 
 
@@ -199,30 +200,41 @@ def _response_factor(scores: Tensor, roles: Tensor, alpha: float, group_size: in
     return (1 + alpha * torch.tanh(z)).view(-1, 1)
 
 
-def _paper(advantages, scores, acting, mask, alpha, generator):
-    return (1 + alpha * token_weights(scores, mask)) * advantages                           # eq. 8
+class Tokens(NamedTuple):
+    """What a rule sees."""
+    advantages: Tensor       # [B, T], Â of the token's response
+    scores: Tensor           # [B, T], s_t, 0 on padding
+    roles: Tensor            # [B, T], +1 visual, −1 text, 0 neutral or padding
+    mask: Tensor             # [B, T]
+    alpha: float
+    generator: object        # a torch.Generator, one per response, or None
+    group_size: int | None
 
 
-def _signed(advantages, scores, acting, mask, alpha, generator):
-    return torch.where(acting, (1 + alpha * advantages.sign() * token_weights(scores, acting)) * advantages, advantages)
+def _paper(t: Tokens) -> Tensor:
+    return (1 + t.alpha * token_weights(t.scores, t.mask)) * t.advantages                    # eq. 8
 
 
-def _centered(advantages, scores, acting, mask, alpha, generator):
-    weights = token_weights(scores, acting) - 1
-    return torch.where(acting, (1 + alpha * advantages.sign() * weights) * advantages, advantages)
+def _signed(t: Tokens, offset: float = 0.0) -> Tensor:
+    acting = t.roles != 0
+    weights = token_weights(t.scores, acting) - offset
+    return torch.where(acting, (1 + t.alpha * t.advantages.sign() * weights) * t.advantages, t.advantages)
 
 
-# rule -> (advantages [B, T], scores, non-neutral tokens, mask, α, generator) -> token advantages [B, T]
+def _flat(t: Tokens) -> Tokens:
+    return t._replace(scores=torch.zeros_like(t.scores))
+
+
 RULES = {
-    "off": lambda advantages, scores, acting, mask, alpha, generator: advantages,
+    "off": lambda t: t.advantages,
     "paper": _paper,
     "signed": _signed,
-    "centered": _centered,
-    "uniform": lambda a, s, acting, mask, alpha, g: _paper(a, torch.zeros_like(s), acting, mask, alpha, g),
-    "shuffled": lambda a, s, acting, mask, alpha, g: _paper(a, _shuffle(s, mask, g), acting, mask, alpha, g),
-    "signed_uniform": lambda a, s, acting, mask, alpha, g: _signed(a, torch.zeros_like(s), acting, mask, alpha, g),
-    "signed_shuffled": lambda a, s, acting, mask, alpha, g: _signed(a, _shuffle(s, acting, g), acting, mask, alpha, g),
-    "response": None,  # needs the whole group: handled in reweight_advantages
+    "centered": lambda t: _signed(t, offset=1.0),
+    "uniform": lambda t: _paper(_flat(t)),
+    "shuffled": lambda t: _paper(t._replace(scores=_shuffle(t.scores, t.mask, t.generator))),
+    "signed_uniform": lambda t: _signed(_flat(t)),
+    "signed_shuffled": lambda t: _signed(t._replace(scores=_shuffle(t.scores, t.roles != 0, t.generator))),
+    "response": lambda t: _response_factor(t.scores, t.roles, t.alpha, t.group_size) * t.advantages,
 }
 
 
@@ -248,9 +260,5 @@ def reweight_advantages(advantages: Tensor, scores: Tensor, roles: Tensor, mask:
     if advantages.dim() == 1:
         advantages = advantages[:, None]
     advantages = advantages.expand(mask.shape)
-    scores = torch.where(mask, _at_least_float32(scores), 0)
-    if rule == "response":
-        result = _response_factor(scores, torch.where(mask, roles, 0), alpha, group_size) * advantages
-    else:
-        result = compute(advantages, scores, mask & (roles != 0), mask, alpha, generator)
-    return torch.where(mask, result, 0)
+    scores, roles = torch.where(mask, _at_least_float32(scores), 0), torch.where(mask, roles, 0)
+    return torch.where(mask, compute(Tokens(advantages, scores, roles, mask, alpha, generator, group_size)), 0)

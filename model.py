@@ -4,8 +4,9 @@ A group of G responses shares its prompt, and the prompt is where the image is. 
 
     [ prompt | o_1 | o_2 | … | o_G ]
 
-in which a token attends to the prompt and, causally, to its own response. Linear layers, vision tower and norms then see
-the prompt once instead of G times, and there is no padding. The result is that of G separate rows, exactly.
+in which a token attends to the prompt and, causally, to its own response. Vision tower, linear layers and norms see the
+prompt once instead of G times, and no padding; only inside attention are responses padded to the longest of their group, and
+the prompt's keys stand beside each response's own. The result is that of G separate rows, up to rounding.
 
 What makes it work is one attention function, `attend`, registered with transformers for the decoder. It asks a *layout*
 which keys a query may see: `PackedGroups` here (scoring and update, and without responses the prefill), `Decoding` in
@@ -79,7 +80,7 @@ def _eager_attention(query, key, value, scale, mask) -> Tensor:
 def grouped_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, kernel: str = "sdpa") -> Tensor:
     """Causal attention, the last query aligned with the last key. query [B, H, T, D], key and value [B, H_kv, K, D].
 
-    The H / H_kv query heads that share a key head are folded into the query length: no key is ever repeated.
+    The H / H_kv query heads that share a key head are folded into the query length, so keys are not repeated per head.
     """
     batch, heads, queries, width = query.shape
     key_heads, keys = key.shape[1:3]
@@ -111,31 +112,24 @@ class PackedGroups:
         self.kept: dict[int, list[tuple[Tensor, Tensor]]] | None = {} if keep_keys else None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        split = lambda x: iter(x[0].transpose(0, 1).split(self.pieces))  # pieces [tokens, H, D]
-        queries, keys, values, outputs = split(query), split(key), split(value), []
+        queries, keys, values = (x[0].transpose(0, 1).split(self.pieces) for x in (query, key, value))  # [tokens, H, D] each
+        outputs, at = [], 0
         for index, (prompt, group) in enumerate(zip(self.prompts, self.branches)):
-            as_row = lambda piece: piece.transpose(0, 1)[None]           # [1, H, tokens, D]
-            q, k, v = (as_row(next(x)) for x in (queries, keys, values))
+            q, k, v = (x[at].transpose(0, 1)[None] for x in (queries, keys, values))                    # the prompt
+            own = [list(x[at + 1:at + 1 + len(group)]) for x in (queries, keys, values)]                # its responses
+            at += 1 + len(group)
             outputs.append(grouped_query_attention(q, k, v, scale, self.kernel)[0].transpose(0, 1))
             if self.kept is not None:
                 self.kept.setdefault(layer, []).append((k, v))
-            longest = max(group, default=0)
-            own_q = own_k = None
-            if longest:
-                pad = lambda x: pad_sequence([next(x) for _ in group], batch_first=True).transpose(1, 2)
-                own_q, own_k, own_v = pad(queries), pad(keys), pad(values)      # [G, H, longest, D]
-                k = torch.cat([k.expand(len(group), -1, -1, -1), own_k], dim=2)
-                v = torch.cat([v.expand(len(group), -1, -1, -1), own_v], dim=2)
+            k, v, last = (x.expand(max(len(group), 1), -1, -1, -1) for x in (k, v, q[:, :, -1:]))        # last predicts o_1
+            own_q = last[:, :, :0]
+            if any(group):
+                own_q, own_k, own_v = (pad_sequence(x, batch_first=True).transpose(1, 2) for x in own)  # [G, H, longest, D]
+                k, v = torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2)
                 out = grouped_query_attention(own_q, k, v, scale, self.kernel).transpose(1, 2)
                 outputs += [row[:length] for row, length in zip(out, group)]
-            elif group:
-                for x in (queries, keys, values):
-                    for _ in group:
-                        next(x)
             if self.tap is not None and layer in self.tap.layers:
-                last = q[:, :, -1:].expand(max(len(group), 1), -1, -1, -1)      # it predicts o_1
-                self.tap.read_group(layer, self.first_group + index, prompt, last if own_q is None else torch.cat([last, own_q], dim=2),
-                                    k if own_q is not None else k.expand(max(len(group), 1), -1, -1, -1), scale)
+                self.tap.read_group(layer, self.first_group + index, prompt, torch.cat([last, own_q], dim=2), k, scale)
         return torch.cat(outputs)[None]
 
 
@@ -159,7 +153,8 @@ class Tap:
         self.layers = sorted({layer % depth for layer in layers})
         self.shift, self.text_scope, self.signals = shift, text_scope, signals
         self.sums: dict[int, list[Tensor]] = {}   # group -> sums over layers, each [G, T]
-        self.last_rows: dict[int, Tensor] = {}    # decoding: layer -> the rows of the previous step
+        self.prefill_rows: dict[int, dict[int, Tensor]] = {}  # layer -> group -> the row that predicts its first token
+        self.last_rows: dict[int, Tensor] = {}                # decoding: layer -> the rows of the previous step
 
     def prompt_members(self, prompt: Prompt, device) -> tuple[Tensor, Tensor]:
         """[P] bool each: the prompt's visual keys and its text keys in scope (everything of a response is text)."""
@@ -185,7 +180,8 @@ class Tap:
             signals = self.signals(attention, visual.expand(rows, keys), text.expand(*attention.shape), self.shift)
             parts.append([x[:, start - before:] for x in signals])
         self._add(group, [torch.cat(x, dim=1) for x in zip(*parts)])
-        self.last_rows.setdefault(layer, {})[group] = attention[:, -1]
+        if queries == 1:
+            self.prefill_rows.setdefault(layer, {})[group] = attention[:, 0]
 
     @torch.no_grad()
     def read_step(self, layer: int, attention: Tensor, visual: Tensor, text: Tensor) -> None:
@@ -221,7 +217,8 @@ def attention_rows(query: Tensor, key: Tensor, scale: float, first: int) -> Tens
 
 
 def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, suppressed: Tensor) -> Tensor:
-    """Logits of the one distribution of this project, sampled and scored: float32, with temperature, some ids at −∞.
+    """Logits of the one distribution of this project, sampled and scored: float32, with temperature, and some ids at the
+    lowest float32 (−∞ would make the entropy NaN).
 
     hidden [M, D], weight [V, D], suppressed [n] ids -> [M, V].
     """

@@ -81,7 +81,7 @@ def _ratio(log_ratio: Tensor) -> Tensor:
 
 
 def _pessimistic(ratio: Tensor, advantages: Tensor, settings) -> tuple[Tensor, Tensor, Tensor]:
-    """PPO's surrogate min(r·A, clip(r, 1 − ε_low, 1 + ε_high)·A); a token is clipped where that takes its gradient."""
+    """PPO's surrogate min(r·A, clip(r, 1 − ε_low, 1 + ε_high)·A); a token is clipped where that zeroes its gradient."""
     bounded = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     return torch.min(ratio * advantages, bounded * advantages), ratio, bounded * advantages < ratio * advantages
 
@@ -104,7 +104,7 @@ def gspo_objective(logprobs, log_ratio, advantages, mask, settings):
 
 @register("sapo", average="response")
 def sapo_objective(logprobs, log_ratio, advantages, mask, settings):
-    """SAPO: a sigmoid gate of the token ratio in place of the clip, cooler for tokens that are punished."""
+    """SAPO: a sigmoid gate of the token ratio in place of the clip, steeper for tokens that are punished (temperature 1.05)."""
     temperature = torch.full_like(advantages, settings.temperature_neg).masked_fill(advantages > 0, settings.temperature_pos)
     ratio = _ratio(log_ratio)
     return 4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * advantages, ratio, torch.zeros_like(mask)

@@ -28,7 +28,7 @@ COMPACT_BELOW = 0.75  # finished rows leave the batch when at most this share is
 
 @dataclass
 class Rollout:
-    """P prompts and their P·G responses, group-major. Masks are made here and passed on; nobody derives one again."""
+    """P prompts and their P·G responses, group-major. Masks are made here and passed on; later stages use them and derive none."""
     prompts: list[Prompt]
     group_size: int
     tokens: Tensor           # [B, T] long
@@ -38,9 +38,13 @@ class Rollout:
     signals: Signals | None  # [B, T] each, 0 on padding
     texts: list[str]         # decoded, without the end token
 
+    def rows(self, prompts: list[int]) -> list[int]:
+        """The rows of some prompts' groups."""
+        return [i * self.group_size + j for i in prompts for j in range(self.group_size)]
+
     def select(self, prompts: list[int]) -> "Rollout":
         """The groups of some prompts, cut to their longest response."""
-        rows = [i * self.group_size + j for i in prompts for j in range(self.group_size)]
+        rows = self.rows(prompts)
         width = max([1, *self.mask[rows].sum(1).tolist()])
         cut = lambda x: x[rows, :width]
         return Rollout([self.prompts[i] for i in prompts], self.group_size, cut(self.tokens), cut(self.mask),
@@ -96,20 +100,20 @@ class Decoding:
         """kept: layer -> (keys, values) of each prompt, [1, H_kv, P, D] each; emptied here."""
         self.tap, self.capacity, self.length = tap, capacity, 0
         count, lengths = len(prompts), torch.tensor([len(p.input_ids) for p in prompts], device=device)
-        self.width = int(lengths.max())
-        pad = lambda x: F.pad(x, (0, 0, 0, self.width - x.shape[2]))
-        # layer -> keys and values of the prompts [P, H_kv, width, D]; of the rows' own tokens [R, H_kv, capacity, D]
+        self.prompt_width = int(lengths.max())
+        pad = lambda x: F.pad(x, (0, 0, 0, self.prompt_width - x.shape[2]))
+        # layer -> keys and values of the prompts [P, H_kv, prompt_width, D]; of the rows' own tokens [R, H_kv, capacity, D]
         self.shared = {layer: tuple(torch.cat([pad(x) for x in part]) for part in zip(*kept.pop(layer))) for layer in list(kept)}
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
-        self.padding = torch.arange(self.width, device=device) >= lengths[:, None]  # [P, width]
+        self.padding = torch.arange(self.prompt_width, device=device) >= lengths[:, None]  # [P, prompt_width]
         self.prompt_of = torch.arange(count, device=device).repeat_interleave(group_size)
         self._place()
         if tap is not None:
             members = [tap.prompt_members(p, device) for p in prompts]
-            fit = lambda x: F.pad(x, (0, self.width - x.shape[-1]))
+            fit = lambda x: F.pad(x, (0, self.prompt_width - x.shape[-1]))
             self.visual, self.text = (torch.stack([fit(m[i]) for m in members])[self.prompt_of] for i in (0, 1))
             tap.last_rows = {layer: torch.cat([fit(rows[i]) for i in range(count)])[self.prompt_of]
-                             for layer, rows in tap.last_rows.items()}
+                             for layer, rows in tap.prefill_rows.items()}
 
     def _place(self) -> None:
         """Where each row stands in the grid [P, slots] in which the rows of a prompt meet its keys together."""
@@ -132,28 +136,28 @@ class Decoding:
         return x if self.full else x[self.place]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        rows, heads, _, width = query.shape
+        rows, heads, _, dim = query.shape
         key_heads = key.shape[1]
         if layer not in self.own:
-            self.own[layer] = tuple(x.new_empty(rows, key_heads, self.capacity, width) for x in (key, value))
+            self.own[layer] = tuple(x.new_empty(rows, key_heads, self.capacity, dim) for x in (key, value))
         for cache, new in zip(self.own[layer], (key, value)):
             cache[:, :, self.length] = new[:, :, 0]
         own_keys, own_values = (cache[:, :, :self.length + 1] for cache in self.own[layer])
         shared_keys, shared_values = self.shared[layer]
 
-        query = query.reshape(rows, key_heads, heads // key_heads, width)
+        query = query.reshape(rows, key_heads, heads // key_heads, dim)
         shared_scores = float32_product(self._to_grid(query), shared_keys.transpose(-1, -2))
         shared_scores = self._from_grid(shared_scores.masked_fill_(self.padding[:, None, None], float("-inf")))
         scores = torch.cat([shared_scores, float32_product(query, own_keys.transpose(-1, -2))], dim=-1).mul_(scale)
-        attention = torch.softmax(scores, dim=-1)                                   # [R, H_kv, H/H_kv, width + own]
+        attention = torch.softmax(scores, dim=-1)                                   # [R, H_kv, H/H_kv, K]
         if self.tap is not None and layer in self.tap.layers:
             own = torch.ones(rows, self.length + 1, dtype=torch.bool, device=query.device)
             self.tap.read_step(layer, attention.mean(dim=(1, 2)), torch.cat([self.visual, ~own], dim=1),
                                torch.cat([self.text, own], dim=1))
         attention = attention.to(value.dtype)
-        out = self._from_grid(self._to_grid(attention[..., :self.width]) @ shared_values)
-        out = out + attention[..., self.width:] @ own_values
-        return out.reshape(rows, 1, heads, width)
+        out = self._from_grid(self._to_grid(attention[..., :self.prompt_width]) @ shared_values)
+        out = out + attention[..., self.prompt_width:] @ own_values
+        return out.reshape(rows, 1, heads, dim)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows go on, [rows] positions in the present batch."""
@@ -168,15 +172,15 @@ class Decoding:
 
 @torch.no_grad()
 def generate(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key: tuple | None,
-             dyco=None, max_cache_tokens: int = 131072, temperature: float | None = None) -> Rollout:
+             capture=None, max_cache_tokens: int = 131072, temperature: float | None = None) -> Rollout:
     """Sample G responses to each prompt, in waves of at most `max_cache_tokens` prompt and response tokens.
 
     key: what the random streams depend on besides Prompt.index and the response's place in its group, say (seed, step);
-    None decodes greedily. dyco: settings with layers, shift and text_scope, to capture signals. temperature: by default
+    None decodes greedily. capture: settings with layers, shift and text_scope, to record DyCo's signals. temperature: by default
     the policy's.
     """
     waves = runs_within([len(prompt.input_ids) + group_size * max_new_tokens for prompt in prompts], max_cache_tokens)
-    return join([_decode(policy, [prompts[i] for i in wave], group_size, max_new_tokens, key, dyco, temperature) for wave in waves])
+    return join([_decode(policy, [prompts[i] for i in wave], group_size, max_new_tokens, key, capture, temperature) for wave in waves])
 
 
 def _prefill(policy: Policy, prompts: list[Prompt], positions: list[Tensor], tap: Tap | None) -> tuple[Tensor, dict, list]:
@@ -198,9 +202,9 @@ def _prefill(policy: Policy, prompts: list[Prompt], positions: list[Tensor], tap
     return torch.cat(hidden), kept, signals
 
 
-def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key, dyco, temperature) -> Rollout:
+def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key, capture, temperature) -> Rollout:
     rows, device = len(prompts) * group_size, policy.device
-    tap = None if dyco is None else policy.tap(dyco)
+    tap = None if capture is None else policy.tap(capture)
     tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
     mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
     logprobs = torch.zeros(rows, max_new_tokens, device=device)

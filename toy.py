@@ -8,10 +8,10 @@ from a legend in the question), and the question asks for the sum over some shap
 
 A right answer alternates between the modalities: the colour of a shape can only be seen, its number and the running
 total can only be read. The warm start teaches every skill and then *bad habits*: slips, made on purpose at a set rate.
-A visual slip names the colour of another shape of the picture, a textual slip carries the running total wrong.
+A visual slip names the colour of the next shape in SHAPES, a textual slip makes the running total one too high.
 Both are decisions that reinforcement learning can undo, and the two rates tell visual from textual errors.
 
-    python toy.py            # build the warm start of the config.yaml in this folder and show what it does
+    python toy.py            # build the warm start that config.yaml asks for, and print its folder
 """
 import hashlib
 import json

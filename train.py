@@ -11,8 +11,8 @@ One step, top to bottom:
     5. DyCo        role of each token, fit of its attention, weight, token advantage                       eq. 4–8
     6. update      a few optimizer steps, each on its own groups: packed forward, loss, backward, clip, step
 
-What it leaves out: a learning-rate decay, a value model, asynchronous rollouts. Everything a run writes is under run.dir;
-the same command resumes it.
+What it leaves out: a learning-rate decay, a value model, asynchronous rollouts. Everything a run writes is under run.dir,
+but for the toy's cached warm start; the same command resumes it.
 """
 import contextlib
 import json
@@ -59,7 +59,6 @@ class Batch:
     rewards: Tensor                            # [prompts, G]
     accuracy: Tensor                           # [prompts, G]
     format: Tensor                             # [prompts, G]
-    positions: list[int]                       # of each prompt in the step's order of drawing, over all processes
     advantages: Tensor | None = None           # [B, T], of every token
     roles: Tensor | None = None                # [B, T]
     scores: Tensor | None = None               # [B, T]
@@ -67,27 +66,32 @@ class Batch:
     ref_logprobs: Tensor | None = None         # [B, T]
     loss_mask: Tensor | None = None            # [B, T]
 
+    @property
+    def positions(self) -> list[int]:
+        """Each prompt's place in the step's order of drawing, over all processes."""
+        return [prompt.index for prompt in self.rollout.prompts]
+
 
 def collect(config: Config, policy: Policy, dataset, drawn: list[tuple[int, int]], step: int, custom_reward) -> Batch:
     """Stages 1 and 2: responses to some (position, sample index) pairs, and their rewards."""
-    positions, samples = [position for position, _ in drawn], [dataset[index] for _, index in drawn]
+    samples = [dataset[index] for _, index in drawn]
     prompts = [encode_prompt(sample, position, policy.tokenizer, policy.image_processor, config.data.prompt_template,
-                             config.data.max_prompt_tokens) for position, sample in zip(positions, samples)]
+                             config.data.max_prompt_tokens) for (position, _), sample in zip(drawn, samples)]
     capture = config.dyco if config.dyco.enabled and config.dyco.capture == "rollout" else None
     rollout = generate(policy, prompts, config.rollout.group_size, config.rollout.max_new_tokens, (config.train.seed, step),
                        capture, config.rollout.max_cache_tokens)
 
-    of = [sample for sample in samples for _ in range(rollout.group_size)]
-    accuracy = torch.tensor([rewards.accuracy(text, sample.answer) for text, sample in zip(rollout.texts, of)])
+    asked = [sample for sample in samples for _ in range(rollout.group_size)]
+    accuracy = torch.tensor([rewards.accuracy(text, sample.answer) for text, sample in zip(rollout.texts, asked)])
     form = torch.tensor([rewards.format(text) for text in rollout.texts])
     total = config.reward.accuracy_weight * accuracy + config.reward.format_weight * form
     if custom_reward is not None:
-        custom = [float(custom_reward(text, sample.answer, sample)) for text, sample in zip(rollout.texts, of)]
+        custom = [float(custom_reward(text, sample.answer, sample)) for text, sample in zip(rollout.texts, asked)]
         total = total + config.reward.custom_weight * torch.tensor(custom)
     total = total + config.algo.overlong_weight * rl_algos.overlong_penalty(
         rollout.mask.sum(1).cpu(), config.rollout.max_new_tokens, config.algo.overlong_buffer)
     grouped = lambda x: x.view(len(prompts), rollout.group_size)
-    return Batch(rollout, grouped(total), grouped(accuracy), grouped(form), positions)
+    return Batch(rollout, grouped(total), grouped(accuracy), grouped(form))
 
 
 def collect_useful(config: Config, policy: Policy, dataset, sampler: Sampler, step: int, world, custom_reward) -> tuple[Batch, list[Batch]]:
@@ -107,13 +111,11 @@ def collect_useful(config: Config, policy: Policy, dataset, sampler: Sampler, st
         accepted = sorted(sum(world.gather(useful), []))[:quota]  # the quota is global, first drawn first kept
         quota -= len(accepted)
         mine = [i for i, position in enumerate(batch.positions) if position in accepted]
-        kept.append(Batch(batch.rollout.select(mine), batch.rewards[mine], batch.accuracy[mine], batch.format[mine],
-                          [batch.positions[i] for i in mine]))
+        kept.append(Batch(batch.rollout.select(mine), batch.rewards[mine], batch.accuracy[mine], batch.format[mine]))
         if quota == 0:
             break
     stack = lambda name: torch.cat([getattr(b, name) for b in kept])
-    return Batch(join([b.rollout for b in kept]), stack("rewards"), stack("accuracy"), stack("format"),
-                 [position for b in kept for position in b.positions]), collected
+    return Batch(join([b.rollout for b in kept]), stack("rewards"), stack("accuracy"), stack("format")), collected
 
 
 def split(config: Config, batch: Batch, step: int, world) -> list[list[int]]:
@@ -121,7 +123,8 @@ def split(config: Config, batch: Batch, step: int, world) -> list[list[int]]:
     positions = sorted(sum(world.gather(batch.positions), []))
     order = torch.randperm(len(positions), generator=keyed_generator(config.train.seed, step, "split")).tolist()
     parts = torch.tensor([positions[i] for i in order]).tensor_split(max(1, min(config.train.updates_per_rollout, len(positions))))
-    return [[i for i, position in enumerate(batch.positions) if position in set(part.tolist())] for part in parts]
+    parts = [set(part.tolist()) for part in parts]
+    return [[i for i, position in enumerate(batch.positions) if position in part] for part in parts]
 
 
 def micro_batches(rollout: Rollout, groups: list[int], budget: int) -> list[list[int]]:
@@ -131,17 +134,13 @@ def micro_batches(rollout: Rollout, groups: list[int], budget: int) -> list[list
     return [[groups[i] for i in run] for run in runs]
 
 
-def rows_of(groups: list[int], group_size: int) -> list[int]:
-    return [group * group_size + response for group in groups for response in range(group_size)]
-
-
 @torch.no_grad()
 def score(config: Config, policy: Policy, rollout: Rollout, capture: bool = False) -> tuple[Tensor, dyco.Signals | None]:
     """Stage 3: log-probabilities [B, T] by the packed forward, and with `capture` DyCo's signals."""
     logprobs = torch.zeros_like(rollout.logprobs)
     signals = dyco.Signals(*(torch.zeros_like(logprobs) for _ in range(4))) if capture else None
     for groups in micro_batches(rollout, list(range(len(rollout.prompts))), config.train.micro_batch_tokens):
-        part, rows = rollout.select(groups), rows_of(groups, rollout.group_size)
+        part, rows = rollout.select(groups), rollout.rows(groups)
         output = policy(part.prompts, part.tokens, part.mask, policy.tap(config.dyco) if capture else None)
         width = part.mask.shape[1]
         logprobs[rows, :width] = output.logprobs
@@ -171,11 +170,11 @@ def update(config: Config, policy: Policy, optimizer, batch: Batch, groups: list
     """Stage 6, one optimizer step on some groups of the batch. Returns what to log of it."""
     rollout, name = batch.rollout, config.algo.name
     settings = SimpleNamespace(**vars(config.algo), max_new_tokens=config.rollout.max_new_tokens)
-    loss_mask = batch.loss_mask[rows_of(groups, rollout.group_size)]
+    loss_mask = batch.loss_mask[rollout.rows(groups)]
     normalizer = float(world.sum(rl_algos.loss_normalizer(name, loss_mask).double().cpu()))
     logged: dict[str, Tensor] = {}
     for part in micro_batches(rollout, groups, config.train.micro_batch_tokens):
-        some, rows = rollout.select(part), rows_of(part, rollout.group_size)
+        some, rows = rollout.select(part), rollout.rows(part)
         cut = lambda x: None if x is None else x[rows, :some.mask.shape[1]]
         output = policy(some.prompts, some.tokens, some.mask)
         loss, metrics = rl_algos.policy_loss(name, output.logprobs, cut(batch.old_logprobs), cut(batch.advantages),
@@ -210,7 +209,8 @@ def train_step(config: Config, policy: Policy, reference: Policy | None, optimiz
 
     batch, collected = collect_useful(config, policy, dataset, sampler, step, world, custom_reward)  # 1. rollout, 2. reward
     row = describe_responses(collected, world)
-    tokens, seconds = row.pop("tokens"), {"rollout": lap()}
+    tokens = sum(world.gather(sum(int(b.rollout.mask.sum()) for b in collected)))
+    seconds = {"rollout": lap()}
     if not sum(map(len, world.gather(batch.positions))):
         return {**row, "policy/skipped_updates": float(config.train.updates_per_rollout), "time/rollout": seconds["rollout"]}, None
 
@@ -257,19 +257,19 @@ def means(pairs: dict[str, tuple], world) -> dict[str, float]:
 
 
 def describe_responses(collected: list[Batch], world) -> dict[str, float]:
-    """Means over all responses of a step, those included that dynamic sampling dropped; `tokens` is their sum."""
+    """Means over all responses of a step, those included that dynamic sampling dropped."""
     total = lambda measure: sum(float(measure(batch).sum()) for batch in collected)
     responses, groups = total(lambda b: torch.ones_like(b.rewards)), sum(len(b.rewards) for b in collected)
     tokens = total(lambda b: b.rollout.mask)
     constant = lambda x: (x == x[:, :1]).all(1)
-    return means({"tokens": (tokens, 1 / world.size), "reward/mean": (total(lambda b: b.rewards.double()), responses),
+    return means({"reward/mean": (total(lambda b: b.rewards.double()), responses),
                   "reward/accuracy": (total(lambda b: b.accuracy), responses), "reward/format": (total(lambda b: b.format), responses),
                   "reward/constant_groups": (total(lambda b: constant(b.rewards)), groups),
                   "response/length": (tokens, responses), "response/truncated": (total(lambda b: b.rollout.truncated), responses)}, world)
 
 
 def describe_tokens(batch: Batch, world) -> dict[str, float]:
-    """DyCo's own figures, means over the tokens that are learned from."""
+    """DyCo's own figures, means over the response tokens of the batch."""
     mask, acting, signals = batch.rollout.mask, batch.roles != 0, batch.rollout.signals
     pairs = {"visual_share": batch.roles > 0, "text_share": batch.roles < 0, "neutral_share": mask & ~acting}
     pairs |= {name: getattr(signals, name) for name in signals._fields}
@@ -318,15 +318,20 @@ def console_line(row: dict, steps: int) -> str:
     return "  ".join(field for field in fields if field)
 
 
-def sample_rows(batch: Batch, step: int, count: int):
-    """Some responses for samples.jsonl: the first of each group, in turn."""
+def sample_rows(batch: Batch, step: int, count: int, tokenizer):
+    """Some responses for samples.jsonl: the first of each group, in turn, with the role and score of each token."""
     size = batch.rollout.group_size
     order = [group * size + response for response in range(size) for group in range(len(batch.rollout.prompts))]
     for row in order[:count]:
         prompt = batch.rollout.prompts[row // size]
-        yield {"step": step, "id": prompt.id, "question": prompt.question, "answer": prompt.answer, "response": batch.rollout.texts[row],
-               "reward": float(batch.rewards.flatten()[row]), "accuracy": float(batch.accuracy.flatten()[row]),
-               "roles": None if batch.roles is None else batch.roles[row][batch.rollout.mask[row]].tolist()}
+        mine = batch.rollout.mask[row]
+        found = {"step": step, "id": prompt.id, "question": prompt.question, "answer": prompt.answer,
+                 "response": batch.rollout.texts[row], "reward": float(batch.rewards.flatten()[row]),
+                 "accuracy": float(batch.accuracy.flatten()[row]),
+                 "tokens": [tokenizer.decode(token) for token in batch.rollout.tokens[row][mine].tolist()]}
+        if batch.roles is not None:
+            found |= {"roles": batch.roles[row][mine].tolist(), "scores": [round(x, 4) for x in batch.scores[row][mine].tolist()]}
+        yield found
 
 
 def build(config: Config, world):
@@ -399,7 +404,7 @@ def run(config: Config, world) -> None:
     elif (folder / "metrics.jsonl").exists():  # a run that ended before its first checkpoint: begin again, as the same run
         refuse_changes(asdict(load_config(folder / "config.yaml")), config, say, everything=True)
     if facts["step"] >= config.train.steps and (folder / "final").exists():
-        say(f"{folder}: finished at step {facts['step']}; nothing to do")
+        say(f"{folder}: finished at step {facts['step']}; nothing to do. Raise train.steps to go on, or set run.dir to a new folder")
         return
     writer = tensorboard(folder) if config.log.tensorboard and world.is_main else None
     policy, reference, dataset, held_out, custom_reward = build(config, world)
@@ -412,6 +417,7 @@ def run(config: Config, world) -> None:
         tensors = distributed.read_tensors(saved[0])
         policy.hf.load_state_dict(tensors["policy"])
         optimizer.load_state_dict(tensors["optimizer"])
+        optimizer.param_groups[0]["weight_decay"] = config.optim.weight_decay
         sampler.load_state_dict(facts["sampler"])
         del tensors
         say(f"resumed {folder} at step {facts['step']}")
@@ -468,7 +474,7 @@ def run(config: Config, world) -> None:
             row["time/eval"] = time.perf_counter() - started
         if world.is_main and batch is not None and step > log.last:
             with open(folder / "samples.jsonl", "a") as file:
-                file.writelines(json.dumps(sample) + "\n" for sample in sample_rows(batch, step, config.log.samples_per_step))
+                file.writelines(json.dumps(sample) + "\n" for sample in sample_rows(batch, step, config.log.samples_per_step, policy.tokenizer))
         record({"step": step, **row})
         bar.update()
         stopping = any(world.gather(bool(stop_asked)))

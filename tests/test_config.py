@@ -15,6 +15,11 @@ def test_defaults_load_and_round_trip(tmp_path):
     assert config.dyco.alpha == 0.2 and config.dyco.tau == 0.05 and config.dyco.rule == "paper"
 
 
+def test_the_3b_file_is_complete_but_for_the_data():
+    config = load_config(DEFAULTS.with_name("config_3b.yaml"), ["data.path=rows.jsonl"])
+    assert config.model.path == "Qwen/Qwen2.5-VL-3B-Instruct" and config.optim.lr == 1e-6 and config.dyco == load_config().dyco
+
+
 @pytest.mark.parametrize("name, low, high, kl", [("grpo", 0.2, 0.2, 0.04), ("dapo", 0.2, 0.28, 0.0), ("gspo", 3e-4, 4e-4, 0.001),
                                                  ("sapo", 0.2, 0.2, 0.001)])
 def test_recipe_follows_the_name(name, low, high, kl):

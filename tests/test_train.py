@@ -67,6 +67,9 @@ def test_two_steps(start, tmp_path, algorithm, dyco):
     assert any(not torch.equal(before[name], after[name]) for name in before)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [1] * 4 + [2] * 4 and all(len(s["response"]) for s in samples)
+    for sample in samples:
+        assert 1 <= len(sample["tokens"]) <= 12 and ("roles" in sample) == dyco
+        assert not dyco or len(sample["tokens"]) == len(sample["roles"]) == len(sample["scores"])
     assert (folder / "config.yaml").exists() and len(list((folder / "checkpoints").iterdir())) == 1
 
 
