@@ -222,23 +222,28 @@ def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, suppressed
 
     hidden [M, D], weight [V, D], suppressed [n] ids -> [M, V].
     """
-    logits = float32_product(hidden, weight.T) / temperature
+    logits = float32_product(hidden, weight.T)
+    if temperature != 1.0:
+        logits = logits / temperature
     return logits.index_fill_(1, suppressed, torch.finfo(torch.float32).min)
 
 
 def _chunk_forward(hidden, weight, targets, temperature, suppressed):
     logits = scaled_logits(hidden, weight, temperature, suppressed)
-    log_total = torch.logsumexp(logits, dim=-1)
+    highest = logits.amax(dim=-1, keepdim=True)
+    shares = (logits - highest).exp_()  # one exponential serves the total and the entropy
+    total = shares.sum(-1)
+    log_total = highest.squeeze(-1) + total.log()
     logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_total
-    entropy = log_total - ((logits - log_total[:, None]).exp_() * logits).sum(-1)
+    entropy = log_total - torch.linalg.vecdot(shares, logits) / total
     return logprobs, entropy, log_total
 
 
 def _chunk_backward(hidden, weight, targets, temperature, suppressed, log_total, gradient):
     logits = scaled_logits(hidden, weight, temperature, suppressed)
-    slope = logits.sub_(log_total[:, None]).exp_().mul_(-gradient[:, None])
-    slope.scatter_add_(1, targets[:, None], gradient[:, None])
-    slope = (slope / temperature).to(weight.dtype)
+    gradient = gradient[:, None] / temperature
+    slope = logits.sub_(log_total[:, None]).exp_().mul_(-gradient)
+    slope = slope.scatter_add_(1, targets[:, None], gradient).to(weight.dtype)
     return slope @ weight, float32_product(slope.T, hidden)
 
 

@@ -105,7 +105,9 @@ class Decoding:
         # layer -> keys and values of the prompts [P, H_kv, prompt_width, D]; of the rows' own tokens [R, H_kv, capacity, D]
         self.shared = {layer: tuple(torch.cat([pad(x) for x in part]) for part in zip(*kept.pop(layer))) for layer in list(kept)}
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
-        self.padding = torch.arange(self.prompt_width, device=device) >= lengths[:, None]  # [P, prompt_width]
+        self.count, self.padding = count, None
+        if int(lengths.min()) < self.prompt_width:
+            self.padding = (torch.arange(self.prompt_width, device=device) >= lengths[:, None])[:, None, None]  # [P, 1, 1, prompt_width]
         self.prompt_of = torch.arange(count, device=device).repeat_interleave(group_size)
         self._place()
         if tap is not None:
@@ -117,18 +119,18 @@ class Decoding:
 
     def _place(self) -> None:
         """Where each row stands in the grid [P, slots] in which the rows of a prompt meet its keys together."""
-        counts = torch.bincount(self.prompt_of, minlength=len(self.padding))
+        counts = torch.bincount(self.prompt_of, minlength=self.count)
         first = counts.cumsum(0) - counts
         self.slots = int(counts.max())
         slot = torch.arange(len(self.prompt_of), device=counts.device) - first[self.prompt_of]
         self.place = self.prompt_of * self.slots + slot
-        self.full = len(self.prompt_of) == len(self.padding) * self.slots
+        self.full = len(self.prompt_of) == self.count * self.slots
 
     def _to_grid(self, x: Tensor) -> Tensor:
         """[R, H_kv, n, D] -> [P, H_kv, slots·n, D], zeros where a slot is empty."""
         if not self.full:
-            x = x.new_zeros(len(self.padding) * self.slots, *x.shape[1:]).index_copy_(0, self.place, x)
-        x = x.unflatten(0, (len(self.padding), self.slots)).transpose(1, 2)
+            x = x.new_zeros(self.count * self.slots, *x.shape[1:]).index_copy_(0, self.place, x)
+        x = x.unflatten(0, (self.count, self.slots)).transpose(1, 2)
         return x.flatten(2, 3)
 
     def _from_grid(self, x: Tensor) -> Tensor:
@@ -147,8 +149,9 @@ class Decoding:
 
         query = query.reshape(rows, key_heads, heads // key_heads, dim)
         shared_scores = float32_product(self._to_grid(query), shared_keys.transpose(-1, -2))
-        shared_scores = self._from_grid(shared_scores.masked_fill_(self.padding[:, None, None], float("-inf")))
-        scores = torch.cat([shared_scores, float32_product(query, own_keys.transpose(-1, -2))], dim=-1).mul_(scale)
+        if self.padding is not None:
+            shared_scores.masked_fill_(self.padding, float("-inf"))
+        scores = torch.cat([self._from_grid(shared_scores), float32_product(query, own_keys.transpose(-1, -2))], dim=-1).mul_(scale)
         attention = torch.softmax(scores, dim=-1)                                   # [R, H_kv, H/H_kv, K]
         if self.tap is not None and layer in self.tap.layers:
             own = torch.ones(rows, self.length + 1, dtype=torch.bool, device=query.device)
