@@ -231,7 +231,7 @@ def test_torchrun_and_ask(start, tmp_path):
 def test_the_default_run_learns(tmp_path):
     """What the README claims of the default: bad habits at first, cured within the run, and no answer without the picture."""
     folder = tmp_path / "run"
-    train.main([str(config_module.DEFAULTS), f"run.dir={folder}"])
+    train.main([str(config_module.DEFAULTS), f"run.dir={folder}", f"toy.cache_dir={tmp_path}"])
     rows = rows_of(folder)
     first, last = rows[0], rows[-1]
     assert 0.10 <= first["eval/accuracy"] <= 0.40 and first["eval/accuracy_greedy"] <= 0.60 and first["eval/format"] > 0.9
