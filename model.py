@@ -399,7 +399,7 @@ class Policy(nn.Module):
         mask = mask.to(self.device)
         logprobs, entropy = TokenLogprobs.apply(
             hidden.to(self.dtype), self.hf.lm_head.weight, tokens.to(self.device)[mask], self.temperature, self.suppressed,
-             self.CHUNK, self.forward_chunk, self.backward_chunk)
+            self.CHUNK, self.forward_chunk, self.backward_chunk)
         unpack = lambda flat: torch.zeros(mask.shape, device=self.device).masked_scatter(mask, flat)
         signals = None
         if tap is not None:
