@@ -25,7 +25,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 import dyco
 from data import Prompt
@@ -108,27 +107,41 @@ class PackedGroups:
         self.first_group = first_group  # the tap's number of the first of these groups
         self.kernel, self.tap, self.branches = kernel, tap, branches
         self.prompts = prompts
-        self.pieces = [n for prompt, group in zip(prompts, branches) for n in (len(prompt.input_ids), *group)]
+        self.sections = [n for prompt, group in zip(prompts, branches) for n in (len(prompt.input_ids), sum(group))]
+        self.places: list[tuple[Tensor, Tensor]] | None = None
         self.kept: dict[int, list[tuple[Tensor, Tensor]]] | None = {} if keep_keys else None
 
+    @staticmethod
+    def _places(group: list[int], device) -> tuple[Tensor, Tensor]:
+        """Packed place of each padded token [G·longest], and padded place of each packed token [tokens]. Padding reads
+        whatever stands there: it is behind every real query, and its own output is dropped."""
+        lengths = torch.tensor(group)
+        steps = torch.arange(max(group, default=0))
+        padded = (lengths.cumsum(0) - lengths)[:, None] + steps
+        real = (steps < lengths[:, None]).flatten().nonzero().squeeze(-1)
+        return padded.flatten().clamp(max=sum(group) - 1).to(device), real.to(device)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        queries, keys, values = (x[0].transpose(0, 1).split(self.pieces) for x in (query, key, value))  # [tokens, H, D] each
-        outputs, at = [], 0
+        if self.places is None:
+            self.places = [self._places(group, query.device) for group in self.branches]
+        sections = [x[0].transpose(0, 1).split(self.sections) for x in (query, key, value)]              # [tokens, H, D] each
+        outputs = []
         for index, (prompt, group) in enumerate(zip(self.prompts, self.branches)):
-            q, k, v = (x[at].transpose(0, 1)[None] for x in (queries, keys, values))                    # the prompt
-            own = [list(x[at + 1:at + 1 + len(group)]) for x in (queries, keys, values)]                # its responses
-            at += 1 + len(group)
+            q, k, v = (x[2 * index].transpose(0, 1)[None] for x in sections)                            # the prompt
             outputs.append(grouped_query_attention(q, k, v, scale, self.kernel)[0].transpose(0, 1))
             if self.kept is not None:
                 self.kept.setdefault(layer, []).append((k, v))
-            k, v, last = (x.expand(max(len(group), 1), -1, -1, -1) for x in (k, v, q[:, :, -1:]))        # last predicts o_1
-            own_q = last[:, :, :0]
+            k, v = (x.expand(max(len(group), 1), -1, -1, -1) for x in (k, v))
+            own_q = q[:, :, :0].expand(len(k), -1, -1, -1)
             if any(group):
-                own_q, own_k, own_v = (pad_sequence(x, batch_first=True).transpose(1, 2) for x in own)  # [G, H, longest, D]
+                padded, real = self.places[index]
+                own_q, own_k, own_v = (x[2 * index + 1].index_select(0, padded).unflatten(0, (len(group), -1)).transpose(1, 2)
+                                       for x in sections)                                               # [G, H, longest, D]
                 k, v = torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2)
                 out = grouped_query_attention(own_q, k, v, scale, self.kernel).transpose(1, 2)
-                outputs += [row[:length] for row, length in zip(out, group)]
+                outputs.append(out.flatten(0, 1).index_select(0, real))
             if self.tap is not None and layer in self.tap.layers:
+                last = q[:, :, -1:].expand(len(k), -1, -1, -1)                                          # predicts o_1
                 self.tap.read_group(layer, self.first_group + index, prompt, torch.cat([last, own_q], dim=2), k, scale)
         return torch.cat(outputs)[None]
 
@@ -140,10 +153,11 @@ class Tap:
     """Reduces attention to DyCo's signals where it arises, in the captured layers only.
 
     layers: decoder layers, negatives count from the end; each is reduced by itself and the signals are averaged.
-    `read_group` serves the packed forward, `read_step` serves decoding; both end in dyco.attention_signals.
+    `read_group` serves the packed forward, `read_step` and `reduce_steps` serve decoding; both end in dyco.attention_signals.
     """
 
     MAX_ELEMENTS = 2**25  # of one block of attention rows before heads are averaged: 128 MB in float32
+    STEPS = 16            # decoding steps reduced at once
 
     def __init__(self, layers: list[int], depth: int, shift: str = "fisher_rao", text_scope: str = "after_image",
                  signals=dyco.attention_signals):
@@ -154,7 +168,7 @@ class Tap:
         self.shift, self.text_scope, self.signals = shift, text_scope, signals
         self.sums: dict[int, list[Tensor]] = {}   # group -> sums over layers, each [G, T]
         self.prefill_rows: dict[int, dict[int, Tensor]] = {}  # layer -> group -> the row that predicts its first token
-        self.last_rows: dict[int, Tensor] = {}                # decoding: layer -> the rows of the previous step
+        self.steps: dict[int, list[Tensor]] = {}  # decoding: layer -> the rows [R, K] of the steps not yet reduced, after the last reduced one
 
     def prompt_members(self, prompt: Prompt, device) -> tuple[Tensor, Tensor]:
         """[P] bool each: the prompt's visual keys and its text keys in scope (everything of a response is text)."""
@@ -183,14 +197,21 @@ class Tap:
         if queries == 1:
             self.prefill_rows.setdefault(layer, {})[group] = attention[:, 0]
 
+    def read_step(self, layer: int, attention: Tensor) -> None:
+        """Decoding: keep attention [R, K] of this step, over the keys of the step before and one new one."""
+        self.steps[layer].append(attention)
+
     @torch.no_grad()
-    def read_step(self, layer: int, attention: Tensor, visual: Tensor, text: Tensor) -> None:
-        """Decoding: attention [R, K] of this step, over the keys of the last step and then one new key."""
-        before = F.pad(self.last_rows[layer], (0, attention.shape[-1] - self.last_rows[layer].shape[-1]))
-        pair = torch.stack([before, attention], dim=1)
-        signals = self.signals(pair, visual, text[:, None].expand(pair.shape), self.shift)
-        self._add(0, [x[:, 1] for x in signals])
-        self.last_rows[layer] = attention
+    def reduce_steps(self, visual: Tensor, text: Tensor) -> Signals:
+        """The signals [R, steps] of the steps kept since the last call, at most STEPS; visual and text [R, K], over the keys
+        of the last step."""
+        for layer, rows in self.steps.items():
+            padded = rows + rows[-1:] * (1 + self.STEPS - len(rows))  # one shape, so that a compiled function is compiled once
+            attention = torch.stack([F.pad(row, (0, visual.shape[1] - row.shape[1])) for row in padded], dim=1)
+            signals = self.signals(attention, visual, text[:, None].expand(attention.shape), self.shift)
+            self._add(0, [x[:, 1:len(rows)] for x in signals])
+            self.steps[layer] = rows[-1:]
+        return self.take(0)
 
     def _add(self, group: int, signals: list[Tensor]) -> None:
         sums = self.sums.get(group)

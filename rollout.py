@@ -114,8 +114,8 @@ class Decoding:
             members = [tap.prompt_members(p, device) for p in prompts]
             fit = lambda x: F.pad(x, (0, self.prompt_width - x.shape[-1]))
             self.visual, self.text = (torch.stack([fit(m[i]) for m in members])[self.prompt_of] for i in (0, 1))
-            tap.last_rows = {layer: torch.cat([fit(rows[i]) for i in range(count)])[self.prompt_of]
-                             for layer, rows in tap.prefill_rows.items()}
+            tap.steps = {layer: [torch.cat([fit(rows[i]) for i in range(count)])[self.prompt_of]]
+                         for layer, rows in tap.prefill_rows.items()}
 
     def _place(self) -> None:
         """Where each row stands in the grid [P, slots] in which the rows of a prompt meet its keys together."""
@@ -154,9 +154,7 @@ class Decoding:
         scores = torch.cat([self._from_grid(shared_scores), float32_product(query, own_keys.transpose(-1, -2))], dim=-1).mul_(scale)
         attention = torch.softmax(scores, dim=-1)                                   # [R, H_kv, H/H_kv, K]
         if self.tap is not None and layer in self.tap.layers:
-            own = torch.ones(rows, self.length + 1, dtype=torch.bool, device=query.device)
-            self.tap.read_step(layer, attention.mean(dim=(1, 2)), torch.cat([self.visual, ~own], dim=1),
-                               torch.cat([self.text, own], dim=1))
+            self.tap.read_step(layer, attention.mean(dim=(1, 2)))
         attention = attention.to(value.dtype)
         out = self._from_grid(self._to_grid(attention[..., :self.prompt_width]) @ shared_values)
         out = out + attention[..., self.prompt_width:] @ own_values
@@ -170,7 +168,11 @@ class Decoding:
         self._place()
         if self.tap is not None:
             self.visual, self.text = self.visual[rows], self.text[rows]
-            self.tap.last_rows = {layer: x[rows] for layer, x in self.tap.last_rows.items()}
+            self.tap.steps = {layer: [x[rows] for x in steps] for layer, steps in self.tap.steps.items()}
+
+    def signals(self) -> Signals:
+        """The tap's signals [R, steps] of the steps since the last call."""
+        return self.tap.reduce_steps(F.pad(self.visual, (0, self.length)), F.pad(self.text, (0, self.length), value=True))
 
 
 @torch.no_grad()
@@ -222,7 +224,9 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
         hidden, kept, found = _prefill(policy, prompts, positions, tap)
         hidden = hidden.repeat_interleave(group_size, dim=0)
         if tap is not None:
-            step_signals = [torch.cat(x)[:, 0].repeat_interleave(group_size) for x in zip(*found)]
+            for buffer, first in zip(signals, zip(*found)):
+                buffer[:, 0] = torch.cat(first)[:, 0].repeat_interleave(group_size)
+        recorded = 1  # tokens whose signals are in the buffers
         decoding = Decoding(prompts, kept, group_size, max_new_tokens, tap, device)
         head = policy.hf.lm_head.weight.to(policy.dtype)
         following = torch.tensor([int(p.max()) + 1 for p in positions], device=device).repeat_interleave(group_size)
@@ -236,15 +240,17 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
             tokens[alive, step] = torch.where(going, chosen, 0)
             mask[alive, step] = going
             logprobs[alive, step] = torch.where(going, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0], 0)
-            if tap is not None:
-                for buffer, value in zip(signals, step_signals):
-                    buffer[alive, step] = torch.where(going, value, 0)
             ended[alive] |= torch.isin(chosen, end_ids)
             going = ~ended[alive]
             count = int(going.sum())
-            if count == 0 or step + 1 == max_new_tokens:
+            last, leave = count == 0 or step + 1 == max_new_tokens, count <= COMPACT_BELOW * len(alive)
+            if tap is not None and step + 1 > recorded and (last or leave or step + 1 - recorded == tap.STEPS):
+                for buffer, found in zip(signals, decoding.signals()):
+                    buffer[alive, recorded:step + 1] = found
+                recorded = step + 1
+            if last:
                 break
-            if count <= COMPACT_BELOW * len(alive):
+            if leave:
                 places = going.nonzero().squeeze(-1)
                 decoding.keep(places)
                 alive, chosen = alive[places], chosen[places]
@@ -252,8 +258,6 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
             position = (following[alive] + step)[None, :, None].expand(3, -1, -1)
             hidden = policy.decoder(embedded, position, decoding)[:, 0]
             decoding.length += 1
-            if tap is not None:
-                step_signals = tap.take(0)
 
     width = int(mask.sum(1).max())
     ids = tokens.tolist()
@@ -262,4 +266,4 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
     texts = [policy.tokenizer.decode(row[:n], skip_special_tokens=False) for row, n in zip(ids, content)]
     cut = lambda x: x[:, :width]
     return Rollout(prompts, group_size, cut(tokens), cut(mask), cut(logprobs), truncated,
-                   None if signals is None else Signals(*map(cut, signals)), texts)
+                   None if signals is None else Signals(*(torch.where(cut(mask), cut(x), 0) for x in signals)), texts)
