@@ -36,6 +36,8 @@ GROUP = 8
 PIXELS = {100: (280, 280), 600: (700, 672)}  # visual tokens -> width, height
 SIZES = {"3M": dict(hidden=192, layers=6), "40M": dict(hidden=512, layers=8, vocabulary=32000)}
 CAPTURE = SimpleNamespace(layers=[-1], shift="fisher_rao", text_scope="after_image")
+# glibc hands freed memory back at once, so that a second run is not served from what a first one left
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "16384", "MALLOC_TOP_PAD_": "0"}
 TABLE: list[dict] = []
 
 
@@ -101,7 +103,7 @@ def growth_of_memory(job) -> float:
 def peak_megabytes(*job: str) -> float:
     """Peak resident memory of one job of JOBS in a process of its own, above what it held before the job."""
     done = subprocess.run([sys.executable, __file__, "--job", *map(str, job)], capture_output=True, text=True, check=True,
-                          env={**os.environ, "OMP_NUM_THREADS": str(THREADS)})
+                          env={**os.environ, "OMP_NUM_THREADS": str(THREADS), **RETURN_FREED})
     return float(done.stdout.splitlines()[-1])
 
 
@@ -347,6 +349,116 @@ def trl_job(size: str, visual: str, accumulate: str, steps: str) -> None:
     print(json.dumps([b - a for a, b in zip(marks, marks[1:])]))
 
 
+# ---------------------------------------------------------------------------------------------------- memory on paper
+
+SETUPS = {  # what `estimate` plans; the prompt has 600 image tokens and 100 of text, G = 8, responses 2048 tokens at worst, 400 on average
+    "Qwen2.5-VL-3B on one GPU of 80 GB": dict(gpus=1, text=dict(
+        hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+        vocab_size=151936), tied=True),
+    "Qwen2.5-VL-7B on eight": dict(gpus=8, text=dict(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        vocab_size=152064), tied=False),
+}
+FLOPS, USED, DECODE_STEP = 312e12, 0.4, 0.030  # A100 in bfloat16, the share of it that is used, seconds of a decoding step (launch-bound)
+
+
+def update_bytes(config, prompt: int, visual: int, group: int, new: int, width: int, checkpointing: bool,
+                 frozen: bool = False) -> tuple[float, float]:
+    """What one group's forward and backward hold beyond weights and their gradients, in bytes: kept from forward to backward, and
+    at work in the backward pass.
+
+    width: bytes of a number in the arithmetic's dtype; the residual stream and the norms are float32 in any case. Of a decoder layer,
+    each packed token keeps two residuals and two normalised rows in float32; in the arithmetic's dtype two norm outputs, query,
+    attention output twice, key and value, four rows of the MLP; each response token a query laid out for its group; and each
+    response the keys and values of prompt and response.
+    """
+    text, vision = config.text_config, config.vision_config
+    h, inter, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    kv = 2 * text.num_key_value_heads * h // text.num_attention_heads
+    own = group * (new - 1)
+    tokens, patches = prompt + own, 4 * visual
+    layer = tokens * (16 * h + width * (5 * h + kv + 4 * inter)) + own * width * h + group * (prompt + new) * width * kv
+    block = patches * (16 * vision.hidden_size + width * (9 * vision.hidden_size + 4 * vision.intermediate_size))
+    pixels = patches * (width * 3 * vision.temporal_patch_size * vision.patch_size**2 + 8 * width * vision.hidden_size)
+    head = 4 * min(group * new, Policy.CHUNK) * text.vocab_size + 8 * text.vocab_size * h  # logits of a chunk, its gradient twice
+    if checkpointing:  # the inputs of all layers, and at any one time one layer or the head
+        return layers * tokens * 4 * h + (0 if frozen else pixels + vision.depth * patches * 4 * vision.hidden_size), max(layer, block, head)
+    return layers * layer + (0 if frozen else pixels + vision.depth * block), head
+
+
+def one_memory(size: str, visual: int, checkpointing: bool):
+    """The function of one_update, run once before so that the weights' gradients are there already."""
+    policy = policy_of(size)
+    if checkpointing:
+        policy.hf.gradient_checkpointing_enable({"use_reentrant": False})
+    run = one_update(size, visual, "packed")
+    run()
+    policy.zero_grad = lambda **_: None
+    return run
+
+
+def estimate() -> None:
+    """The memory formula against measured peaks; then what it says of the released models."""
+    for size in SIZES:
+        for visual in PIXELS:
+            for checkpointing in (False, True):
+                policy = policy_of(size)
+                length = len(prompts_of(policy, visual)[0].input_ids)
+                paper = sum(update_bytes(policy.hf.config, length, visual, GROUP, 64, 4, checkpointing)) / 2**20
+                found = peak_megabytes("memory", size, visual, int(checkpointing))
+                report("estimate", f"{size}, {visual} visual tokens" + ", checkpointed" * checkpointing, paper, found, found / paper, found / paper, found / paper,
+                       "0.85 … 1.15", "ours: MB by the formula; theirs: MB measured")
+    for name, setup in SETUPS.items():
+        print(f"\n{name}")
+        for label, amount, unit in plan(**setup):
+            print(f"  {label:<98} {amount:8.1f} {unit}")
+
+
+def plan(gpus: int, text: dict, tied: bool) -> list[tuple[str, float, str]]:
+    """Memory per GPU and time of a step of 16 prompts per GPU, on paper; config_3b.yaml's settings."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=text["hidden_size"])
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        hf = Qwen2_5_VLForConditionalGeneration(config)
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    whole, tower, layer = count(hf), count(hf.model.visual), count(hf.model.language_model.layers[0])
+    trained = whole - tower
+    G, P, T, mean, prompts = GROUP, 700, 2048, 400, 16
+    cache = 2 * 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * text["hidden_size"] // text["num_attention_heads"]
+    at_once = 2 * (whole if gpus == 1 else whole - layer * (text["num_hidden_layers"] - 2))
+    kept, working = update_bytes(config, P, 600, G, T, 2, True, frozen=True)
+    states = 16 * trained / gpus + 4 * tower / gpus
+    reference = 2 * whole / gpus
+    rollout = 2 * whole + 200_000 * cache
+    of = f" / {gpus}" if gpus > 1 else ""
+    rows = [(f"weights, gradients, AdamW in float32: 16 · {trained / 1e9:.2f} B{of}", 16 * trained / gpus),
+            (f"frozen vision tower, float32: 4 · {tower / 1e9:.2f} B{of}", 4 * tower / gpus),
+            (f"reference policy, bfloat16 (algo.kl > 0): 2 · {whole / 1e9:.2f} B{of}", reference),
+            ("bfloat16 copies of the weights in use" + (": all" if gpus == 1 else ": two layers, embeddings, head, vision tower"), at_once),
+            *(([("their gradients before they are scattered, bfloat16 and float32", 3 * (at_once - 2 * tower))]) if gpus > 1 else []),
+            (f"activations, checkpointed, one group of {G} responses of {T} tokens", kept),
+            ("one layer while it is computed again, or a chunk of logits and the gradient of the head", working)]
+    peak = sum(amount for _, amount in rows)
+    table = [(label, amount / 1e9, "GB") for label, amount in rows]
+    table.append(("together, at the update", peak / 1e9, "GB"))
+    bare, _ = update_bytes(config, P, 600, G, T, 2, False, frozen=True)
+    table.append(("activations of that group without checkpointing", bare / 1e9, "GB"))
+    table.append((f"instead, in the rollout: weights in bfloat16, 200 000 cached tokens of {cache} bytes, and all but activations and gradients",
+                  (states - 4 * trained / gpus + reference + rollout) / 1e9, "GB"))
+    tokens = prompts * (P + G * mean)
+    waves = -(-prompts * (P + G * T) // 200_000)
+    rate = FLOPS * USED
+    times = [(f"rollout: {waves} waves, about 1000 decoding steps each until most rows have ended", waves * 1000 * DECODE_STEP),
+             (f"score, behaviour and reference: 2 · 2 · {tokens} tokens · {trained / 1e9:.2f} B", 4 * tokens * trained / rate),
+             (f"update, forward, again, backward: 8 · {tokens} tokens · {trained / 1e9:.2f} B", 8 * tokens * trained / rate)]
+    table += [(label, amount, "s") for label, amount in times]
+    step = sum(amount for _, amount in times)
+    table.append((f"one epoch of 11 000 prompts: {11000 // (prompts * gpus)} steps", 11000 // (prompts * gpus) * step / 3600, "hours"))
+    return table
+
+
 # ------------------------------------------------------------------------------------------------------- small functions
 
 
@@ -416,7 +528,7 @@ def growth() -> None:
         axis = [point[changing] for point in points]
         measured, counted = zip(*(once(*point) for point in points))
         slope = lambda values: math.log(values[-1] / values[0]) / math.log(axis[-1] / axis[0])
-        report("growth", name, slope(measured), slope(counted), slope(measured) / slope(counted), 0, 0, "exponent <= that of the count",
+        report("growth", name, slope(measured), slope(counted), *[slope(measured) / slope(counted)] * 3, "exponent <= that of the count",
                "ours: exponent of the time; theirs: of the operations")
 
 
@@ -424,10 +536,11 @@ def growth() -> None:
 
 JOBS = {"update": lambda size, visual, way: one_update(size, int(visual), way),
         "rollout": lambda size, visual, way: one_rollout(size, int(visual), way),
+        "memory": lambda size, visual, checkpointing: one_memory(size, int(visual), checkpointing == "1"),
         "step": lambda size, visual, way: one_step(size, int(visual), way == "on"),
         "scoring": lambda way, tokens, vocabulary, backward: one_scoring(way, int(tokens), int(vocabulary), backward == "1")}
 ROWS = {"update": update, "rollout": rollout, "capture": capture, "step": step, "dyco": dyco_cost, "logprobs": logprobs,
-        "signals": signals, "growth": growth}
+        "signals": signals, "growth": growth, "estimate": estimate}
 
 
 def main(arguments: list[str]) -> None:
