@@ -1,7 +1,10 @@
-"""distributed.py: start-up under torchrun or alone, reductions, and checkpoints that are whole or absent.
+"""distributed.py: start-up under torchrun or alone, reductions, sharded weights, and checkpoints that are whole or absent.
 
-Every process holds the whole policy and works on whole groups; what crosses processes are gradients and a few scalars.
+Every process works on whole groups, its share of the step's prompts. Of several, each holds a share of every weight, gradient
+and optimizer state (FSDP2, `shard`); a layer's weights are gathered while it runs, and all of them for a rollout (`gathered`).
+Collective calls must be the same on every process: one without work for a pass makes an idle one (model.Policy.idle).
 """
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @dataclass(frozen=True)
@@ -44,15 +50,6 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def sum_gradients(self, parameters) -> None:
-        """Sum gradients over processes; the loss was already divided by the global normaliser."""
-        if self.size == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -71,6 +68,62 @@ def start() -> World:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------- sharded weights
+
+
+def shard(policy, world: World) -> None:
+    """FSDP2: keep this process's share of the policy's weights. Alone, nothing changes. Collective.
+
+    Each decoder layer is a unit of its own. Embeddings, head, last norm and vision tower are one more, in use for the whole of a
+    pass, so that passes with and without images gather the same. Gradients are summed, not averaged: losses are divided by
+    normalisers of all processes.
+    """
+    if world.size == 1:
+        return
+    mixed = MixedPrecisionPolicy(param_dtype=None if policy.dtype == torch.float32 else policy.dtype, reduce_dtype=torch.float32,
+                                 cast_forward_inputs=False)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for unit in (*policy.hf.model.language_model.layers, policy):
+        fully_shard(unit, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    policy.idle()  # the module that runs first becomes FSDP's root
+
+
+@contextlib.contextmanager
+def gathered(policy):
+    """The weights whole on every process: gathered once for a rollout instead of once per token. Collective."""
+    units = [unit for unit in policy.modules() if isinstance(unit, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
+
+
+def whole(tree, keep: bool = True):
+    """A tree of dicts, lists and tensors with sharded tensors gathered, on the CPU; None for tensors if not `keep`. Collective."""
+    if isinstance(tree, dict):
+        return {key: whole(value, keep) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [whole(value, keep) for value in tree]
+    if not isinstance(tree, Tensor):
+        return tree
+    tree = tree.full_tensor() if isinstance(tree, DTensor) else tree
+    return tree.detach().cpu() if keep else None
+
+
+def share(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, or this process's share of it where `like` is sharded."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -94,9 +147,16 @@ def write_folder(target: Path, fill) -> None:
         _sync(path)
     _sync(beside)
     if target.exists():
-        shutil.rmtree(target)
+        remove_folder(target)
     os.rename(beside, target)
     _sync(target.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder such that, cut short, it is no longer taken for a whole one."""
+    doomed = path.with_name(f"{path.name}.partial-removed")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict, facts: dict, keep_last: int) -> None:
@@ -107,7 +167,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict, facts: dict, keep_la
 
     write_folder(folder / f"step-{step:08d}", fill)
     for old in checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
+        remove_folder(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 import dyco
 from data import Prompt
@@ -334,6 +335,10 @@ class Policy(nn.Module):
         return self.suppressed.device
 
     @property
+    def sharded(self) -> bool:
+        return isinstance(self, FSDPModule)
+
+    @property
     def depth(self) -> int:
         return self.hf.config.text_config.num_hidden_layers
 
@@ -360,12 +365,12 @@ class Policy(nn.Module):
             at_images += [prompt.visual_mask, torch.zeros(sum(map(len, group)), dtype=torch.bool)]
         embedded = self.hf.get_input_embeddings()(torch.cat(pieces))
         seeing = [p for p in prompts if p.pixel_values is not None]
-        if not seeing:
-            return embedded
+        seen_by = [parameter for parameter in self.hf.model.visual.parameters() if parameter.requires_grad]
+        if not seeing:  # a gradient of 0 for the vision tower: sharded, every process must have one
+            return embedded + 0 * sum(parameter.sum() for parameter in seen_by) if self.sharded else embedded
         pixels = torch.cat([p.pixel_values for p in seeing]).to(self.device, self.hf.model.visual.dtype)
         grid = torch.cat([p.image_grid_thw for p in seeing]).to(self.device)
-        frozen = not any(parameter.requires_grad for parameter in self.hf.model.visual.parameters())
-        with torch.no_grad() if frozen else contextlib.nullcontext():
+        with contextlib.nullcontext() if seen_by else torch.no_grad():
             images = torch.cat(tuple(self.hf.model.get_image_features(pixels, grid, return_dict=True).pooler_output))
         return embedded.masked_scatter(torch.cat(at_images).to(self.device)[:, None], images.to(embedded.dtype))
 
@@ -431,6 +436,12 @@ class Policy(nn.Module):
         return PackedOutput(unpack(logprobs), unpack(entropy), signals)
 
 
+    def idle(self) -> Tensor:
+        """A pass over a single token, without an image: a loss of 0 whose gradients are 0."""
+        nothing = Prompt(0, "", "", "", torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.bool), None, None)
+        return self([nothing], torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.bool)).logprobs.sum()
+
+
 def _as_list(value) -> list:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -476,8 +487,8 @@ def load_policy(path: str | Path, device: torch.device, dtype: str = "auto", ker
     return policy.to(device).train()  # gradient checkpointing asks for training mode; there is no dropout
 
 
-def save_policy(policy: Policy, folder: Path) -> None:
-    """Write a normal Hugging Face directory: weights, tokenizer with chat template, image processor."""
-    policy.hf.save_pretrained(folder)
+def save_policy(policy: Policy, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a normal Hugging Face directory: weights (those given, or the policy's), tokenizer with chat template, image processor."""
+    policy.hf.save_pretrained(folder, state_dict=weights)
     policy.tokenizer.save_pretrained(folder)
     policy.image_processor.save_pretrained(folder)

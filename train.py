@@ -127,19 +127,24 @@ def split(config: Config, batch: Batch, step: int, world) -> list[list[int]]:
     return [[i for i, position in enumerate(batch.positions) if position in part] for part in parts]
 
 
-def micro_batches(rollout: Rollout, groups: list[int], budget: int) -> list[list[int]]:
-    """Groups in runs of at most `budget` packed tokens; a single larger group is a run of its own."""
+def micro_batches(rollout: Rollout, groups: list[int], budget: int, world) -> list[list[int]]:
+    """Groups in runs of at most `budget` packed tokens; a single larger group is a run of its own. Every process gets as many
+    runs; the last ones of a process with less work are empty."""
     lengths = rollout.mask.sum(1).view(len(rollout.prompts), rollout.group_size).sum(1).tolist()
     runs = runs_within([len(rollout.prompts[group].input_ids) + lengths[group] for group in groups], budget)
-    return [[groups[i] for i in run] for run in runs]
+    idle = max(world.gather(len(runs))) - len(runs)
+    return [[groups[i] for i in run] for run in runs] + [[]] * idle
 
 
 @torch.no_grad()
-def score(config: Config, policy: Policy, rollout: Rollout, capture: bool = False) -> tuple[Tensor, dyco.Signals | None]:
+def score(config: Config, policy: Policy, rollout: Rollout, world, capture: bool = False) -> tuple[Tensor, dyco.Signals | None]:
     """Stage 3: log-probabilities [B, T] by the packed forward, and with `capture` DyCo's signals."""
     logprobs = torch.zeros_like(rollout.logprobs)
     signals = dyco.Signals(*(torch.zeros_like(logprobs) for _ in range(4))) if capture else None
-    for groups in micro_batches(rollout, list(range(len(rollout.prompts))), config.train.micro_batch_tokens):
+    for groups in micro_batches(rollout, list(range(len(rollout.prompts))), config.train.micro_batch_tokens, world):
+        if not groups:
+            policy.idle()
+            continue
         part, rows = rollout.select(groups), rollout.rows(groups)
         output = policy(part.prompts, part.tokens, part.mask, policy.tap(config.dyco) if capture else None)
         width = part.mask.shape[1]
@@ -173,7 +178,10 @@ def update(config: Config, policy: Policy, optimizer, batch: Batch, groups: list
     loss_mask = batch.loss_mask[rollout.rows(groups)]
     normalizer = float(world.sum(rl_algos.loss_normalizer(name, loss_mask).double().cpu()))
     logged: dict[str, Tensor] = {}
-    for part in micro_batches(rollout, groups, config.train.micro_batch_tokens):
+    for part in micro_batches(rollout, groups, config.train.micro_batch_tokens, world):
+        if not part:
+            policy.idle().backward()
+            continue
         some, rows = rollout.select(part), rollout.rows(part)
         cut = lambda x: None if x is None else x[rows, :some.mask.shape[1]]
         output = policy(some.prompts, some.tokens, some.mask)
@@ -183,8 +191,7 @@ def update(config: Config, policy: Policy, optimizer, batch: Batch, groups: list
         for key, value in (metrics | {"loss": loss.detach(), "entropy": output.entropy.sum(), "tokens": some.mask.sum()}).items():
             logged[key] = logged.get(key, 0) + value
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    world.sum_gradients(parameters)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.optim.grad_clip))
+    norm = float(distributed.whole(torch.nn.utils.clip_grad_norm_(parameters, config.optim.grad_clip)))
     keys = ["loss", "clip_fraction", "ratio_deviation", "entropy", "tokens", *(["kl"] if batch.ref_logprobs is not None else [])]
     mine = [float(logged[key]) if logged else 0.0 for key in keys]  # a process without groups of this mini-batch adds nothing
     values = dict(zip(keys, world.sum(torch.tensor(mine, dtype=torch.float64)).tolist()))
@@ -207,7 +214,8 @@ def train_step(config: Config, policy: Policy, reference: Policy | None, optimiz
         clock.append(time.perf_counter())
         return clock[-1] - clock[-2]
 
-    batch, collected = collect_useful(config, policy, dataset, sampler, step, world, custom_reward)  # 1. rollout, 2. reward
+    with distributed.gathered(policy):                                                               # 1. rollout, 2. reward
+        batch, collected = collect_useful(config, policy, dataset, sampler, step, world, custom_reward)
     row = describe_responses(collected, world)
     tokens = sum(world.gather(sum(int(b.rollout.mask.sum()) for b in collected)))
     seconds = {"rollout": lap()}
@@ -220,13 +228,13 @@ def train_step(config: Config, policy: Policy, reference: Policy | None, optimiz
     scored = how == "scored" or how == "auto" and policy.dtype != torch.float32
     batch.old_logprobs = rollout.logprobs
     if scored or late_capture:
-        logprobs, signals = score(config, policy, rollout, late_capture)
+        logprobs, signals = score(config, policy, rollout, world, late_capture)
         rollout.signals = signals if late_capture else rollout.signals
         gap = (logprobs - rollout.logprobs).abs()
         row["policy/rollout_gap"] = max(world.gather(float(gap.max()) if gap.numel() else 0.0))
         batch.old_logprobs = logprobs if scored else rollout.logprobs
     if reference is not None:
-        batch.ref_logprobs, _ = score(config, reference, rollout)
+        batch.ref_logprobs, _ = score(config, reference, rollout, world)
     assign_advantages(config, batch, step)                                                           # 4. advantage, 5. DyCo
     batch.loss_mask = rollout.mask & ~rollout.truncated[:, None] if config.algo.mask_truncated else rollout.mask
     if batch.roles is not None:
@@ -352,6 +360,8 @@ def build(config: Config, world):
         policy = load(freeze_vision=config.model.freeze_vision, gradient_checkpointing=config.model.gradient_checkpointing)
         policy.tap(config.dyco)  # knows which layers there are
         reference = load(trainable=False) if config.algo.kl > 0 else None
+        for sharded in (policy, reference) if reference else (policy,):
+            distributed.shard(sharded, world)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -382,6 +392,19 @@ def refuse_changes(old: dict, config: Config, say, everything: bool = False) -> 
             f"{key} ({before.get(key)!r}, now {after[key]!r})" for key in fixed) + "; set run.dir to a new folder")
     for key in changed:
         say(f"changed since the checkpoint: {key} {before.get(key)!r} -> {after[key]!r}")
+
+
+@torch.no_grad()
+def load_weights(policy: Policy, optimizer, tensors: dict) -> None:
+    """Continue from the whole tensors of a checkpoint, whatever number of processes wrote them."""
+    own = dict(policy.hf.named_parameters())
+    for name, parameter in own.items():
+        parameter.copy_(distributed.share(tensors["policy"][name], parameter))
+    trained = [parameter for parameter in own.values() if parameter.requires_grad]
+    for index, state in tensors["optimizer"]["state"].items():
+        tensors["optimizer"]["state"][index] = {
+            name: distributed.share(value, trained[index]) if value.dim() else value for name, value in state.items()}
+    optimizer.load_state_dict(tensors["optimizer"])
 
 
 def run(config: Config, world) -> None:
@@ -415,8 +438,7 @@ def run(config: Config, world) -> None:
         if facts["data"] != dataset.fingerprint:
             raise DataError(f"{config.data.path}: the rows are not those of this run's checkpoint; set run.dir to a new folder")
         tensors = distributed.read_tensors(saved[0])
-        policy.hf.load_state_dict(tensors["policy"])
-        optimizer.load_state_dict(tensors["optimizer"])
+        load_weights(policy, optimizer, tensors)
         optimizer.param_groups[0]["weight_decay"] = config.optim.weight_decay
         sampler.load_state_dict(facts["sampler"])
         del tensors
@@ -432,9 +454,10 @@ def run(config: Config, world) -> None:
         if held_out is None:
             return {}
         samples = [held_out[i] for i in range(min(config.eval.samples, len(held_out)))]
-        return {f"eval/{name}": value for name, value in evaluate.held_out(
-            policy, samples, config.data.prompt_template, config.rollout.max_new_tokens, config.train.seed, config.rollout.max_cache_tokens,
-            config.eval.swapped, config.data.max_prompt_tokens, world).items()}
+        with distributed.gathered(policy):
+            return {f"eval/{name}": value for name, value in evaluate.held_out(
+                policy, samples, config.data.prompt_template, config.rollout.max_new_tokens, config.train.seed,
+                config.rollout.max_cache_tokens, config.eval.swapped, config.data.max_prompt_tokens, world).items()}
 
     def record(row: dict) -> None:
         if world.is_main:
@@ -445,9 +468,10 @@ def run(config: Config, world) -> None:
                     writer.add_scalar(key, value, row["step"])
 
     def save() -> None:
+        tensors = distributed.whole({"policy": dict(policy.hf.named_parameters()), "optimizer": optimizer.state_dict()}, world.is_main)
         if world.is_main:
             distributed.save_checkpoint(
-                folder / "checkpoints", step, {"policy": policy.hf.state_dict(), "optimizer": optimizer.state_dict()},
+                folder / "checkpoints", step, tensors,
                 {"step": step, "updates": updates, "sampler": sampler.state_dict(), "data": dataset.fingerprint,
                  "config": asdict(config)}, config.checkpoint.keep_last)
         world.barrier()
@@ -485,8 +509,9 @@ def run(config: Config, world) -> None:
             say(f"stopped at step {step}; the same command resumes it")
             return
     bar.close()
+    weights = distributed.whole(dict(policy.hf.named_parameters()), world.is_main)
     if world.is_main:
-        distributed.write_folder(folder / "final", lambda path: save_policy(policy, path))
+        distributed.write_folder(folder / "final", lambda path: save_policy(policy, path, weights))
         if held_out is not None:
             say(curve(log.path))
         say(f"done: {folder / 'final'} is a Hugging Face directory; try\n  python evaluate.py ask --model {folder / 'final'} --image FILE QUESTION")
