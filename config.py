@@ -93,6 +93,8 @@ class Reward:
     format_weight: float
     custom: str | None
     custom_weight: float
+    custom_timeout: float
+    custom_on_error: Literal["raise", "zero"]
 
 
 @dataclass(frozen=True)
@@ -334,7 +336,7 @@ def _out_of_range(c: Config) -> list[str]:
                 "optim.lr", "optim.weight_decay", "optim.warmup_steps", "log.samples_per_step"):
         section, name = key.split(".")
         need(getattr(getattr(c, section), name) >= 0, key, "0 or more")
-    for key in ("rollout.temperature", "algo.temperature_pos", "algo.temperature_neg", "optim.grad_clip"):
+    for key in ("rollout.temperature", "reward.custom_timeout", "algo.temperature_pos", "algo.temperature_neg", "optim.grad_clip"):
         section, name = key.split(".")
         need(getattr(getattr(c, section), name) > 0, key, "more than 0")
     need(c.rollout.group_size >= 2, "rollout.group_size", "at least 2: the advantage compares responses of a group")

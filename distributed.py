@@ -5,6 +5,7 @@ and optimizer state (FSDP2, `shard`); a layer's weights are gathered while it ru
 Collective calls must be the same on every process: one without work for a pass makes an idle one (model.Policy.idle).
 """
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -152,6 +153,30 @@ def write_folder(target: Path, fill) -> None:
     _sync(target.parent)
 
 
+def write_file(target: Path, content: bytes) -> None:
+    """Replace a file in one step."""
+    beside = target.with_name(f"{target.name}.partial-file")
+    beside.write_bytes(content)
+    _sync(beside)
+    os.replace(beside, target)
+
+
+class FolderInUse(RuntimeError):
+    """Another process writes there."""
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path):
+    """Have a folder to oneself, until the block or the process ends. Raises FolderInUse."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FolderInUse(f"{folder}: another process is writing there; set run.dir to a new folder") from None
+        yield
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder such that, cut short, it is no longer taken for a whole one."""
     doomed = path.with_name(f"{path.name}.partial-removed")
@@ -178,7 +203,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def remove_partial(folder: Path) -> None:
     """Remove what saves that were cut short left behind."""
     for path in folder.glob("*.partial-*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def read_facts(checkpoint: Path) -> dict:

@@ -33,11 +33,14 @@ import operator
 import os
 import random
 import re
+import reprlib
 import select
+import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
@@ -108,6 +111,44 @@ def load_custom(spec: str) -> Callable[[str, str, Any], float]:
         near = ", ".join(difflib.get_close_matches(name, names) or names) or "none"
         raise ValueError(f"custom reward {spec!r}: found {found}, expected a function; nearest in the file: {near}")
     return function
+
+
+class RewardError(ValueError):
+    """A custom reward that raised, took too long, or returned something other than a finite number."""
+
+
+class _TooLong(BaseException):  # not an Exception: a reward that catches those must not catch this
+    pass
+
+
+def call_custom(function: Callable[[str, str, Any], float], response: str, answer: str, sample, limit: float) -> float:
+    """What a custom reward gives, within `limit` seconds. In the main thread only: the limit is an alarm signal.
+
+    Raises RewardError.
+    """
+    def ring(*_):
+        raise _TooLong
+
+    name = getattr(function, "__name__", repr(function))
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, limit, 1.0)  # and again every second, should it be caught
+    try:
+        value = function(response, answer, sample)
+    except _TooLong:
+        raise RewardError(f"custom reward {name}: no result after {limit} s") from None
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise RewardError(f"custom reward {name}: {type(error).__name__}: {error} ({where.filename}, line {where.lineno})") from error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RewardError(f"custom reward {name}: expected a finite number, found {reprlib.repr(value)}")
+    return number
 
 
 def equivalent(prediction: str, reference: str) -> bool:

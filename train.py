@@ -52,6 +52,26 @@ class RunError(RuntimeError):
 # ---------------------------------------------------------------------------------------------------- stages of a step
 
 
+@contextlib.contextmanager
+def memory_for(what: str, keys: str):
+    """Running out of memory inside is a RunError that says at what, and which keys to lower."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise RunError(f"out of memory at {what}; lower {keys} ({str(error).splitlines()[0]})") from error
+
+
+def memory_of_groups(config: Config, rollout: Rollout, groups: list[int]):
+    """`memory_for` the packed forward and backward of some groups."""
+    tokens = sum(len(rollout.prompts[group].input_ids) for group in groups) + int(rollout.mask[rollout.rows(groups)].sum())
+    keys = f"train.micro_batch_tokens (now {config.train.micro_batch_tokens})" if len(groups) > 1 else (
+        "rollout.group_size, rollout.max_new_tokens or data.max_pixels, or set model.gradient_checkpointing=true")
+    ids = ", ".join(rollout.prompts[group].id for group in groups)
+    return memory_for(f"a packed row of {tokens} tokens, the groups of the prompts {ids}", keys)
+
+
 @dataclass
 class Batch:
     """One rollout batch of this process and what the stages add to it. Rows are group-major, B = prompts · G."""
@@ -72,21 +92,35 @@ class Batch:
         return [prompt.index for prompt in self.rollout.prompts]
 
 
+def ask_custom(config: Config, function, text: str, sample) -> float:
+    try:
+        return rewards.call_custom(function, text, sample.answer, sample, config.reward.custom_timeout)
+    except rewards.RewardError as error:
+        if config.reward.custom_on_error == "raise":
+            raise RunError(f"{error}, on a response to {sample.id}; reward.custom_on_error=zero goes on with a reward of 0") from error
+        tqdm.write(f"{error}, on a response to {sample.id}: its reward is 0", file=sys.stderr)
+        return 0.0
+
+
 def collect(config: Config, policy: Policy, dataset, drawn: list[tuple[int, int]], step: int, custom_reward) -> Batch:
     """Stages 1 and 2: responses to some (position, sample index) pairs, and their rewards."""
     samples = [dataset[index] for _, index in drawn]
     prompts = [encode_prompt(sample, position, policy.tokenizer, policy.image_processor, config.data.prompt_template,
                              config.data.max_prompt_tokens) for (position, _), sample in zip(drawn, samples)]
     capture = config.dyco if config.dyco.enabled and config.dyco.capture == "rollout" else None
-    rollout = generate(policy, prompts, config.rollout.group_size, config.rollout.max_new_tokens, (config.train.seed, step),
-                       capture, config.rollout.max_cache_tokens)
+    longest = max(prompts, key=lambda prompt: len(prompt.input_ids), default=None)
+    with memory_for(f"sampling {config.rollout.group_size} responses to each of {len(prompts)} prompts" + (
+            f", the longest of {len(longest.input_ids)} tokens (id {longest.id})" if longest else ""),
+            "rollout.max_cache_tokens, rollout.max_new_tokens or data.max_pixels"):
+        rollout = generate(policy, prompts, config.rollout.group_size, config.rollout.max_new_tokens, (config.train.seed, step),
+                           capture, config.rollout.max_cache_tokens)
 
     asked = [sample for sample in samples for _ in range(rollout.group_size)]
     accuracy = torch.tensor([rewards.accuracy(text, sample.answer) for text, sample in zip(rollout.texts, asked)])
     form = torch.tensor([rewards.format(text) for text in rollout.texts])
     total = config.reward.accuracy_weight * accuracy + config.reward.format_weight * form
     if custom_reward is not None:
-        custom = [float(custom_reward(text, sample.answer, sample)) for text, sample in zip(rollout.texts, asked)]
+        custom = [ask_custom(config, custom_reward, text, sample) for text, sample in zip(rollout.texts, asked)]
         total = total + config.reward.custom_weight * torch.tensor(custom)
     total = total + config.algo.overlong_weight * rl_algos.overlong_penalty(
         rollout.mask.sum(1).cpu(), config.rollout.max_new_tokens, config.algo.overlong_buffer)
@@ -146,7 +180,8 @@ def score(config: Config, policy: Policy, rollout: Rollout, world, capture: bool
             policy.idle()
             continue
         part, rows = rollout.select(groups), rollout.rows(groups)
-        output = policy(part.prompts, part.tokens, part.mask, policy.tap(config.dyco) if capture else None)
+        with memory_of_groups(config, rollout, groups):
+            output = policy(part.prompts, part.tokens, part.mask, policy.tap(config.dyco) if capture else None)
         width = part.mask.shape[1]
         logprobs[rows, :width] = output.logprobs
         if capture:
@@ -184,10 +219,11 @@ def update(config: Config, policy: Policy, optimizer, batch: Batch, groups: list
             continue
         some, rows = rollout.select(part), rollout.rows(part)
         cut = lambda x: None if x is None else x[rows, :some.mask.shape[1]]
-        output = policy(some.prompts, some.tokens, some.mask)
-        loss, metrics = rl_algos.policy_loss(name, output.logprobs, cut(batch.old_logprobs), cut(batch.advantages),
-                                             cut(batch.loss_mask), settings, cut(batch.ref_logprobs), normalizer)
-        loss.backward()
+        with memory_of_groups(config, rollout, part):
+            output = policy(some.prompts, some.tokens, some.mask)
+            loss, metrics = rl_algos.policy_loss(name, output.logprobs, cut(batch.old_logprobs), cut(batch.advantages),
+                                                 cut(batch.loss_mask), settings, cut(batch.ref_logprobs), normalizer)
+            loss.backward()
         for key, value in (metrics | {"loss": loss.detach(), "entropy": output.entropy.sum(), "tokens": some.mask.sum()}).items():
             logged[key] = logged.get(key, 0) + value
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -200,7 +236,9 @@ def update(config: Config, policy: Policy, optimizer, batch: Batch, groups: list
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {**values, "grad_norm": norm} if finite else {"skipped_updates": 1.0}
+    if finite:
+        return {**values, "grad_norm": norm}
+    return {"skipped_updates": 1.0, "skipped_prompts": sum(world.gather([rollout.prompts[group].id for group in groups]), [])}
 
 
 def train_step(config: Config, policy: Policy, reference: Policy | None, optimizer, dataset, sampler: Sampler, step: int,
@@ -249,9 +287,11 @@ def train_step(config: Config, policy: Policy, reference: Policy | None, optimiz
     seconds["update"] = lap()
     for key in sorted({key for found in logged for key in found}):
         values = [found[key] for found in logged if key in found]
-        row[f"policy/{key}"] = sum(values) if key == "skipped_updates" else sum(values) / len(values)
+        row[f"policy/{key}"] = sum(values, type(values[0])()) if key.startswith("skipped") else sum(values) / len(values)
     row |= {f"time/{stage}": value for stage, value in seconds.items()}
     row["time/tokens_per_second"] = tokens / sum(seconds.values())
+    if os.path.exists("/proc/self/statm"):
+        row["memory/resident_gb"] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
     if world.device.type == "cuda":
         row["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         torch.cuda.reset_peak_memory_stats()
@@ -305,7 +345,15 @@ class MetricsLog:
         if row["step"] > self.last:
             self.last = row["step"]
             with open(self.path, "a") as file:
-                file.write(json.dumps({k: v for k, v in row.items() if math.isfinite(v)}) + "\n")
+                file.write(json.dumps({k: v for k, v in row.items() if isinstance(v, list) or math.isfinite(v)}) + "\n")
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Remove rows of later steps, and half a line, from the end of a JSONL file."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        distributed.write_file(path, b"".join(kept))
 
 
 def console_line(row: dict, steps: int) -> str:
@@ -323,6 +371,8 @@ def console_line(row: dict, steps: int) -> str:
         fields.append(part("tok/s", "time/tokens_per_second", ".0f"))
     fields += [part("| eval", "eval/accuracy", ".3f"), part("greedy", "eval/accuracy_greedy", ".3f"),
                part("swapped", "eval/accuracy_swapped", ".3f")]
+    if "policy/skipped_prompts" in row:
+        fields.append("| update skipped, loss or gradient not finite, prompts " + ", ".join(row["policy/skipped_prompts"]))
     return "  ".join(field for field in fields if field)
 
 
@@ -416,7 +466,6 @@ def run(config: Config, world) -> None:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         distributed.remove_partial(folder)
         distributed.remove_partial(folder / "checkpoints")
     world.barrier()
@@ -447,7 +496,8 @@ def run(config: Config, world) -> None:
 
     log = MetricsLog(folder / "metrics.jsonl") if world.is_main else None
     if world.is_main:
-        (folder / "config.yaml").write_text(config.to_yaml())
+        drop_after(folder / "samples.jsonl", log.last)
+        distributed.write_file(folder / "config.yaml", config.to_yaml().encode())
         if not saved:
             say(config.to_yaml())
     def evaluation() -> dict[str, float]:
@@ -465,7 +515,8 @@ def run(config: Config, world) -> None:
             say(console_line(row, config.train.steps))
             if writer is not None:
                 for key, value in row.items():
-                    writer.add_scalar(key, value, row["step"])
+                    if not isinstance(value, list):
+                        writer.add_scalar(key, value, row["step"])
 
     def save() -> None:
         tensors = distributed.whole({"policy": dict(policy.hf.named_parameters()), "optimizer": optimizer.state_dict()}, world.is_main)
@@ -553,8 +604,9 @@ def main(arguments: list[str] = sys.argv[1:]) -> None:
     try:
         config = load_config(paths[0], [a for a in arguments if "=" in a])
         world = distributed.start()
-        run(config, world)
-    except (ConfigError, DataError, RunError) as error:
+        with distributed.exclusive(Path(config.run.dir)) if world.is_main else contextlib.nullcontext():
+            run(config, world)
+    except (ConfigError, DataError, RunError, distributed.FolderInUse) as error:
         process = f"process {world.rank}: " if world is not None and world.size > 1 else ""
         print(f"error: {process}{error}", file=sys.stderr)
         sys.exit(2)
