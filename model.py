@@ -25,7 +25,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 import dyco
 from data import Prompt
@@ -335,10 +334,6 @@ class Policy(nn.Module):
         return self.suppressed.device
 
     @property
-    def sharded(self) -> bool:
-        return isinstance(self, FSDPModule)
-
-    @property
     def depth(self) -> int:
         return self.hf.config.text_config.num_hidden_layers
 
@@ -366,8 +361,8 @@ class Policy(nn.Module):
         embedded = self.hf.get_input_embeddings()(torch.cat(pieces))
         seeing = [p for p in prompts if p.pixel_values is not None]
         seen_by = [parameter for parameter in self.hf.model.visual.parameters() if parameter.requires_grad]
-        if not seeing:  # a gradient of 0 for the vision tower: sharded, every process must have one
-            return embedded + 0 * sum(parameter.sum() for parameter in seen_by) if self.sharded else embedded
+        if not seeing:  # zeros, not nothing, for the vision tower's gradient: it is the same on every process
+            return embedded + 0 * sum(parameter.sum() for parameter in seen_by) if torch.is_grad_enabled() else embedded
         pixels = torch.cat([p.pixel_values for p in seeing]).to(self.device, self.hf.model.visual.dtype)
         grid = torch.cat([p.image_grid_thw for p in seeing]).to(self.device)
         with contextlib.nullcontext() if seen_by else torch.no_grad():

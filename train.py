@@ -533,33 +533,31 @@ def run(config: Config, world) -> None:
 
     if step == 0:
         record({"step": 0, **evaluation()})
-    bar = tqdm(total=config.train.steps, initial=step, disable=not world.is_main, desc="train")
-    while step < config.train.steps:
-        step += 1
-        with profiled(config.train.profile_steps >= step - facts["step"] > 0 and world.is_main, folder / f"profile-{step}.json"):
-            row, batch = train_step(config, policy, reference, optimizer, dataset, sampler, step, updates, world, custom_reward)
-        updates += config.train.updates_per_rollout
-        failures = failures + 1 if row.get("policy/skipped_updates") and batch is not None else 0
-        if failures >= MAX_FAILURES:
-            raise RunError(f"step {step}: {failures} steps in a row had a loss or gradient that is not finite; the last good "
-                           f"checkpoint is in {folder / 'checkpoints'}; lower optim.lr")
-        if step % config.eval.every == 0 or step == config.train.steps:
-            started = time.perf_counter()
-            row |= evaluation()
-            row["time/eval"] = time.perf_counter() - started
-        if world.is_main and batch is not None and step > log.last:
-            with open(folder / "samples.jsonl", "a") as file:
-                file.writelines(json.dumps(sample) + "\n" for sample in sample_rows(batch, step, config.log.samples_per_step, policy.tokenizer))
-        record({"step": step, **row})
-        bar.update()
-        stopping = any(world.gather(bool(stop_asked)))
-        if step % config.checkpoint.every == 0 or step == config.train.steps or stopping:
-            save()
-        if stopping and step < config.train.steps:
-            bar.close()
-            say(f"stopped at step {step}; the same command resumes it")
-            return
-    bar.close()
+    with tqdm(total=config.train.steps, initial=step, disable=not world.is_main, desc="train") as bar:
+        while step < config.train.steps:
+            step += 1
+            with profiled(config.train.profile_steps >= step - facts["step"] > 0 and world.is_main, folder / f"profile-{step}.json"):
+                row, batch = train_step(config, policy, reference, optimizer, dataset, sampler, step, updates, world, custom_reward)
+            updates += config.train.updates_per_rollout
+            failures = failures + 1 if row.get("policy/skipped_updates") and batch is not None else 0
+            if failures >= MAX_FAILURES:
+                raise RunError(f"step {step}: {failures} steps in a row had a loss or gradient that is not finite; the last good "
+                               f"checkpoint is in {folder / 'checkpoints'}; lower optim.lr")
+            if step % config.eval.every == 0 or step == config.train.steps:
+                started = time.perf_counter()
+                row |= evaluation()
+                row["time/eval"] = time.perf_counter() - started
+            if world.is_main and batch is not None and step > log.last:
+                with open(folder / "samples.jsonl", "a") as file:
+                    file.writelines(json.dumps(sample) + "\n" for sample in sample_rows(batch, step, config.log.samples_per_step, policy.tokenizer))
+            record({"step": step, **row})
+            bar.update()
+            stopping = any(world.gather(bool(stop_asked)))
+            if step % config.checkpoint.every == 0 or step == config.train.steps or stopping:
+                save()
+            if stopping and step < config.train.steps:
+                say(f"stopped at step {step}; the same command resumes it")
+                return
     weights = distributed.whole(dict(policy.hf.named_parameters()), world.is_main)
     if world.is_main:
         distributed.write_folder(folder / "final", lambda path: save_policy(policy, path, weights))

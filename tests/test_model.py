@@ -45,7 +45,7 @@ def one_by_one(policy, prompts, tokens, mask):
 def gradients(policy, logprobs, weights):
     policy.zero_grad()
     (logprobs * weights).sum().backward()
-    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in policy.named_parameters()}
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
@@ -63,7 +63,7 @@ def test_packed_equals_one_row_at_a_time(make_policy, prompts, kernel, chosen):
     torch.testing.assert_close(packed.logprobs, logprobs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(packed.entropy, entropy, rtol=1e-5, atol=1e-5)
     slow_gradients = gradients(policy, logprobs, weights)
-    assert packed_gradients.keys() == slow_gradients.keys() and len(slow_gradients) > 20
+    assert sum(bool(gradient.any()) for gradient in slow_gradients.values()) > 20
     for name, gradient in slow_gradients.items():
         scale = gradient.abs().max().clamp(min=1e-3)
         assert (packed_gradients[name] - gradient).abs().max() < 1e-5 * scale.clamp(min=1) + 1e-5 * scale, name
