@@ -351,7 +351,7 @@ def trl_job(size: str, visual: str, accumulate: str, steps: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------- memory on paper
 
-SETUPS = {  # what `estimate` plans; the prompt has 600 image tokens and 100 of text, G = 8, responses 2048 tokens at worst, 400 on average
+SETUPS = {  # what `estimate` plans
     "Qwen2.5-VL-3B on one GPU of 80 GB": dict(gpus=1, text=dict(
         hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
         vocab_size=151936), tied=True),
@@ -409,7 +409,7 @@ def estimate() -> None:
                 report("estimate", f"{size}, {visual} visual tokens" + ", checkpointed" * checkpointing, paper, found, found / paper, found / paper, found / paper,
                        "0.85 … 1.15", "ours: MB by the formula; theirs: MB measured")
     for name, setup in SETUPS.items():
-        print(f"\n{name}")
+        print(f"\n{name}, 16 prompts per GPU and step, prompts of 600 image and 100 text tokens, 8 responses of 400 tokens, 2048 at worst")
         for label, amount, unit in plan(**setup):
             print(f"  {label:<98} {amount:8.1f} {unit}")
 
@@ -426,12 +426,13 @@ def plan(gpus: int, text: dict, tied: bool) -> list[tuple[str, float, str]]:
     whole, tower, layer = count(hf), count(hf.model.visual), count(hf.model.language_model.layers[0])
     trained = whole - tower
     G, P, T, mean, prompts = GROUP, 700, 2048, 400, 16
+    budget = load_config(DEFAULTS.with_name("config_3b.yaml")).rollout.max_cache_tokens
     cache = 2 * 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * text["hidden_size"] // text["num_attention_heads"]
     at_once = 2 * (whole if gpus == 1 else whole - layer * (text["num_hidden_layers"] - 2))
     kept, working = update_bytes(config, P, 600, G, T, 2, True, frozen=True)
     states = 16 * trained / gpus + 4 * tower / gpus
     reference = 2 * whole / gpus
-    rollout = 2 * whole + 200_000 * cache
+    rollout = 2 * whole + budget * cache
     of = f" / {gpus}" if gpus > 1 else ""
     rows = [(f"weights, gradients, AdamW in float32: 16 · {trained / 1e9:.2f} B{of}", 16 * trained / gpus),
             (f"frozen vision tower, float32: 4 · {tower / 1e9:.2f} B{of}", 4 * tower / gpus),
@@ -445,10 +446,10 @@ def plan(gpus: int, text: dict, tied: bool) -> list[tuple[str, float, str]]:
     table.append(("together, at the update", peak / 1e9, "GB"))
     bare, _ = update_bytes(config, P, 600, G, T, 2, False, frozen=True)
     table.append(("activations of that group without checkpointing", bare / 1e9, "GB"))
-    table.append((f"instead, in the rollout: weights in bfloat16, 200 000 cached tokens of {cache} bytes, and all but activations and gradients",
+    table.append((f"in the rollout: states and reference, weights in bfloat16, {budget} cached tokens of {cache} bytes",
                   (states - 4 * trained / gpus + reference + rollout) / 1e9, "GB"))
     tokens = prompts * (P + G * mean)
-    waves = -(-prompts * (P + G * T) // 200_000)
+    waves = -(-prompts * (P + G * T) // budget)
     rate = FLOPS * USED
     times = [(f"rollout: {waves} waves, about 1000 decoding steps each until most rows have ended", waves * 1000 * DECODE_STEP),
              (f"score, behaviour and reference: 2 · 2 · {tokens} tokens · {trained / 1e9:.2f} B", 4 * tokens * trained / rate),

@@ -464,8 +464,7 @@ def load_policy(path: str | Path, device: torch.device, dtype: str = "auto", ker
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, dtype)
-    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32 if trainable else dtype,
-                                                            attn_implementation="sdpa")
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype="auto" if trainable else dtype, attn_implementation="sdpa")
     hf.requires_grad_(trainable)
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
     if max_pixels is not None:
@@ -479,7 +478,10 @@ def load_policy(path: str | Path, device: torch.device, dtype: str = "auto", ker
         hf.gradient_checkpointing_enable({"use_reentrant": False})
     compiled = compile == "on" or compile == "auto" and device.type == "cuda"
     policy = Policy(hf, AutoTokenizer.from_pretrained(path), image_processor, temperature, kernel, dtype, compiled)
-    return policy.to(device).train()  # gradient checkpointing asks for training mode; there is no dropout
+    policy.to(device)
+    if trainable:
+        policy.float()  # on the device: 16 bits a weight are enough in host memory
+    return policy.train()  # gradient checkpointing asks for training mode; there is no dropout
 
 
 def save_policy(policy: Policy, folder: Path, weights: dict[str, Tensor] | None = None) -> None:

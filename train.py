@@ -470,6 +470,8 @@ def run(config: Config, world) -> None:
         distributed.remove_partial(folder / "checkpoints")
     world.barrier()
     saved = distributed.checkpoints(folder / "checkpoints")[-1:]
+    if len(seen := set(world.gather(saved[0].name if saved else "none"))) > 1:
+        raise RunError(f"{folder}: processes find different checkpoints there ({', '.join(sorted(seen))}); expected a folder that all nodes share")
     facts = distributed.read_facts(saved[0]) if saved else {"step": 0, "updates": 0}
     if saved:
         refuse_changes(facts["config"], config, say)
