@@ -77,7 +77,7 @@ def same_run(tmp_path, one: Path, two: Path) -> None:
     # AdamW divides by the gradient's own size, so where a gradient is rounding, its step is too: compare in the mean
     apart = sum(float((a[name] - b[name]).abs().sum()) for name in a) / sum(w.numel() for w in a.values())
     print(f"weights moved by up to {moved:.1e} and are {apart:.1e} apart in the mean")
-    assert moved > 1e-3 and apart < 1e-2 * moved
+    assert moved > 1e-3 and apart < 1e-4 * moved
 
 
 @pytest.mark.parametrize("extra", [[], ["algo.name=dapo", "algo.dynamic_sampling=false", "algo.mask_truncated=false"]])
