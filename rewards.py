@@ -89,18 +89,18 @@ def extract_answer(response: str) -> str | None:
     return None if start < 0 else response[start + len("<answer>"):response.index("</answer>", start)]
 
 
-def load_custom(spec: str) -> Callable[[str, str, Any], float]:
-    """The function named by ``path/to/file.py:function``, to be called as f(response, answer, sample) -> float.
+def load_custom(spec: str, what: str = "custom reward") -> Callable[[str, str, Any], Any]:
+    """The function named by ``path/to/file.py:function``; a reward is called as f(response, answer, sample) -> float.
 
     Raises ValueError if there is no such file or function. Errors inside the file pass through.
     """
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not name:
-        raise ValueError(f"custom reward {spec!r}: expected path/to/file.py:function")
+        raise ValueError(f"{what} {spec!r}: expected path/to/file.py:function")
     file = Path(path)
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [other.name for other in file.parent.glob("*.py")])
-        raise ValueError(f"custom reward {spec!r}: no file {path!r}; nearest there: {', '.join(near) or 'none'}")
+        raise ValueError(f"{what} {spec!r}: no file {path!r}; nearest there: {', '.join(near) or 'none'}")
     module_spec = importlib.util.spec_from_file_location(f"custom_reward_{file.stem}", file)
     module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
@@ -109,7 +109,7 @@ def load_custom(spec: str) -> Callable[[str, str, Any], float]:
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         found = f"{type(function).__name__} {name}" if hasattr(module, name) else "nothing of that name"
         near = ", ".join(difflib.get_close_matches(name, names) or names) or "none"
-        raise ValueError(f"custom reward {spec!r}: found {found}, expected a function; nearest in the file: {near}")
+        raise ValueError(f"{what} {spec!r}: found {found}, expected a function; nearest in the file: {near}")
     return function
 
 
@@ -510,6 +510,25 @@ def _evaluate(tree: tuple, names: Iterable[str] = (), seed: int = 0) -> Any:
     except (ArithmeticError, TypeError, ValueError):
         return None
     return value if value == value else None
+
+
+def rational(text: str) -> Fraction | None:
+    r"""The exact value of numbers under + − · / ^ and \frac; None for all else: words, units, variables, surds, π.
+
+    rational(r"$\frac{1}{2}$") -> 1/2      rational("1,000") -> 1000      rational(r"2\sqrt{4}") -> None      rational("5 cm") -> None
+    """
+    if len(text) > MAX_MATH:
+        return None
+    text = text.translate(_SPELLING).replace("$", "")
+    for pattern, new in (*_REWRITES, (_THOUSANDS, lambda m: re.sub("[, ]", "", m[0])), *_MATH):
+        text = pattern.sub(new, text.strip())
+    try:
+        parser = Parser(text)
+        tree = parser.whole()
+    except ValueError:
+        return None
+    value = None if parser.names else _evaluate(tree)
+    return value if isinstance(value, Fraction) else None
 
 
 # ---- 4. Comparison -------------------------------------------------------------------------------------------------
