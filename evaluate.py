@@ -375,23 +375,24 @@ def lay_out(runs: list[tuple[str, str, float]]) -> list[str]:
             row = {}
             rows.append((label, row))
         row[title] = value
-    groups = {**TABLE, "average": ("of seven",), **({"other": tuple(others)} if others else {})}
+    groups = {**TABLE, "average": ("Avg.",), **({"other": tuple(others)} if others else {})}
     heads = [[""] + [group if i == 0 else "" for group, titles in groups.items() for i in range(len(titles))],
              ["model"] + [title for titles in groups.values() for title in titles]]
     body = []
     for label, values in rows:
         if all(title in values for title in seven):
-            values = values | {"of seven": sum(values[title] for title in seven) / len(seven)}
+            values = values | {"Avg.": sum(values[title] for title in seven) / len(seven)}
         body.append([label] + [f"{values[title]:.1f}" if title in values else "–" for title in heads[1][1:]])
     widths = [max(len(row[i]) for row in [heads[1], *body]) for i in range(len(heads[1]))]
-    starts, at = [], 1  # columns before which a bar stands
-    for titles in groups.values():
+    starts, spans, at = [], [], 1  # of each group: its first column, its width
+    for group, titles in groups.items():
+        if len(titles) == 1:
+            widths[at] = max(widths[at], len(group))
         starts.append(at)
+        spans.append(sum(widths[at:at + len(titles)]) + 2 * (len(titles) - 1))
         at += len(titles)
-    bar = lambda i: " | " if i in starts else "  "
-    line = lambda row: row[0].ljust(widths[0]) + "".join(bar(i) + row[i].rjust(widths[i]) for i in range(1, len(row)))
-    spans = [sum(widths[start:start + len(titles)]) + 2 * (len(titles) - 1) for start, titles in zip(starts, groups.values())]
-    text = ["".ljust(widths[0]) + "".join(" | " + group[:span].ljust(span) for group, span in zip(groups, spans)), *map(line, [heads[1], *body])]
+    line = lambda row: row[0].ljust(widths[0]) + "".join((" | " if i in starts else "  ") + row[i].rjust(widths[i]) for i in range(1, at))
+    text = ["".ljust(widths[0]) + "".join(" | " + group.ljust(span) for group, span in zip(groups, spans)), *map(line, [heads[1], *body])]
     escape = lambda cell: cell.replace("|", "\\|")
     markdown = ["| " + " | ".join(map(escape, row)) + " |" for row in [*heads, *body]]
     markdown.insert(1, "|---" * len(heads[0]) + "|")

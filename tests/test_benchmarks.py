@@ -157,6 +157,7 @@ def bomb(size) -> str:
                             + chunk(b"IDAT", zlib.compress(b"\0" * 100000)) + chunk(b"IEND", b"")).decode()
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("image, message", [
     ("é" * 80, "image 1 of 1 is .*expected a picture in base64"),
     ("A" * 81, "image 1 of 1 is 'AAA.*expected a picture in base64"),
