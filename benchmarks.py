@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
+from tqdm import tqdm
+
 import rewards
 
 # what pandas.read_csv takes for a missing cell: an option called "None" does not exist for VLMEvalKit
@@ -136,8 +138,8 @@ def _with_images(row: Row, held: dict[str, str]) -> Row:
     cell = row[column]
     if column == "image" and len(cell) <= MAX_POINTER:
         if cell not in held:
-            raise BenchmarkError(f"{row.where}: the image is {cell!r}, too short for a picture and not the index of a row that holds one; "
-                                 "expected base64 or such an index")
+            raise BenchmarkError(f"{row.where}: the image is {cell!r}, too short for a picture and not the index of a row that holds "
+                                 "one; expected base64 or such an index")
         cell = held[cell]
     cells = {name: value for name, value in row.cells.items() if name != "image"}
     return Row(row.where, row.index, cells, tuple(_list_of_texts(cell, row.where, column)), encoded=column == "image")
@@ -360,7 +362,7 @@ class Benchmark:
     def load(self, path: str | Path | None, pictures: bool = False) -> tuple[list[Row], set[str]]:
         """The rows of the file, and the indices of rows without an image, which are no part of the benchmark."""
         if path is None:
-            raise BenchmarkError(f"{self.name} needs --data, VLMEvalKit's file {self.name.removesuffix('_cot').removesuffix('_COT')}.tsv")
+            raise BenchmarkError(f"{self.name} is read from a file; expected --data, VLMEvalKit's TSV file of it")
         rows, dropped = read_tsv(path, [c for c in self.columns if self.answers or c != "answer"], pictures)
         if self.rows is not None and abs(len(rows) - self.rows) > (0.05 * self.rows if self.about else 0):
             warnings.warn(f"{path}: {len(rows)} rows; the released {self.name} has {'about ' * self.about}{self.rows}", stacklevel=2)
@@ -412,6 +414,10 @@ def _accuracy(results: Iterable[Result]) -> float | None:
     return _percent(result.hit for result in results)
 
 
+def _all_hit(results: Iterable[Result]) -> bool:
+    return all(result.hit for result in results)
+
+
 def _groups(results: Iterable[Result], key: Callable[[Row], Any]) -> dict[Any, list[Result]]:
     groups = defaultdict(list)
     for result in results:
@@ -458,7 +464,7 @@ class WeMath(Benchmark):
         if not whole:
             raise BenchmarkError("no problem has all its rows: each step and the composite problem; expected at least one")
         if len(whole) < len(problems):
-            warnings.warn(f"{len(problems) - len(whole)} of {len(problems)} problems lack a row and are left out of the scores", stacklevel=2)
+            warnings.warn(f"WeMath: {len(problems) - len(whole)} of {len(problems)} problems lack a row and do not count", stacklevel=2)
 
         hits = [bool(result.hit) for result in results]
         by_letter = [letter_after_answer(result.text) == result.row["answer"] for result in results]
@@ -470,7 +476,7 @@ class WeMath(Benchmark):
         concepts = _accuracies(one_step, "knowledge concept")
         unknown = sorted(set(concepts) - {leaf for leaves in WEMATH_DOMAINS.values() for leaf in leaves})
         if unknown:
-            warnings.warn(f"{len(unknown)} knowledge concepts are in no domain, {_show(unknown[0])} for one", stacklevel=2)
+            warnings.warn(f"WeMath: {len(unknown)} knowledge concepts are in no domain, {_show(unknown[0])} for one", stacklevel=2)
         scores["domain"] = {domain: _mean(concepts[leaf] for leaf in leaves if leaf in concepts)
                             for domain, leaves in WEMATH_DOMAINS.items()}
         scores["letter after \"Answer\""] = self._mastery(whole, by_letter)
@@ -511,8 +517,8 @@ WEMATH_DOMAINS = {domain: tuple(leaves.split(" | ")) for domain, leaves in {
     "Calculation of Plane Figures":
         "Sum of Interior Angles of Triangles | Sum of Interior Angles of Other Polygons | Calculation and Comparison of Angles | "
         "Area of Triangles | Area of Parallelograms | Area of Trapezoids | Area of Rectangles | Area of Squares | Area of Circles | "
-        "Area of Sectors | Perimeter of Triangles | Perimeter of Parallelograms | Perimeter of Trapezoids | Perimeter of Rectangles | "
-        "Perimeter of Squares | Circumference of Circles",
+        "Area of Sectors | Perimeter of Triangles | Perimeter of Parallelograms | Perimeter of Trapezoids | "
+        "Perimeter of Rectangles | Perimeter of Squares | Circumference of Circles",
     "Understanding of Plane Figures":
         "Properties and Understanding of Triangles | Properties and Understanding of Parallelograms | "
         "Properties and Understanding of Trapezoids | Properties and Understanding of Rectangles | "
@@ -520,8 +526,8 @@ WEMATH_DOMAINS = {domain: tuple(leaves.split(" | ")) for domain, leaves in {
         "Distance Between Two Points | Understanding Line Segments, Lines, and Rays | perpendicularity | Parallel | "
         "Understanding Circles | Understanding Sectors | Observing Figures",
     "Calculation of Solid Figures":
-        "Surface Area of Cylinders | Surface Area of Rectangular Cuboids | Surface Area of Cubes | Volume and Capacity of Cylinders | "
-        "Volume and Capacity of Cones | Volume and Capacity of Rectangular Cuboids | Volume and Capacity of Cubes",
+        "Surface Area of Cylinders | Surface Area of Rectangular Cuboids | Surface Area of Cubes | Volume and Capacity of Cones | "
+        "Volume and Capacity of Cylinders | Volume and Capacity of Rectangular Cuboids | Volume and Capacity of Cubes",
     "Understanding of Solid Figures":
         "Expanded View of Cylinders | Expanded View of Rectangular Cuboids | Expanded View of Cubes | Properties of Cylinders | "
         "Properties of Cones | Properties and Understanding of Rectangular Cuboids | Properties and Understanding of Cubes | "
@@ -581,7 +587,8 @@ class MathVerse(Benchmark):
             raise BenchmarkError(f"{row.where}: 'question_type' is {_show(kind)}; expected 'multi-choice' or 'free-form'")
         listed = row["question_for_eval"].rpartition("Choices:")[2]
         options = {letter: option.strip() or letter for letter, option in re.findall(r"(?m)^[ \t]*+([A-Z]):(.*)$", listed)}
-        letter = match_option(text, options or {letter: letter for letter in "ABCD"}, self.answer_is)  # of some rows they are in the picture
+        options = options or {letter: letter for letter in "ABCD"}  # of some rows they stand in the picture alone
+        letter = match_option(text, options, self.answer_is)
         return None if letter is None else letter == row["answer"].strip()
 
     def report(self, results):
@@ -590,7 +597,8 @@ class MathVerse(Benchmark):
             row = result.row
             value = _literal(row["metadata"], row.where, "metadata")
             if not isinstance(value, dict) or not {"subject", "subfield"} <= value.keys():
-                raise BenchmarkError(f"{row.where}: 'metadata' is {_show(row['metadata'])}; expected a dict with 'subject' and 'subfield'")
+                raise BenchmarkError(f"{row.where}: 'metadata' is {_show(row['metadata'])}; expected a dict with 'subject' and "
+                                     "'subfield'")
             facts[row.index] = value
         versions = {}
         for version, group in sorted(_groups(results, lambda row: row["problem_version"]).items()):
@@ -639,13 +647,13 @@ class HallusionBench(YesNo):
         def part(row: Row, number: int) -> tuple[str, str, str]:
             parts = row.index.split("_")
             if len(parts) < 6:
-                raise BenchmarkError(f"{row.where}: the index is {_show(row.index)}; expected six parts joined by '_', the fourth to sixth "
-                                     "being set, figure and question")
+                raise BenchmarkError(f"{row.where}: the index is {_show(row.index)}; expected six parts joined by '_', the last "
+                                     "three of them set, figure and question")
             return row["l2-category"], parts[3], parts[number]
 
         def accuracies(some: list[Result]) -> dict[str, float]:
-            every = lambda number: _percent(all(r.hit for r in group) for group in _groups(some, lambda row: part(row, number)).values())
-            return {"aAcc": _accuracy(some), "fAcc": every(4), "qAcc": every(5)}
+            whole = lambda number: _percent(map(_all_hit, _groups(some, lambda row: part(row, number)).values()))
+            return {"aAcc": _accuracy(some), "fAcc": whole(4), "qAcc": whole(5)}
 
         overall = accuracies(results)
         scores = {"Overall": overall, "mean of aAcc, fAcc, qAcc": _mean(overall.values())}
@@ -659,7 +667,8 @@ class MME(YesNo):
     """Two questions to each picture, points for answers and for pairs of them (arXiv 2306.13394)."""
     title, metric = "MME", "100 · (perception + reasoning) / 2800"
     columns = ("question", "answer", "category", "image_path")
-    CATEGORIES = {"perception": ("OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position", "posters", "scene"),
+    CATEGORIES = {"perception": ("OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position", "posters",
+                                 "scene"),
                   "reasoning": ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")}
 
     def report(self, results):
@@ -672,10 +681,10 @@ class MME(YesNo):
             if single:
                 warnings.warn(f"MME, {category}: {single} pictures have one question instead of two and enter no pair", stacklevel=2)
             if pairs:
-                points[category] = _accuracy(group) + _percent(all(result.hit for result in pair) for pair in pairs)
+                points[category] = _accuracy(group) + _percent(map(_all_hit, pairs))
         absent = [category for category in known if category not in points]
         if absent:
-            warnings.warn(f"MME: no pairs of questions in {', '.join(absent)}; these categories add no points to the total", stacklevel=2)
+            warnings.warn(f"MME: no pairs of questions in {', '.join(absent)}, which therefore add nothing to the total", stacklevel=2)
         scores = {name: sum(points.get(category, 0.0) for category in group) for name, group in self.CATEGORIES.items()}
         total = scores["perception"] + scores["reasoning"]
         return total / 28, scores | {"total": total, "category": {category: points.get(category) for category in known}}
@@ -702,7 +711,7 @@ class MMBench(Benchmark):
         if not base:
             raise BenchmarkError("no row is the first of its rotations; expected indices below 1,000,000")
         groups = _groups(results, group)
-        circular = [Result(first.row, "", all(r.hit for r in groups[group(first.row)])) for first in base]
+        circular = [Result(first.row, "", _all_hit(groups[group(first.row)])) for first in base]
 
         def accuracies(some: list[Result]) -> dict:
             abilities = {self.SHORT.get(name, name): value for name, value in _accuracies(some, "l2-category").items()}
@@ -743,8 +752,8 @@ class Toy(Benchmark):
     def load(self, path, pictures=False):
         if path is not None:
             raise BenchmarkError(f"{self.name} is drawn, not read from a file; found --data {path}, expected none")
-        return [Row(f"{self.name}, sample {place}", str(place), {"question": sample.question.replace("<image>", ""), "answer": sample.answer})
-                for place, sample in enumerate(self.samples)], set()
+        cells = lambda sample: {"question": sample.question.replace("<image>", ""), "answer": sample.answer}
+        return [Row(f"{self.name}, sample {i}", str(i), cells(sample)) for i, sample in enumerate(self.samples)], set()
 
     def fingerprint(self, path):
         return self.samples.fingerprint
@@ -753,7 +762,7 @@ class Toy(Benchmark):
         return self.samples[int(row.index)].images
 
     def check(self, row, text):
-        return rewards.equivalent(text, row["answer"]) or None
+        return rewards.equivalent(text, row["answer"])
 
 
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (
@@ -792,7 +801,7 @@ def read_responses(path: str | Path) -> dict[str, dict[int, str]]:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise BenchmarkError(f"{path} cannot be read ({error.strerror or error}); expected a JSONL file of responses{_near_file(path)}") from error
+        raise BenchmarkError(f"{path} cannot be read ({error.strerror or error}); expected responses as JSONL{_near_file(path)}") from error
     responses: dict[str, dict[int, str]] = defaultdict(dict)
     twice = {}
     for number, line in enumerate(content.split(b"\n"), start=1):
@@ -812,7 +821,8 @@ def _parse_response(line: bytes, where: str) -> tuple[str, int, str]:
         row = json.loads(line)
         index, sample, response = row["index"], row.get("sample", 0), row["response"]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise BenchmarkError(f"{where}: {type(error).__name__}: {str(error)[:100]}; expected {{\"index\": …, \"response\": \"…\"}}") from error
+        found = f"{type(error).__name__}: {str(error)[:100]}"
+        raise BenchmarkError(f"{where}: {found}; expected {{\"index\": …, \"response\": \"…\"}}") from error
     number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
     if not isinstance(index, (str, int)) or isinstance(index, bool):
         raise BenchmarkError(f"{where}: \"index\" is {_show(index)}; expected text or a whole number")
@@ -833,7 +843,8 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def score(benchmark: Benchmark, rows: list[Row], responses: dict[str, dict[int, str]], mode: str, dropped: Iterable[str] = (),
-          allow_missing: bool = False, judge: Callable[[str, str, dict], str | bool] | None = None, judge_name: str = "custom") -> dict:
+          allow_missing: bool = False, judge: Callable[[str, str, dict], str | bool] | None = None,
+          judge_name: str = "custom") -> dict:
     """Score responses {index: {sample: text}} to the rows by the benchmark's rule, on the whole response (mode "raw") or its
     final answer ("final"). Returns what `evaluate.py score` prints; with n samples to a row, all scores are means over the
     samples, and pass@k for k = 1, 2, 4 … n is added.
@@ -846,7 +857,8 @@ def score(benchmark: Benchmark, rows: list[Row], responses: dict[str, dict[int, 
         raise BenchmarkError(f"the answers of {benchmark.name} are not public; submit the responses to its server")
     unknown = sorted(responses.keys() - {row.index for row in rows} - set(dropped))
     if unknown:
-        raise BenchmarkError(f"{len(unknown)} responses are to rows that {benchmark.name}'s file does not have: {_listed(map(_show, unknown))}")
+        names = _listed(map(_show, unknown))
+        raise BenchmarkError(f"{len(unknown)} responses are to rows that {benchmark.name}'s file does not have: {names}")
     samples = 1 + max((sample for found in responses.values() for sample in found), default=0)
     missing = [(row.index, sample) for row in rows for sample in range(samples) if sample not in responses.get(row.index, ())]
     if missing:
@@ -858,7 +870,7 @@ def score(benchmark: Benchmark, rows: list[Row], responses: dict[str, dict[int, 
     headlines, reports, hits, unmatched = [], [], defaultdict(int), 0
     for sample in range(samples):
         results = []
-        for row in rows:
+        for row in tqdm(rows, benchmark.name, disable=judge is None):
             response = responses.get(row.index, {}).get(sample)
             result = Result(row, "", False) if response is None else _check(benchmark, row, response, mode, judge)
             unmatched += result.hit is None
@@ -871,9 +883,9 @@ def score(benchmark: Benchmark, rows: list[Row], responses: dict[str, dict[int, 
     if samples > 1:
         for k in sorted({2**i for i in range(samples.bit_length())} | {samples}):
             scores[f"pass@{k}"] = 100 * _mean(pass_at_k(samples, hits[row.index], k) for row in rows)
-    return {"benchmark": benchmark.name, "mode": mode, "headline": {"metric": benchmark.metric, "value": _mean(headlines)}, "scores": scores,
-            "counts": {"rows": len(rows), "scored": len(rows) * samples - len(missing), "unmatched": unmatched, "missing": len(missing)},
-            "judge": NO_JUDGE if judge is None else judge_name}
+    counts = {"rows": len(rows), "scored": len(rows) * samples - len(missing), "unmatched": unmatched, "missing": len(missing)}
+    return {"benchmark": benchmark.name, "mode": mode, "headline": {"metric": benchmark.metric, "value": _mean(headlines)},
+            "scores": scores, "counts": counts, "judge": NO_JUDGE if judge is None else judge_name}
 
 
 def _check(benchmark: Benchmark, row: Row, response: str, mode: str, judge: Callable | None) -> Result:
@@ -881,9 +893,12 @@ def _check(benchmark: Benchmark, row: Row, response: str, mode: str, judge: Call
     # VLMEvalKit keeps predictions in a spreadsheet, out of which these come as "nan"
     hit = None if text in MISSING and mode == "raw" else benchmark.check(row, text)
     if hit is None and judge is not None:
-        verdict = judge(response, row["answer"], dict(row.cells))
+        try:
+            verdict = judge(response, row["answer"], dict(row.cells))
+        except Exception as error:
+            raise BenchmarkError(f"{row.where}: the judge failed: {type(error).__name__}: {error}") from error
         if not isinstance(verdict, (str, bool)):
-            raise BenchmarkError(f"{row.where}: the judge returned {type(verdict).__name__}; expected an answer as text, or True or False")
+            raise BenchmarkError(f"{row.where}: the judge returned {type(verdict).__name__}; expected an answer as text, True or False")
         hit = verdict if isinstance(verdict, bool) else benchmark.check(row, verdict)
     return Result(row, text, hit)
 

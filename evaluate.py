@@ -11,6 +11,7 @@ model, so what needs torch is imported where it is used. Prompts, answer rules a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 ROWS = 256  # whose pixels are in memory at once
 
 
-def respond(policy: Policy, samples: Sequence[Sample] | Mapping[int, Sample], places: Iterable[int], template: str, max_new_tokens: int,
-            key: tuple | None, max_cache_tokens: int, temperature: float | None, group_size: int = 1,
+def respond(policy: Policy, samples: Sequence[Sample] | Mapping[int, Sample], places: Iterable[int], template: str,
+            max_new_tokens: int, key: tuple | None, max_cache_tokens: int, temperature: float | None, group_size: int = 1,
             max_prompt_tokens: int | None = None) -> Rollout:
     """Responses to the samples at some places. The random streams depend on `key`, place and response; None decodes greedily."""
     from data import encode_prompt
@@ -108,20 +109,24 @@ def run(arguments: argparse.Namespace) -> None:
         with warnings.catch_warnings():
             if not world.is_main:
                 warnings.simplefilter("ignore")  # the main process says it
-            run_benchmark(arguments, world)
+            benchmark = benchmarks.find(arguments.benchmark)
+            rows, dropped = benchmark.load(arguments.data, pictures=True)
+            settings = run_settings(benchmark, arguments)
+            with distributed.exclusive(Path(arguments.out)) if world.is_main else contextlib.nullcontext():
+                run_benchmark(benchmark, rows, dropped, settings, arguments, world)
+    except distributed.FolderInUse:
+        raise BenchmarkError(f"{arguments.out}: another process is writing there; set --out to a new folder") from None
     finally:
         distributed.stop()
 
 
-def run_benchmark(arguments: argparse.Namespace, world: World) -> None:
+def run_benchmark(benchmark: Benchmark, rows: list[Row], dropped: set[str], settings: dict, arguments: argparse.Namespace,
+                  world: World) -> None:
     """Every process answers its share of the rows and appends to a file of its own; the main one merges them."""
     from data import IMAGE_MARKER, Sample
     from model import load_policy
     from rollout import runs_within
 
-    benchmark = benchmarks.find(arguments.benchmark)
-    rows, dropped = benchmark.load(arguments.data, pictures=True)
-    settings = run_settings(benchmark, arguments)
     folder, order, count = Path(arguments.out), [row.index for row in rows], settings["sample"]
     done = on_main(world, lambda: open_folder(folder, settings, order))
     todo = [place for place, row in enumerate(rows) if len(done.get(row.index, ())) < count]
@@ -177,12 +182,13 @@ def run_settings(benchmark: Benchmark, arguments: argparse.Namespace) -> dict:
                 "prompt": prompt, "template": (arguments.template or default_template()) if prompt == "train" else "{question}",
                 "max_new_tokens": chosen("max_new_tokens"), "min_pixels": chosen("min_pixels"), "max_pixels": chosen("max_pixels"),
                 "sample": arguments.sample, "temperature": arguments.temperature, "seed": arguments.seed}
-    if settings["sample"] < 1 or settings["max_new_tokens"] < 1:
-        raise BenchmarkError(f"--sample and --max-new-tokens: expected 1 or more, found {settings['sample']} and {settings['max_new_tokens']}")
+    for name in ("sample", "max_new_tokens"):
+        if settings[name] < 1:
+            raise BenchmarkError(f"--{name.replace('_', '-')}: expected 1 or more, found {settings[name]}")
     if settings["temperature"] < 0:
         raise BenchmarkError(f"--temperature: expected 0 (greedy) or more, found {settings['temperature']}")
     if settings["sample"] > 1 and not settings["temperature"]:
-        raise BenchmarkError(f"--sample {settings['sample']}: greedy responses are all the same; expected a --temperature above 0, too")
+        raise BenchmarkError(f"--sample {settings['sample']}: greedy responses are all the same; expected a --temperature above 0")
     pixels = settings["min_pixels"], settings["max_pixels"]
     if pixels != (None, None) and (None in pixels or not 0 < pixels[0] <= pixels[1]):
         raise BenchmarkError(f"--min-pixels and --max-pixels: expected both, the first not above the second, found {pixels}")
@@ -202,8 +208,8 @@ def weights_of(model: str) -> str:
     return digest.hexdigest()
 
 
-def measure(policy: Policy, benchmark: Benchmark, rows: list[Row], todo: list[int], question: Callable[[Row, int], str], template: str,
-            root: str | Path, world: World) -> dict[int, int]:
+def measure(policy: Policy, benchmark: Benchmark, rows: list[Row], todo: list[int], question: Callable[[Row, int], str],
+            template: str, root: str | Path, world: World) -> dict[int, int]:
     """Place -> prompt tokens of the rows to do, each process looking at its share. Every picture is decoded once: what is
     wrong with any row is found here, before the first response, and raised as one BenchmarkError."""
     from data import count_prompt_tokens
@@ -226,7 +232,8 @@ def measure(policy: Policy, benchmark: Benchmark, rows: list[Row], todo: list[in
             try:
                 if isinstance(found, ValueError):
                     raise found
-                lengths[place] = count_prompt_tokens(question(rows[place], len(found)), found, policy.tokenizer, policy.image_processor, template)
+                text = question(rows[place], len(found))
+                lengths[place] = count_prompt_tokens(text, found, policy.tokenizer, policy.image_processor, template)
             except ValueError as error:
                 where = rows[place].where
                 problems[place] = str(error) if str(error).startswith(where) else f"{where}: {error}"
@@ -264,26 +271,30 @@ def on_main(world: World, action: Callable):
 # ------------------------------------------------------------------------------------------------- the folder of a run
 
 RESPONSES = "responses.jsonl"
-ONLY_SAID = ("model", "data")  # keys of run.json that may change: hashes stand for what they name
+HASHED = {"weights": "model", "rows": "data"}  # keys of run.json: the hash of what is named, whose name may change
 
 
 def open_folder(folder: Path, settings: dict, order: list[str]) -> dict[str, list[int]]:
-    """Make the folder of a run, or go on with it: {index: samples} of the responses that it holds.
+    """Begin a run in its folder, or go on with it: {index: samples} of the responses that it holds.
 
     Raises BenchmarkError if it holds another run.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    from distributed import write_file
+
     if (folder / "run.json").exists():
         before = read_settings(folder)
-        other = [key for key in settings if key not in ONLY_SAID and before.get(key) != settings[key]]
-        if other:
-            shown = {"weights": "model", "rows": "data"}
-            changes = ", ".join(f"{shown.get(key, key)} ({before.get(shown.get(key, key))!r}, now {settings[shown.get(key, key)]!r})" for key in other)
-            same = " (the name is the same, the content is not)" * any(before.get(shown[key]) == settings[shown[key]] for key in other if key in shown)
-            raise BenchmarkError(f"{folder} holds a run with another {changes}{same}; set --out to a new folder")
+        changes = []
+        for key in settings:
+            name = HASHED.get(key, key)
+            if key not in HASHED.values() and before.get(key) != settings[key]:
+                other_name = before.get(name) != settings[name]
+                changes.append(f"{name} ({before.get(name)!r}, now {settings[name]!r})" if other_name else
+                               f"{name} ({settings[name]!r} has another content now)")
+        if changes:
+            raise BenchmarkError(f"{folder} holds a run with another {', '.join(changes)}; set --out to a new folder")
     elif any(folder.glob("responses*.jsonl")):
         raise BenchmarkError(f"{folder} holds responses but no run.json that says of what; set --out to a new folder")
-    replace_file(folder / "run.json", json.dumps(settings, indent=1) + "\n")
+    write_file(folder / "run.json", (json.dumps(settings, indent=1) + "\n").encode())
     return {index: list(found) for index, found in merge(folder, order, settings["sample"]).items()}
 
 
@@ -293,12 +304,14 @@ def read_settings(folder: str | Path) -> dict:
         settings = json.loads(path.read_text())
         return {key: settings[key] for key in ("benchmark", "model", "data", "prompt")} | settings
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BenchmarkError(f"{path} cannot be read ({type(error).__name__}: {error}); expected what evaluate.py run wrote") from error
+        raise BenchmarkError(f"{path} cannot be read ({type(error).__name__}: {error}); expected that of evaluate.py run") from error
 
 
 def merge(folder: Path, order: list[str], count: int) -> dict[str, dict[int, str]]:
     """All responses {index: {sample: text}} of a run. Half-written last lines are cut off, files of several processes
     become one, in the order of the rows. Nothing is lost if this is interrupted."""
+    from distributed import write_file
+
     responses: dict[str, dict[int, str]] = {}
     parts = sorted(folder.glob("responses.rank*.jsonl"))
     for path in [folder / RESPONSES, *parts]:
@@ -307,8 +320,9 @@ def merge(folder: Path, order: list[str], count: int) -> dict[str, dict[int, str
             os.truncate(path, content.rfind(b"\n") + 1)
             for index, found in benchmarks.read_responses(path).items():
                 responses[index] = found | responses.get(index, {})
-    lines = [response_line(index, sample, text, count) for index in order for sample, text in sorted(responses.get(index, {}).items())]
-    replace_file(folder / RESPONSES, "".join(lines))
+    lines = "".join(response_line(index, sample, text, count) for index in order
+                    for sample, text in sorted(responses.get(index, {}).items()))
+    write_file(folder / RESPONSES, lines.encode())
     for path in parts:
         path.unlink()
     return responses
@@ -316,16 +330,6 @@ def merge(folder: Path, order: list[str], count: int) -> dict[str, dict[int, str
 
 def response_line(index: str, sample: int, text: str, count: int) -> str:
     return json.dumps({"index": index, **({"sample": sample} if count > 1 else {}), "response": text}) + "\n"
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file in one step."""
-    beside = path.with_name(path.name + ".partial")
-    with open(beside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 # ------------------------------------------------------------------------------------------------------ score and table
@@ -391,8 +395,9 @@ def lay_out(runs: list[tuple[str, str, float]]) -> list[str]:
         starts.append(at)
         spans.append(sum(widths[at:at + len(titles)]) + 2 * (len(titles) - 1))
         at += len(titles)
-    line = lambda row: row[0].ljust(widths[0]) + "".join((" | " if i in starts else "  ") + row[i].rjust(widths[i]) for i in range(1, at))
-    text = ["".ljust(widths[0]) + "".join(" | " + group.ljust(span) for group, span in zip(groups, spans)), *map(line, [heads[1], *body])]
+    cell = lambda row, i: (" | " if i in starts else "  ") + row[i].rjust(widths[i])
+    text = [" " * widths[0] + "".join(" | " + group.ljust(span) for group, span in zip(groups, spans))]
+    text += [row[0].ljust(widths[0]) + "".join(cell(row, i) for i in range(1, at)) for row in [heads[1], *body]]
     escape = lambda cell: cell.replace("|", "\\|")
     markdown = ["| " + " | ".join(map(escape, row)) + " |" for row in [*heads, *body]]
     markdown.insert(1, "|---" * len(heads[0]) + "|")
@@ -417,8 +422,9 @@ def ask(arguments: argparse.Namespace) -> None:
     if question.count("<image>") != len(images):
         raise DataError(f"the question has {question.count('<image>')} <image> markers; expected {len(images)}, one per --image")
     key = (arguments.seed, "ask") if arguments.temperature else None
-    print(respond(policy, [Sample("ask", images, question, "")], [0], arguments.template or default_template(), arguments.max_new_tokens,
-                  key, 131072, None).texts[0])
+    rollout = respond(policy, [Sample("ask", images, question, "")], [0], arguments.template or default_template(),
+                      arguments.max_new_tokens, key, 131072, None)
+    print(rollout.texts[0])
 
 
 def default_template() -> str:
@@ -438,23 +444,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     one.add_argument("--benchmark", required=True, metavar="NAME", help=", ".join(benchmarks.BENCHMARKS))
     one.add_argument("--data", metavar="FILE.tsv", help="VLMEvalKit's TSV file; the toy has none")
     one.add_argument("--out", required=True, metavar="DIR", help="folder of this run: run.json, responses.jsonl")
-    one.add_argument("--prompt", choices=("benchmark", "train"), help="the dataset's own prompt (default; the toy's is train), or that "
-                     "with the instruction of training around it")
+    one.add_argument("--prompt", choices=("benchmark", "train"), help="the dataset's own prompt (default; the toy's is train), "
+                     "or that with the instruction of training around it")
     one.add_argument("--template", help=template)
     one.add_argument("--image-root", metavar="DIR", help="folder of a file with image paths instead of images, by default the file's")
     one.add_argument("--max-new-tokens", type=int, help="default 2048; toy 128")
     one.add_argument("--sample", type=int, default=1, metavar="K", help="responses to each row, for pass@k; needs --temperature")
     one.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
     one.add_argument("--seed", type=int, default=0, help="of sampling")
-    one.add_argument("--min-pixels", type=int, help="smaller images are enlarged to this area; default 1003520, as VLMEvalKit does for "
-                     "Qwen2.5-VL; toy: the model's own")
+    one.add_argument("--min-pixels", type=int, help="smaller images are enlarged to this area; default 1003520, as VLMEvalKit "
+                     "does for Qwen2.5-VL; toy: the model's own")
     one.add_argument("--max-pixels", type=int, help="larger images are shrunk to this area; default 12845056; toy: the model's own")
     one.add_argument("--max-cache-tokens", type=int, default=131072, help="prompt and response tokens in the cache at once")
     one.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto is bfloat16 on a GPU")
     one.set_defaults(call=run)
 
     rules = argparse.ArgumentParser(add_help=False)
-    rules.add_argument("--mode", choices=("raw", "final"), default="final", help="what the rules read: the whole response, or its final answer")
+    rules.add_argument("--mode", choices=("raw", "final"), default="final", help="what the rules read: the whole response, or "
+                       "its final answer (default)")
     rules.add_argument("--judge", metavar="FILE.py:function", help="asked about what the rules cannot settle, as function(response, "
                        "answer, row) -> the response's answer, or True or False")
     rules.add_argument("--allow-missing", action="store_true", help="missing responses are wrong, not an error")

@@ -22,8 +22,8 @@ from PIL import Image
 
 import benchmarks
 import rewards
-from benchmarks import (BENCHMARKS, BenchmarkError, Row, answer_letters, final_answer, find, is_equal, letter_after_answer, match_option,
-                        read_responses, read_tsv, score, yes_or_no)
+from benchmarks import (BENCHMARKS, Benchmark, BenchmarkError, Row, answer_letters, final_answer, find, is_equal,
+                        letter_after_answer, match_option, read_responses, read_tsv, score, yes_or_no)
 
 
 def encode(color, size=(56, 56), form="PNG", mode="RGB") -> str:
@@ -48,7 +48,8 @@ def write_tsv(path: Path, rows: list[dict], columns: list[str] | None = None) ->
 def scored(tmp_path):
     """scored(name, rows with the key "response", mode) -> what `score` returns; a row without a response has none."""
     def run(name, rows, mode="raw", **options):
-        path = write_tsv(tmp_path / f"{name}.tsv", [{"image": RED, "question": "?"} | {k: v for k, v in row.items() if k != "response"}
+        path = write_tsv(tmp_path / f"{name}.tsv", [{"image": RED, "question": "?"}
+                                                    | {k: v for k, v in row.items() if k != "response"}
                                                     for row in rows])
         loaded, dropped = find(name).load(path)
         responses = {str(row["index"]): {0: row["response"]} for row in rows if "response" in row}
@@ -68,10 +69,11 @@ def load(tmp_path, rows, pictures=True, columns=None, needed=()):
 
 def test_exactly_what_pandas_takes_for_missing_is_missing(tmp_path):
     """An option called "None" does not exist; " None", "none" and "-" do."""
-    texts = ["", "None", "NA", "N/A", "n/a", "null", "NULL", "nan", "NaN", "-nan", "-NaN", "#N/A", "#NA", "#N/A N/A", "<NA>", "1.#IND",
-             "-1.#IND", "1.#QNAN", "-1.#QNAN"]
-    rows, _ = load(tmp_path, [dict(index=i, image=RED, A=text, B="b") for i, text in enumerate([*texts, "none", " None", "Nan", "-", "0"])])
-    assert [row.options() for row in rows] == [{"B": "b"}] * len(texts) + [{"A": text, "B": "b"} for text in ("none", " None", "Nan", "-", "0")]
+    texts = ["", "None", "NA", "N/A", "n/a", "null", "NULL", "nan", "NaN", "-nan", "-NaN", "#N/A", "#NA", "#N/A N/A", "<NA>",
+             "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"]
+    others = ["none", " None", "Nan", "-", "0"]
+    rows, _ = load(tmp_path, [dict(index=i, image=RED, A=text, B="b") for i, text in enumerate(texts + others)])
+    assert [row.options() for row in rows] == [{"B": "b"}] * len(texts) + [{"A": text, "B": "b"} for text in others]
     with pytest.raises(BenchmarkError, match="x.tsv, line 2: 'A' is empty"):
         rows[0]["A"]
 
@@ -79,8 +81,9 @@ def test_exactly_what_pandas_takes_for_missing_is_missing(tmp_path):
 def test_rows_without_image_are_dropped_and_pointers_are_followed_once(tmp_path):
     """A cell of 1 to 64 characters is the index of a row with a picture; a pointer to several pictures gets them all."""
     rows, dropped = load(tmp_path, [
-        dict(index="a_1", image=RED), dict(index="7", image="a_1"), dict(index="8", image=""), dict(index="9", image=str([RED, BLUE])),
-        dict(index="10", image="9"), dict(index="11", image=str([BLUE])), dict(index="12", image="NA")])
+        dict(index="a_1", image=RED), dict(index="7", image="a_1"), dict(index="8", image=""),
+        dict(index="9", image=str([RED, BLUE])), dict(index="10", image="9"),
+        dict(index="11", image=str([BLUE])), dict(index="12", image="NA")])
     assert dropped == {"8", "12"}
     assert {row.index: row.images for row in rows} == {"a_1": (RED,), "7": (RED,), "9": (RED, BLUE), "10": (RED, BLUE), "11": (BLUE,)}
     assert [row.index for row in load(tmp_path, [dict(index=1, image="zz"), dict(index=2, image="")], pictures=False)[0]] == ["1"]
@@ -93,7 +96,8 @@ def test_rows_without_image_are_dropped_and_pointers_are_followed_once(tmp_path)
 def test_image_paths_serve_where_there_is_no_image_column(tmp_path):
     Image.new("RGB", (40, 50)).save(tmp_path / "a.png")
     Image.new("RGB", (60, 50)).save(tmp_path / "b.png")
-    path = write_tsv(tmp_path / "x.tsv", [dict(index=1, image_path="['a.png', 'b.png']"), dict(index=2, image_path=tmp_path / "a.png"),
+    path = write_tsv(tmp_path / "x.tsv", [dict(index=1, image_path="['a.png', 'b.png']"),
+                                          dict(index=2, image_path=tmp_path / "a.png"),
                                           dict(index=3, image_path="../a.png")])
     rows, _ = read_tsv(path, (), True)
     size = lambda row: [image.size for image in find("MME").pictures(row, tmp_path)]
@@ -176,8 +180,9 @@ def test_a_bad_picture_is_an_error_that_names_the_row(tmp_path, image, message):
 
 
 def test_pictures_become_rgb_in_order(tmp_path):
-    rows, _ = load(tmp_path, [dict(index=1, image=str([encode(3, mode="P"), encode((255, 0, 0, 255), mode="RGBA"), encode((7, 255), mode="LA"),
-                                                         "\n".join([RED[:40], RED[40:]])]))])
+    cell = str([encode(3, mode="P"), encode((255, 0, 0, 255), mode="RGBA"), encode((7, 255), mode="LA"),
+                "\n".join([RED[:40], RED[40:]])])
+    rows, _ = load(tmp_path, [dict(index=1, image=cell)])
     images = find("MMBench").pictures(rows[0], tmp_path)
     assert [image.mode for image in images] == ["RGB"] * 4 and images[1].getpixel((5, 5)) == (255, 0, 0)
 
@@ -188,14 +193,17 @@ ABC = {"A": "red square", "B": "blue", "C": "the green one"}  # 27 characters: t
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("C", "C"), ("C. blue", "C"), ("(C)", "C"), ("**C**", "C"), (r"\boxed{C}", "C"), ("<answer> C </answer>", "C"), ("{B}", "B"), ("B:", "B"),
-    ("<answer>C</answer>", None), ("c", None), ("A or B", None), ("Option A is wrong, so C", None), ("", None), ("$C$", None), ("-C", None),
+    ("C", "C"), ("C. blue", "C"), ("(C)", "C"), ("**C**", "C"), (r"\boxed{C}", "C"), ("<answer> C </answer>", "C"),
+    ("{B}", "B"), ("B:", "B"),
+    ("<answer>C</answer>", None), ("c", None), ("A or B", None), ("Option A is wrong, so C", None), ("", None), ("$C$", None),
+    ("-C", None),
     ("C is one two", "C"), ("C is one two three", None),                      # among the last four words, or not
     ("C one two three four C", None),                                         # its first occurrence counts
     ("A square of some red square", "A"), ("A red square", "A"),              # too early for its letter, but its text is there
     ("it is BLUE", "B"), ("a blue red square", None), ("red square" + " " * 44, "A"), ("red square" + " " * 45, None),
     ("Z", "Z"), ("none: Z.", "Z"), ("A Z", "A"), ("Z one two three four five", "Z"),
-    ("A is Cannot determine the answer", "Z"), ("Sorry, I can't help with images of people yet. A", "Z"), ("I can't process this file.", "Z"),
+    ("A is Cannot determine the answer", "Z"), ("Sorry, I can't help with images of people yet. A", "Z"),
+    ("I can't process this file.", "Z"),
     ("I'm sorry, but without the image provided I say B", "Z"),
     ("Failed to obtain answer via API. B", None), ("Failed to obtain answer via API blue", "B"),
     ("D", None), ("A\tB", None), ("B\n", "B"), ("AB", None), ("A/B", None), ("A,B", None),
@@ -215,24 +223,32 @@ def test_match_option_has_vlmevalkits_later_rule_as_a_switch():
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("Yes", "Yes"), ("no.", "No"), ("YES, it is.", "Yes"), ("I think yes", "Yes"), ("yes or no", None), ("", None), ("nothing", None), ("yess", None),
+    ("Yes", "Yes"), ("no.", "No"), ("YES, it is.", "Yes"), ("I think yes", "Yes"), ("yes or no", None), ("", None),
+    ("nothing", None), ("yess", None),
     ("**Yes**", None), ("Yes:", None), ("A:No", None), ("'yes'", None), ("#yes", None), ("<answer>Yes</answer>", "Yes"),
     ("<think>a.</think> <answer>No</answer>", None), ("<think>yes or no? ...</think> <answer>Yes</answer>", "No"),
     ("yes?no", None), ("yes?maybe", "Yes"), ("yes?maybe ?", None),       # a mark beside a space anywhere is deleted everywhere
-    ("yes-maybe", "Yes"), ("1,000 yes-maybe", None), ("1, 000 yes-maybe", "Yes"),  # so are all marks where digits are joined by a comma
+    ("yes-maybe", "Yes"), ("1,000 yes-maybe", None),
+    ("1, 000 yes-maybe", "Yes"),  # so are all marks where digits are joined by a comma
     ("3.yes", None), ("yes.3", None), ("a.yes", None), ("yes...", "Yes"), ("yes . no3", "Yes"),
-    (". " * 31 + "yes.", "Yes"), (". " * 32 + "yes.", None), (".3" * 40 + " yes.", "Yes"),   # 32 periods are deleted, those beside digits not
+    (". " * 31 + "yes.", "Yes"), (". " * 32 + "yes.", None),
+    (".3" * 40 + " yes.", "Yes"),   # 32 periods are deleted, those beside digits not
 ])  # fmt: skip
 def test_yes_or_no(text, expected):
     assert yes_or_no(text) == expected
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("  B\n", "B"), ("<think>A?</think>B", "B"), ("</think>A</think> C ", "C"), ("<answer>A</answer> or <answer> B </answer>.", "B"),
-    ("<think><answer>A</answer></think>B", "B"), ("<think>x</think><answer>A</answer>", "A"), ("<answer>A", "<answer>A"), ("A</answer>", "A</answer>"),
-    (r"so \boxed{5}", "5"), (r"\boxed{1}, no, \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{2} \boxed{3", "2"),
-    (r"\boxed{ \text{B} }", "B"), (r"\boxed{\mathrm{C}}", "C"), (r"\boxed{\text{a}\text{b}}", r"\text{a}\text{b}"), (r"\text{B}", r"\text{B}"),
-    (r"\boxed{\text{\text{B}}}", r"\text{B}"), (r"{ \boxed{7}", "7"), (r"} \boxed{7}", "7"), (r"\boxed{}", ""), ("", ""), ("<answer></answer>", ""),
+    ("  B\n", "B"), ("<think>A?</think>B", "B"), ("</think>A</think> C ", "C"),
+    ("<answer>A</answer> or <answer> B </answer>.", "B"),
+    ("<think><answer>A</answer></think>B", "B"), ("<think>x</think><answer>A</answer>", "A"), ("<answer>A", "<answer>A"),
+    ("A</answer>", "A</answer>"),
+    (r"so \boxed{5}", "5"), (r"\boxed{1}, no, \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{2} \boxed{3", "2"),
+    (r"\boxed{ \text{B} }", "B"), (r"\boxed{\mathrm{C}}", "C"), (r"\boxed{\text{a}\text{b}}", r"\text{a}\text{b}"),
+    (r"\text{B}", r"\text{B}"),
+    (r"\boxed{\text{\text{B}}}", r"\text{B}"), (r"{ \boxed{7}", "7"), (r"} \boxed{7}", "7"), (r"\boxed{}", ""), ("", ""),
+    ("<answer></answer>", ""),
     (r"\boxed{1}<think>\boxed{2}</think><answer>\boxed{3} cm</answer>", "3"), (r"\boxed{1}</think>4", "4"),
 ])  # fmt: skip
 def test_final_answer(text, expected):
@@ -240,8 +256,10 @@ def test_final_answer(text, expected):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("<Thought process>: <<x>> <Answer>: <<B>>", "B"), ("B", "B"), ("B. 24 cm", "B"), ("Answer: B", "B"), ("Answer: A. Answer: C", "C"), ("H", "H"),
-    ("The answer is B", None), ("(B)", None), (r"\boxed{B}", None), ("Answer: **B**", None), ("I", None), ("", None), ("Answer", None),
+    ("<Thought process>: <<x>> <Answer>: <<B>>", "B"), ("B", "B"), ("B. 24 cm", "B"), ("Answer: B", "B"),
+    ("Answer: A. Answer: C", "C"), ("H", "H"),
+    ("The answer is B", None), ("(B)", None), (r"\boxed{B}", None), ("Answer: **B**", None), ("I", None), ("", None),
+    ("Answer", None),
     ("A triangle has", "A"), ("Between", "B"), ("b", None),
 ])  # fmt: skip
 def test_letter_after_answer(text, expected):
@@ -249,12 +267,16 @@ def test_letter_after_answer(text, expected):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("B", "B"), ("A, C", "AC"), ("C,A", "AC"), ("A and C", "AC"), ("A; C/E & I", "ACEI"), ("A C", "AC"), ("A, B, and D", "ABD"), ("(B)", "B"), ("A.", "A"),
+    ("B", "B"), ("A, C", "AC"), ("C,A", "AC"), ("A and C", "AC"), ("A; C/E & I", "ACEI"), ("A C", "AC"), ("A, B, and D", "ABD"),
+    ("(B)", "B"), ("A.", "A"),
     ("**I**", "I"), ("B, B", "B"),
-    ("The answer is A.", "A"), ("The answers are A and I, I believe", "AI"), ("Option: C", "C"), ("The correct choice is:\n\n**D**", "D"),
-    ("The answer is A. No, the answer is C, D!", "CD"), ("ANSWER: (E)", "E"), ("the options are A, B; the answer is B because A is", "B"),
+    ("The answer is A.", "A"), ("The answers are A and I, I believe", "AI"), ("Option: C", "C"),
+    ("The correct choice is:\n\n**D**", "D"),
+    ("The answer is A. No, the answer is C, D!", "CD"), ("ANSWER: (E)", "E"),
+    ("the options are A, B; the answer is B because A is", "B"),
     ("It must be C.", "C"), ("C, yes, C", "C"), ("D-shaped", "D"),
-    ("C or D", None), ("It is A", None), ("I think so", None), ("J", None), ("b", None), ("BD", None), ("the answer is Because", None), ("", None), ("3", None),
+    ("C or D", None), ("It is A", None), ("I think so", None), ("J", None), ("b", None), ("BD", None),
+    ("the answer is Because", None), ("", None), ("3", None),
     ("answer is 3", None), ("The answer is unknown. Banana", None),
 ])  # fmt: skip
 def test_answer_letters(text, expected):
@@ -262,10 +284,14 @@ def test_answer_letters(text, expected):
 
 
 @pytest.mark.parametrize("answer, reference, expected", [
-    ("1/2", "0.5", True), (r"\frac{1}{2}", "0.5", True), ("$5$", "5", True), ("5^2", "25", True), ("1,000", "1000", True), ("2**3", "8", True),
-    ("-1e3", "-1000", True), (" X = 2 ", "x = 2", True), ("0.3333334", "1/3", True), ("0.33333", "1/3", False), (r"\dfrac{3}{4}", "0.75", True),
-    (r"2\sqrt{3}", r"\sqrt{12}", False), (r"\sqrt{4}", "2", False), ("5 cm", "5", False), ("x=5", "5", False), (r"\pi", "3.14", False),
-    ("1,2", "1.2", False), ("", "", True), ("5 6", "30", False), ("__import__('os')", "1", False), ("9**9**9**9", "1", False), ("1/0", "2/0", False),
+    ("1/2", "0.5", True), (r"\frac{1}{2}", "0.5", True), ("$5$", "5", True), ("5^2", "25", True), ("1,000", "1000", True),
+    ("2**3", "8", True),
+    ("-1e3", "-1000", True), (" X = 2 ", "x = 2", True), ("0.3333334", "1/3", True), ("0.33333", "1/3", False),
+    (r"\dfrac{3}{4}", "0.75", True),
+    (r"2\sqrt{3}", r"\sqrt{12}", False), (r"\sqrt{4}", "2", False), ("5 cm", "5", False), ("x=5", "5", False),
+    (r"\pi", "3.14", False),
+    ("1,2", "1.2", False), ("", "", True), ("5 6", "30", False), ("__import__('os')", "1", False), ("9**9**9**9", "1", False),
+    ("1/0", "2/0", False),
     ("(2+3)*4", "20", True), ("e", "2.718281828459045", False), ("i", "1", False),
 ])  # fmt: skip
 def test_is_equal(answer, reference, expected):
@@ -279,29 +305,30 @@ def test_rational_is_exact_and_bounded():
     assert rewards.rational("(" * 60 + "1" + ")" * 60) is None and time.monotonic() - begin < 0.5
 
 
-HOSTILE = {"braces": "{", "closed": "}", "boxed": r"\boxed{", "boxes": r"\boxed{1}", "think": "</think>", "answers": "<answer>", "blocks": "<answer>A</answer>",
-           "spaces": " ", "letters": "A, ", "ands": "A and ", "said": "answer is ", "stars": "answer is *", "options": "option:   ", "bang": "answer: A ,;/& ", "dots": ". ",
-           "marks": "?!", "digits": "1,2", "Answer": "Answer<", "yes": "yes ", "long": "x", "words": "Z B ", "nul": "\0", "nines": "9^", "parens": "((", "lines": "\n", "and": "and"}
+HOSTILE = ("{", "}", r"\boxed{", r"\boxed{1}", "</think>", "<answer>", "<answer>A</answer>", " ", "\n", "A, ", "A and ", "and",
+           "answer is ", "answer is *", "option:   ", "answer: A ,;/& ", ". ", "?!", "1,2", "Answer<", "yes ", "x", "Z B ", "\0", "9^",
+           "((")
 
 
 @pytest.mark.parametrize("pattern", HOSTILE)
 def test_a_megabyte_cannot_stall_a_rule(pattern):
     """Each rule reads a million characters that are made to backtrack in well under a second."""
-    for text in (HOSTILE[pattern] * (10**6 // len(HOSTILE[pattern])), "the answer is A" + HOSTILE[pattern] * (10**6 // len(HOSTILE[pattern])) + "!"):
-        for rule in (final_answer, yes_or_no, letter_after_answer, answer_letters, lambda t: match_option(t, ABC, True), lambda t: is_equal(t, "5"),
-                     lambda t: is_equal("5", t)):
+    many = pattern * (10**6 // len(pattern))
+    for text in (many, f"the answer is A{many}!"):
+        for rule in (final_answer, yes_or_no, letter_after_answer, answer_letters, lambda text: match_option(text, ABC, True),
+                     lambda text: is_equal(text, "5"), lambda text: is_equal("5", text)):
             begin = time.process_time()
             rule(text)
             assert time.process_time() - begin < 1.0
 
 
-pieces = st.lists(st.sampled_from(["A", "B", "Z", "yes", "no", "Answer", "answer is ", "option: ", "and", " ", "\n", ",", ".", "*", "<", ">", "{", "}", r"\boxed{",
-                                   r"\text{", "<answer>", "</answer>", "</think>", "1", "/", "0", "^", r"\frac", "$", "\\", "\u0661", "İ", "\0", "\U0001f600"])
-                  | st.text(max_size=4), max_size=30).map("".join)
+words = ["A", "B", "Z", "yes", "no", "Answer", "answer is ", "option: ", "and", " ", "\n", ",", ".", "*", "<", ">", "{", "}",
+         r"\boxed{", r"\text{", "<answer>", "</answer>", "</think>", "1", "/", "0", "^", r"\frac", "$", "\\", "\u0661", "İ", "\0", "\U0001f600"]
+texts = st.lists(st.sampled_from(words) | st.text(max_size=4), max_size=30).map("".join)
 
 
 @settings(max_examples=300, deadline=None)
-@given(pieces, pieces)
+@given(texts, texts)
 @example("\ud800", "\ud800")
 def test_no_text_breaks_a_rule(text, other):
     final = final_answer(text)
@@ -313,9 +340,12 @@ def test_no_text_breaks_a_rule(text, other):
     assert is_equal(text, other) == is_equal(other, text) and is_equal(text, text)
 
 
+cells = st.sampled_from([RED, "1", "2", "x", "[", "]", "['a','b']", "None", "", '"', "\r", "\n", "\0", "\t", "{}", "Yes", "\ufeff"])
+lines = st.lists(cells | st.text(max_size=5), min_size=1, max_size=4).map("\t".join) | st.text(max_size=30)
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.lists(st.sampled_from([RED, "1", "2", "x", "[", "]", "['a','b']", "None", "", '"', "\r", "\n", "\0", "\t", "{}", "Yes", "\ufeff"]) | st.text(max_size=5),
-                         min_size=1, max_size=4).map("\t".join) | st.text(max_size=30), max_size=6), st.binary(max_size=8), st.booleans())
+@given(st.lists(lines, max_size=6), st.binary(max_size=8), st.booleans())
 def test_no_file_breaks_the_reader(tmp_path_factory, lines, tail, pictures):
     path = tmp_path_factory.getbasetemp() / "fuzz.tsv"
     path.write_bytes("\n".join(["index\timage\tquestion", *lines]).encode("utf-8", "replace") + tail)
@@ -327,9 +357,12 @@ def test_no_file_breaks_the_reader(tmp_path_factory, lines, tail, pictures):
         assert str(error).startswith(str(path))
 
 
+parts = st.sampled_from([b'{"index": 1, "response": "B"}', b'{"index": "1"', b"\n", b"null", b"[]", b'{"index": [], "response": 1}',
+                         b'{"index": 1e999, "response": NaN}', b'{"index": 2, "response": "\\ud800", "sample": 1}'])
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=200) | st.lists(st.sampled_from([b'{"index": 1, "response": "B"}', b'{"index": "1"', b"\n", b"null", b"[]", b'{"index": [], "response": 1}',
-                                                           b'{"index": 1e999, "response": NaN}', b'{"index": 2, "response": "\\ud800", "sample": 1}']), max_size=5).map(b"".join))
+@given(st.binary(max_size=200) | st.lists(parts, max_size=5).map(b"".join))
 def test_no_file_breaks_the_reader_of_responses(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
     path.write_bytes(content)
@@ -346,7 +379,8 @@ def test_no_file_breaks_the_reader_of_responses(tmp_path_factory, content):
 def wemath(steps, number, hits, response="B", wrong="A", concepts=("Translation", "Area of Circles", "Area of Squares")):
     """The rows of one composite problem; hits of the steps and then of the whole. The right answer is B."""
     parts = [*range(1, steps + 1), "multi"]
-    return [dict(index=f"{steps}-{number}-{part}", ID=str(number), key=f"{steps}steps_{part}", A="one", B="two", answer="B", response=response if hit else wrong,
+    return [dict(index=f"{steps}-{number}-{part}", ID=str(number), key=f"{steps}steps_{part}", A="one", B="two", answer="B",
+                 response=response if hit else wrong,
                  **{"knowledge concept": "['a', 'b']" if part == "multi" else concepts[part - 1]}) for part, hit in zip(parts, hits)]
 
 
@@ -368,22 +402,26 @@ def test_wemath(scored):
     scores = found["scores"]
     domains, by_letter = scores.pop("domain"), scores.pop('letter after "Answer"')
     assert scores == pytest.approx({
-        "Score (Strict)": 30, "InsufficientKnowledge (Strict)": 20, "InadequateGeneralization (Strict)": 20, "CompleteMastery (Strict)": 20,
-        "RoteMemorization (Strict)": 200 / 3, "Score (Loose)": 50, "InsufficientKnowledge (Loose)": 20, "InadequateGeneralization (Loose)": 20,
-        "CompleteMastery (Loose)": 40, "RoteMemorization (Loose)": 100 / 3, "One-step(S1)": 700 / 11, "Two-step(S2)": 75, "Three-step(S3)": 0})
+        "Score (Strict)": 30, "InsufficientKnowledge (Strict)": 20, "InadequateGeneralization (Strict)": 20,
+        "CompleteMastery (Strict)": 20, "RoteMemorization (Strict)": 200 / 3,
+        "Score (Loose)": 50, "InsufficientKnowledge (Loose)": 20, "InadequateGeneralization (Loose)": 20,
+        "CompleteMastery (Loose)": 40, "RoteMemorization (Loose)": 100 / 3,
+        "One-step(S1)": 700 / 11, "Two-step(S2)": 75, "Three-step(S3)": 0})
     assert {name: value for name, value in domains.items() if value is not None} == {
         "Basic Transformations of Figures": 87.5, "Calculation of Plane Figures": 25} and len(domains) == 12
     # by its own rule "It is \boxed{B}" is no answer: problem 1 turns into insufficient knowledge, (0 + 0.5) / 5 and (1 + 0.5) / 5
     assert by_letter["Score (Strict)"] == pytest.approx(10) and by_letter["Score (Loose)"] == pytest.approx(30)
-    assert by_letter["InsufficientKnowledge (Strict)"] == pytest.approx(40) and by_letter["RoteMemorization (Strict)"] == pytest.approx(100)
+    assert by_letter["InsufficientKnowledge (Strict)"] == pytest.approx(40)
+    assert by_letter["RoteMemorization (Strict)"] == pytest.approx(100)
     assert found["counts"] == {"rows": 16, "scored": 16, "unmatched": 2, "missing": 0}
 
 
 def test_wemath_counts_problems_not_525(scored):
     """Nothing answered and nothing to divide by: no rote rate, no error. A problem that lacks a row is left out, and said so."""
     nothing = scored("WeMath", wemath(2, 1, (0, 0, 0)))
-    assert nothing["headline"]["value"] == 0 and nothing["scores"]["RoteMemorization (Strict)"] is None and nothing["scores"]["Three-step(S3)"] is None
-    with pytest.warns(UserWarning, match="1 of 2 problems lack a row"):
+    assert nothing["headline"]["value"] == 0 and nothing["scores"]["RoteMemorization (Strict)"] is None
+    assert nothing["scores"]["Three-step(S3)"] is None
+    with pytest.warns(UserWarning, match="WeMath: 1 of 2 problems lack a row"):
         part = scored("WeMath", [*wemath(2, 1, (1, 1, 1)), *wemath(2, 2, (0, 0, 0))[1:]])
     assert part["headline"]["value"] == 100 and part["scores"]["One-step(S1)"] == pytest.approx(200 / 3)
     with pytest.raises(BenchmarkError, match="no problem has all its rows"):
@@ -398,13 +436,15 @@ def test_wemath_counts_problems_not_525(scored):
 
 def test_wemaths_tree_has_67_concepts_in_12_domains():
     leaves = [leaf for leaves in benchmarks.WEMATH_DOMAINS.values() for leaf in leaves]
-    assert len(benchmarks.WEMATH_DOMAINS) == 12 and len(leaves) == len(set(leaves)) == 67 and all(leaf == leaf.strip() for leaf in leaves)
+    assert len(benchmarks.WEMATH_DOMAINS) == 12 and len(leaves) == len(set(leaves)) == 67
+    assert all(leaf == leaf.strip() for leaf in leaves)
 
 
 MATHVISION = [dict(index=1, choices="['3', '4']", answer="B", category="algebra", response="The answer is (B)."),
               dict(index=2, choices="['A', 'B', 'C', 'D', 'E']", answer="C", category="algebra", response="Z"),
               dict(index=3, choices="['A', 'B', 'C']", answer="C", category="algebra", response="A or C"),
-              dict(index=4, choices="[]", answer=r"\frac{1}{2}", category="counting", response=r"<think>Half.</think>So it is \boxed{0.5}."),
+              dict(index=4, choices="[]", answer=r"\frac{1}{2}", category="counting",
+                   response=r"<think>Half.</think>So it is \boxed{0.5}."),
               dict(index=5, choices="[]", answer="1000", category="counting", response="1,000")]
 
 
@@ -415,26 +455,31 @@ def test_mathvision(scored):
     assert raw["headline"] == {"metric": "accuracy", "value": 40} and raw["counts"]["unmatched"] == 2
     assert raw["scores"] == {"Overall": 40, "category": {"algebra": pytest.approx(100 / 3), "counting": 50},
                              "prefetch rate": {"Overall": 60, "algebra": pytest.approx(200 / 3), "counting": 50}}
-    assert final["headline"]["value"] == 60 and final["scores"]["category"]["counting"] == 100 and final["scores"]["prefetch rate"]["Overall"] == 80
-    for choices, message in (("None", "'choices' is empty"), ("{}", "expected a list of at most 26"), ("[" * 300, "cannot be read"), (str([1] * 27), "at most 26")):
+    assert final["headline"]["value"] == 60 and final["scores"]["category"]["counting"] == 100
+    assert final["scores"]["prefetch rate"]["Overall"] == 80
+    for choices, message in (("None", "'choices' is empty"), ("{}", "expected a list of at most 26"),
+                             ("[" * 300, "cannot be read"), (str([1] * 27), "at most 26")):
         with pytest.raises(BenchmarkError, match=message):
             scored("MathVision", [dict(MATHVISION[0], choices=choices)])
 
 
-def mathverse(index, version, answer, response, kind="multi-choice", listed="Find x.\nChoices:\nA:2\nB:2\u221a{{3}}\nC:5", subject="Plane Geometry"):
+def mathverse(index, version, answer, response, kind="multi-choice", listed="Find x.\nChoices:\nA:2\nB:2\u221a{{3}}\nC:5",
+              subject="Plane Geometry"):
     facts = repr({"split": "testmini", "source": "GeoQA", "subject": subject, "subfield": "Euler's line"})
-    return dict(index=index, problem_version=version, question_type=kind, question_for_eval=listed, query_cot="Reason. ?", answer=answer, metadata=facts, response=response)
+    return dict(index=index, problem_version=version, question_type=kind, question_for_eval=listed, query_cot="Reason. ?",
+                answer=answer, metadata=facts, response=response)
 
 
 MATHVERSE = [mathverse(1, "Vision Only", "B", "B"),
              mathverse(2, "Text Lite", "B", "A"),
              mathverse(3, "Text Lite", "C", "it is 5"),                                                    # by the option's text
              mathverse(4, "Text Lite", "C", r"So \boxed{12.0}", kind="free-form", subject="Functions") | {"answer": "12"},
-             mathverse(5, "Text Lite", "D", "D", listed="Find x.", subject="Functions")]                   # options in the picture only
+             mathverse(5, "Text Lite", "D", "D", listed="Find x.", subject="Functions")]                 # options in the picture only
 
 
 def test_mathverse(scored):
-    """Vision Only 1 of 1, Text Lite raw 2 of 4: versions' mean 75, rows' mean 3 of 5; final 3 of 4: 87.5 and 4 of 5. An apostrophe is no trouble."""
+    """Vision Only 1 of 1, Text Lite raw 2 of 4: the versions' mean is 75, the rows' 3 of 5; final 3 of 4: 87.5 and 4 of 5.
+    An apostrophe in the metadata is no trouble."""
     raw, final = scored("MathVerse_MINI", MATHVERSE), scored("MathVerse_MINI", MATHVERSE, "final")
     assert raw["headline"] == {"metric": "mean over problem versions", "value": 75} and raw["scores"]["Overall"] == 60
     assert raw["scores"]["problem_version"] == {
@@ -443,7 +488,8 @@ def test_mathverse(scored):
     assert final["headline"]["value"] == 87.5 and final["scores"]["Overall"] == 80 and raw["counts"]["unmatched"] == 1
     with pytest.raises(BenchmarkError, match="'question_type' is 'essay'; expected"):
         scored("MathVerse_MINI", [dict(MATHVERSE[0], question_type="essay")])
-    for bad, message in (("subject: x", "'metadata' is .*cannot be read"), ("{'subject': 'x'}", "expected a dict with 'subject' and 'subfield'")):
+    for bad, message in (("subject: x", "'metadata' is .*cannot be read"),
+                         ("{'subject': 'x'}", "expected a dict with 'subject' and 'subfield'")):
         with pytest.raises(BenchmarkError, match=message):
             scored("MathVerse_MINI", [dict(MATHVERSE[0], metadata=bad)])
 
@@ -467,7 +513,8 @@ def test_logicvista(scored):
 
 def hallusion(l2, figure, question, answer, response, **more):
     category = "VS" if l2 == "chart" else "VD"
-    return dict(index=f"hb_{category}_{l2}_0_{figure}_{question}", answer=answer, category=category, response=response, **{"l2-category": l2}, **more)
+    return dict(index=f"hb_{category}_{l2}_0_{figure}_{question}", answer=answer, category=category, response=response,
+                **{"l2-category": l2}, **more)
 
 
 HALLUSION = [hallusion("illusion", 0, 0, "Yes", "Yes, it is."), hallusion("illusion", 0, 1, "No", "No."),
@@ -497,17 +544,20 @@ def test_hallusionbench(scored):
 
 
 def mme(category, picture, hits):
-    return [dict(index=f"{category}{picture}{i}", category=category, image_path=picture, answer=("Yes", "No")[i % 2], response=(("Yes", "No")[i % 2]) if hit else "perhaps")
+    return [dict(index=f"{category}{picture}{i}", category=category, image_path=picture, answer=("Yes", "No")[i % 2],
+                 response=(("Yes", "No")[i % 2]) if hit else "perhaps")
             for i, hit in enumerate(hits)]
 
 
 def test_mme(scored):
     """color: 3 of 4 answers, 1 of 2 pairs: 75 + 50. OCR, whose picture has the same name: 1 of 2, no pair: 50 + 0. existence: 2 of 3
-    answers, the first two of the picture right: 66.7 + 100. count: 2 of 3 and, the picture with one question aside, 1 of 1: 66.7 + 100.
+    answers, the first two of the picture right: 66.7 + 100. count: 2 of 3, and but for the picture with one question 1 of 1 pairs.
     scene: one question alone, no pairs, no points. code_reasoning: 100 + 100. total = 125 + 50 + 2 · 166.7 + 200.
     """
-    rows = [*mme("color", "1.png", (1, 1)), *mme("color", "2.png", (1, 0)), *mme("OCR", "1.png", (0, 1)), *mme("existence", "1.png", (1, 1, 0)),
-            *mme("count", "1.png", (1, 1)), *mme("count", "2.png", (0,)), *mme("scene", "1.png", (1,)), *mme("code_reasoning", "1.png", (1, 1))]
+    rows = [*mme("color", "1.png", (1, 1)), *mme("color", "2.png", (1, 0)), *mme("OCR", "1.png", (0, 1)),
+            *mme("existence", "1.png", (1, 1, 0)),
+            *mme("count", "1.png", (1, 1)), *mme("count", "2.png", (0,)), *mme("scene", "1.png", (1,)),
+            *mme("code_reasoning", "1.png", (1, 1))]
     with pytest.warns(UserWarning) as said:
         found = scored("MME", rows)
     perception = 125 + 50 + 2 * (200 / 3 + 100)
@@ -517,7 +567,8 @@ def test_mme(scored):
     assert {name: points for name, points in categories.items() if points is not None} == pytest.approx(
         {"color": 125, "OCR": 50, "existence": 500 / 3, "count": 500 / 3, "code_reasoning": 200}) and len(categories) == 14
     texts = [str(warning.message) for warning in said]
-    assert any("count: 1 pictures have one question" in text for text in texts) and any("no pairs of questions in artwork, " in text for text in texts)
+    assert any("count: 1 pictures have one question" in text for text in texts)
+    assert any("no pairs of questions in artwork, " in text for text in texts)
     with pytest.raises(BenchmarkError, match="'category' is 'ocr'; expected one of OCR, artwork"):
         scored("MME", mme("ocr", "1.png", (1, 1)))
 
@@ -530,8 +581,10 @@ def test_a_whole_mme_reaches_2800(scored, monkeypatch):
 
 
 def mmbench(question, rotation, hit, ability=("coarse_perception", "image_scene"), **more):
-    return dict(index=question + 10**6 * rotation, A=("red", "blue")[rotation % 2], B=("blue", "red")[rotation % 2], answer=("A", "B")[rotation % 2],
-                response=("A", "B")[(rotation + (not hit)) % 2], split="dev", category=ability[1], **{"l2-category": ability[0]}) | more
+    return dict(index=question + 10**6 * rotation, A=("red", "blue")[rotation % 2], B=("blue", "red")[rotation % 2],
+                answer=("A", "B")[rotation % 2],
+                response=("A", "B")[(rotation + (not hit)) % 2], split="dev", category=ability[1],
+                **{"l2-category": ability[0]}) | more
 
 
 LOGIC = ("logic_reasoning", "future_prediction")
@@ -546,7 +599,8 @@ def test_mmbench(scored):
     """Questions 5, 7, 9, 12 of which 5 and 9 pass all rows: 50. First rows 4 of 4. All rows 3 + 1 + 1 + 1 + 1 of 9."""
     found = scored("MMBench_DEV_EN_V11", MMBENCH)
     assert found["headline"] == {"metric": "circular accuracy", "value": 50} and found["counts"]["unmatched"] == 1
-    assert found["scores"]["circular"] == {"Overall": 50, "l2-category": {"CP": 50, "LR": 50}, "category": {"image_scene": 50, "future_prediction": 50}}
+    assert found["scores"]["circular"] == {"Overall": 50, "l2-category": {"CP": 50, "LR": 50},
+                                           "category": {"image_scene": 50, "future_prediction": 50}}
     assert found["scores"]["vanilla circ0"]["Overall"] == 100
     assert found["scores"]["vanilla all"] == {"Overall": pytest.approx(700 / 9), "l2-category": {"CP": 80, "LR": 75},
                                               "category": {"image_scene": 80, "future_prediction": 75}}
@@ -576,16 +630,14 @@ def test_an_option_called_none_can_be_neither_shown_nor_matched(scored, tmp_path
 # ------------------------------------------------------------------------------------------------------------ prompts
 
 
-def row(**cells) -> Row:
-    return Row("x.tsv, line 2", "1", {name.replace("_", " ") if name == "knowledge_concept" else name: value for name, value in cells.items()})
-
-
 def test_prompts_are_the_datasets_own():
-    question = row(question="How many?", hint="Look.", A="one", B="two", requirement="Regarding the format …", query_cot="Reason. How many?")
+    row = lambda **cells: Row("x.tsv, line 2", "1", cells)
+    question = row(question="How many?", hint="Look.", A="one", B="two", requirement="Regarding the format …",
+                   query_cot="Reason. How many?")
     assert find("MMBench_DEV_EN").prompt(question) == (
         "Hint: Look.\nQuestion: How many?\nOptions:\nA. one\nB. two\nPlease select the correct answer from the options above. \n")
     assert find("WeMath").prompt(question) == "Hint: Look.\nQuestion: How many?\nOptions:\nA. one\nB. two\n"
-    assert find("WeMath_COT").prompt(question) == "Hint: Look.\nQuestion: How many?\nOptions:\nA. one\nB. two\n\nRegarding the format …"
+    assert find("WeMath_COT").prompt(question) == find("WeMath").prompt(question) + "\nRegarding the format …"
     assert find("MMBench_DEV_EN").prompt(row(question=" ?", B="b", D="d")) == (
         "Question:  ?\nOptions:\nB. b\nD. d\nPlease select the correct answer from the options above. \n")
     for name in ("MathVision_MINI", "MathVerse_MINI", "MathVerse_MINI_Vision_Only", "LogicVista", "HallusionBench", "MME"):
@@ -610,11 +662,12 @@ def test_a_missing_column_is_named_and_the_row_count_compared(tmp_path, name):
 
 
 def test_names_are_vlmevalkits_and_others_get_the_nearest():
-    assert {"WeMath", "WeMath_COT", "MathVision", "MathVision_MINI", "MathVerse_MINI", "MathVerse_MINI_Vision_Only", "MathVerse_MINI_Vision_Only_cot",
+    assert {"WeMath", "WeMath_COT", "MathVision", "MathVision_MINI", "MathVerse_MINI", "MathVerse_MINI_Vision_Only",
+            "MathVerse_MINI_Vision_Only_cot",
             "LogicVista", "HallusionBench", "MME", "MMBench_DEV_EN", "MMBench_DEV_EN_V11", "MMBench_TEST_EN_V11"} <= BENCHMARKS.keys()
     with pytest.raises(BenchmarkError, match="no benchmark 'MMBench_EN_DEV'; nearest: .*MMBench_DEV_EN"):
         find("MMBench_EN_DEV")
-    with pytest.raises(BenchmarkError, match="MME needs --data, VLMEvalKit's file MME.tsv"):
+    with pytest.raises(BenchmarkError, match="MME is read from a file; expected --data"):
         find("MME").load(None)
 
 
@@ -623,10 +676,13 @@ def test_names_are_vlmevalkits_and_others_get_the_nearest():
 
 def test_responses_are_missing_unknown_or_twice(scored, tmp_path):
     with pytest.raises(BenchmarkError, match=r"2 of 6 responses are missing: '1', '3'; --allow-missing scores them as wrong"):
-        scored("LogicVista", [{k: v for k, v in row.items() if k != "response"} if row["index"] in (1, 3) else row for row in LOGICVISTA])
+        scored("LogicVista", [{k: v for k, v in row.items() if k != "response"} if row["index"] in (1, 3) else row
+                              for row in LOGICVISTA])
     with pytest.warns(UserWarning, match="1 of 6 responses are missing: '1'; scored as wrong"):
-        found = scored("LogicVista", [{k: v for k, v in LOGICVISTA[0].items() if k != "response"}, *LOGICVISTA[1:]], allow_missing=True)
-    assert found["headline"]["value"] == pytest.approx(100 / 6) and found["counts"] == {"rows": 6, "scored": 5, "unmatched": 2, "missing": 1}
+        found = scored("LogicVista", [{k: v for k, v in LOGICVISTA[0].items() if k != "response"}, *LOGICVISTA[1:]],
+                       allow_missing=True)
+    assert found["headline"]["value"] == pytest.approx(100 / 6)
+    assert found["counts"] == {"rows": 6, "scored": 5, "unmatched": 2, "missing": 1}
     rows, _ = find("LogicVista").load(tmp_path / "LogicVista.tsv")
     with pytest.raises(BenchmarkError, match="1 responses are to rows that LogicVista's file does not have: '77'"):
         score(find("LogicVista"), rows, {"77": {0: "A"}}, "raw")
@@ -634,13 +690,16 @@ def test_responses_are_missing_unknown_or_twice(scored, tmp_path):
         score(find("LogicVista"), rows[:2], {"1": {1: "A"}}, "raw")
 
     path = tmp_path / "responses.jsonl"
-    path.write_text('{"index": 1, "response": "A"}\n\n{"index": "1", "response": "B"}\n{"index": 2, "response": 5}\n{"index": 2, "response": "x"}\n')
+    path.write_text('{"index": 1, "response": "A"}\n\n{"index": "1", "response": "B"}\n'
+                    '{"index": 2, "response": 5}\n{"index": 2, "response": "x"}\n')
     with pytest.raises(BenchmarkError, match="2 responses stand more than once: '1', '2'; expected each once"):
         read_responses(path)
     path.write_text('{"index": 1, "response": "A", "sample": 1}\n{"index": "hb_1", "response": 5}')
     assert read_responses(path) == {"1": {1: "A"}, "hb_1": {0: "5"}}
-    for line, message in (("{", "JSONDecodeError"), ("[1]", "TypeError"), ('{"index": 1}', "KeyError: 'response'"), ('{"index": null, "response": ""}', '"index" is None'),
-                          ('{"index": 1, "response": null}', '"response" is None; expected text'), ('{"index": 1, "response": "", "sample": -1}', '"sample" is -1'),
+    for line, message in (("{", "JSONDecodeError"), ("[1]", "TypeError"), ('{"index": 1}', "KeyError: 'response'"),
+                          ('{"index": null, "response": ""}', '"index" is None'),
+                          ('{"index": 1, "response": null}', '"response" is None; expected text'),
+                          ('{"index": 1, "response": "", "sample": -1}', '"sample" is -1'),
                           ('{"index": true, "response": ""}', '"index" is True'), ("[" * 100000, "RecursionError")):
         path.write_text('{"index": 0, "response": ""}\n' + line + "\n")
         with pytest.raises(BenchmarkError, match=f"responses.jsonl, line 2: .*{message}"):
@@ -658,7 +717,8 @@ def test_an_empty_prediction_matches_nothing(scored):
 def test_pass_at_k_is_the_unbiased_estimator():
     """Against counting all pairs of 5 responses of which 2 are right: 7 of 10 hold a right one."""
     assert benchmarks.pass_at_k(5, 2, 2) == pytest.approx(0.7)
-    assert benchmarks.pass_at_k(5, 0, 5) == 0 and benchmarks.pass_at_k(5, 1, 5) == 1 and benchmarks.pass_at_k(3, 1, 1) == pytest.approx(1 / 3)
+    assert benchmarks.pass_at_k(5, 0, 5) == 0 and benchmarks.pass_at_k(5, 1, 5) == 1
+    assert benchmarks.pass_at_k(3, 1, 1) == pytest.approx(1 / 3)
 
 
 def test_scores_of_several_samples_are_means(tmp_path):
@@ -667,8 +727,10 @@ def test_scores_of_several_samples_are_means(tmp_path):
                                           dict(index=2, image=RED, question="?", answer="C", skill="inductive")])
     rows, _ = find("LogicVista").load(path)
     found = score(find("LogicVista"), rows, {"1": {0: "B", 1: "B", 2: "C"}, "2": {0: "B", 1: "?", 2: "C"}}, "raw")
-    assert found["headline"]["value"] == pytest.approx(50) and found["scores"]["spatial"] == pytest.approx(200 / 3) and found["scores"]["numerical"] is None
-    assert found["scores"]["pass@1"] == pytest.approx(50) and found["scores"]["pass@2"] == pytest.approx(250 / 3) and found["scores"]["pass@3"] == 100
+    assert found["headline"]["value"] == pytest.approx(50) and found["scores"]["spatial"] == pytest.approx(200 / 3)
+    assert found["scores"]["numerical"] is None
+    assert found["scores"]["pass@1"] == pytest.approx(50) and found["scores"]["pass@2"] == pytest.approx(250 / 3)
+    assert found["scores"]["pass@3"] == 100
     assert found["counts"] == {"rows": 2, "scored": 6, "unmatched": 1, "missing": 0} and "pass@4" not in found["scores"]
 
 
@@ -681,21 +743,37 @@ def test_a_judge_is_asked_about_what_the_rule_cannot_settle(scored):
         return {"A or C": "C", "1,00": True}.get(response, "no idea")
     rows = [*MATHVISION[:4], dict(MATHVISION[4], response="1,00")]
     found = scored("MathVision", rows, judge=judge, judge_name="judge.py:judge")
-    assert asked == [("A or C", "C", "?", False), (MATHVISION[3]["response"], r"\frac{1}{2}", "?", False), ("1,00", "1000", "?", False)]
+    assert asked == [("A or C", "C", "?", False), (MATHVISION[3]["response"], r"\frac{1}{2}", "?", False),
+                     ("1,00", "1000", "?", False)]
     assert found["headline"]["value"] == 60 and found["counts"]["unmatched"] == 1 and found["judge"] == "judge.py:judge"
-    with pytest.raises(BenchmarkError, match="the judge returned NoneType; expected an answer as text, or True or False"):
+    with pytest.raises(BenchmarkError, match="the judge returned NoneType; expected an answer as text, True or False"):
         scored("MathVision", rows, judge=lambda *_: None)
+    with pytest.raises(BenchmarkError, match="line 4: the judge failed: ZeroDivisionError"):
+        scored("MathVision", rows, judge=lambda *_: 1 / 0)
 
 
 def test_what_score_returns_is_the_contract(scored):
-    for name, rows in (("WeMath", WEMATH), ("MathVision", MATHVISION), ("MathVerse_MINI", MATHVERSE), ("LogicVista", LOGICVISTA), ("HallusionBench", HALLUSION),
+    for name, rows in (("WeMath", WEMATH), ("MathVision", MATHVISION), ("MathVerse_MINI", MATHVERSE), ("LogicVista", LOGICVISTA),
+                       ("HallusionBench", HALLUSION),
                        ("MMBench", MMBENCH)):
         for mode in ("raw", "final"):
             found = scored(name, rows, mode)
-            assert list(found) == ["benchmark", "mode", "headline", "scores", "counts", "judge"] and found["benchmark"] == name and found["mode"] == mode
+            assert list(found) == ["benchmark", "mode", "headline", "scores", "counts", "judge"]
+            assert found["benchmark"] == name and found["mode"] == mode
             assert list(found["headline"]) == ["metric", "value"] and type(found["headline"]["value"]) is float
             assert list(found["counts"]) == ["rows", "scored", "unmatched", "missing"] and found["judge"] == "none (rule-based)"
             json.dumps(found, allow_nan=False)
+
+
+def test_another_benchmark_is_one_entry(scored, monkeypatch):
+    class Counting(Benchmark):
+        """Free-form numbers."""
+        def check(self, row, text):
+            return is_equal(text, row["answer"]) or None
+    monkeypatch.setitem(BENCHMARKS, "Counting", Counting("Counting", 1200))
+    found = scored("Counting", [dict(index=1, answer="3", response=r"So \boxed{3}"), dict(index=2, answer="4", response="5")],
+                   "final")
+    assert found["headline"] == {"metric": "accuracy", "value": 50}
 
 
 def test_the_toy_is_a_benchmark_too():
@@ -712,15 +790,21 @@ def test_the_toy_is_a_benchmark_too():
 def test_scoring_4000_rows_takes_less_than_five_seconds_and_no_torch(tmp_path):
     """The command, with start-up, on a file of 80 MB whose pictures are none. Stdout holds one JSON object and nothing else."""
     picture = "/" * 20000
-    path = write_tsv(tmp_path / "x.tsv", [mmbench(i % 1000, i // 1000, i % 3) | {"image": picture, "question": "?", "hint": "h"} for i in range(4000)])
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps({"index": i % 1000 + i // 1000 * 10**6, "response": f"I think it must be ({'AB'[i % 2]})."}) + "\n" for i in range(4000)))
+    path = write_tsv(tmp_path / "x.tsv", [mmbench(i % 1000, i // 1000, i % 3) | {"image": picture, "question": "?", "hint": "h"}
+                                          for i in range(4000)])
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps({"index": i % 1000 + i // 1000 * 10**6,
+                                                          "response": f"I think it must be ({'AB'[i % 2]})."}) + "\n"
+                                              for i in range(4000)))
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, "evaluate.py", "score", "--benchmark", "MMBench_DEV_EN", "--data", path, "--responses", tmp_path / "r.jsonl", "--mode", "raw"],
+    done = subprocess.run([sys.executable, "evaluate.py", "score", "--benchmark", "MMBench_DEV_EN", "--data", path, "--responses",
+                           tmp_path / "r.jsonl", "--mode", "raw"],
                           cwd=Path(benchmarks.__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - begin < 5
     found = json.loads(done.stdout)
-    assert found["counts"] == {"rows": 4000, "scored": 4000, "unmatched": 0, "missing": 0} and found["scores"]["vanilla all"]["Overall"] == 50
+    assert found["counts"] == {"rows": 4000, "scored": 4000, "unmatched": 0, "missing": 0}
+    assert found["scores"]["vanilla all"]["Overall"] == 50
     assert "warning: " in done.stderr and "has about 4300" in done.stderr
-    check = "import sys, evaluate; evaluate.parse(['score', '--benchmark', 'MME', '--responses', 'x']); assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)"
+    check = ("import sys, evaluate; evaluate.parse(['score', '--benchmark', 'MME', '--responses', 'x']); "
+             "assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", check], cwd=Path(benchmarks.__file__).parent, check=True)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_benchmarks import write_tsv
 
 import benchmarks
+import distributed
 import evaluate
 import rewards
 import toy
@@ -78,19 +79,27 @@ def image(size: tuple[int, int], seed: int) -> str:
 A, B = image((56, 56), 0), image((84, 140), 1)
 META = "{'subject': 'Functions', 'subfield': 'Lines'}"
 FILES = {
-    "WeMath": [dict(index=i, image=A, ID="1", key=key, question="Which?", A="1", B="2", answer="A", **{"knowledge concept": "Rotation"})
+    "WeMath": [dict(index=i, image=A, ID="1", key=key, question="Which?", A="1", B="2", answer="A",
+                    **{"knowledge concept": "Rotation"})
                for i, key in enumerate(("2steps_1", "2steps_2", "2steps_multi"))],
     "MathVision_MINI": [dict(index=1, image=A, question="Which?", choices="['A', 'B']", answer="A", category="x"),
-                        dict(index=2, image=B, question="How many of them are there in the whole picture?", choices="[]", answer="5", category="x")],
+                        dict(index=2, image=B, question="How many of them are there in the whole picture?", choices="[]",
+                             answer="5", category="x")],
     "MathVerse_MINI": [dict(index=1, image=A, question="Which?", question_for_eval="Choices:\nA:1\nB:2", question_type="multi-choice",
                             problem_version="Vision Only", answer="A", metadata=META)],
     "LogicVista": [dict(index=1, image=A, question="Select from A-E", answer="A, C", skill="spatial")],
     "HallusionBench": [dict(index="hb_a_b_0_1_0", image=A, question="Is it?", answer="Yes", category="VD", **{"l2-category": "b"}),
                        dict(index="hb_a_b_0_0_0", image="", question="Is it?", answer="Yes", category="VD", **{"l2-category": "b"})],
-    "MME": [dict(index=i, image=(A, "0")[i], question="Is it?", answer="Yes", category="color", image_path="1.png") for i in range(2)],
-    "MMBench_DEV_EN_V11": [dict(index=i, image=cell, question=question, A="red", B="blue", answer="A", category="x", **{"l2-category": "y"})
-                           for i, cell, question in ((3, A, "What?"), (4, str([A, B]), "Are they the same?"), (1000003, "3", "What?"), (5, B, "Sum?"))],
+    "MME": [dict(index=i, image=(A, "0")[i], question="Is it?", answer="Yes", category="color", image_path="1.png")
+            for i in range(2)],
+    "MMBench_DEV_EN_V11": [dict(index=i, image=cell, question=question, A="red", B="blue", answer="A", category="x",
+                                **{"l2-category": "y"})
+                           for i, cell, question in ((3, A, "What?"), (4, str([A, B]), "Are they the same?"),
+                                                     (1000003, "3", "What?"), (5, B, "Sum?"))],
 }  # fmt: skip
+
+
+QUICK = ("--min-pixels", "3136", "--max-new-tokens", "4")
 
 
 @pytest.fixture
@@ -98,8 +107,8 @@ def run(model, tmp_path):
     """run(name, *options, rows=…) runs the command in this process and returns the folder."""
     def call(name, *options, rows=None, folder="out"):
         data = write_tsv(tmp_path / f"{name}.tsv", rows or FILES[name])
-        evaluate.main(["run", "--model", str(model), "--benchmark", name, "--data", str(data), "--out", str(tmp_path / folder), "--min-pixels", "3136",
-                       "--max-new-tokens", "4", *options])
+        evaluate.main(["run", "--model", str(model), "--benchmark", name, "--data", str(data), "--out", str(tmp_path / folder),
+                       *QUICK, *options])
         return tmp_path / folder
     return call
 
@@ -108,7 +117,11 @@ def run(model, tmp_path):
 def asked(monkeypatch):
     """The places of each batch that is generated."""
     batches, plain = [], evaluate.respond
-    monkeypatch.setattr(evaluate, "respond", lambda policy, samples, places, *a, **k: batches.append(list(places)) or plain(policy, samples, places, *a, **k))
+
+    def spy(policy, samples, places, *rest):
+        batches.append(list(places))
+        return plain(policy, samples, places, *rest)
+    monkeypatch.setattr(evaluate, "respond", spy)
     return batches
 
 
@@ -125,7 +138,8 @@ def test_run_and_score_each_benchmark(run, tmp_path, capsys, name):
     printed = capsys.readouterr()
     assert f"{folder / 'responses.jsonl'}: {len(found)} responses" in printed.out and "the released" in printed.err
     for mode in ("raw", "final"):
-        evaluate.main(["score", "--benchmark", name, "--data", str(tmp_path / f"{name}.tsv"), "--responses", str(folder / "responses.jsonl"), "--mode", mode])
+        evaluate.main(["score", "--benchmark", name, "--data", str(tmp_path / f"{name}.tsv"), "--responses",
+                       str(folder / "responses.jsonl"), "--mode", mode])
         printed = capsys.readouterr()
         score = json.loads(printed.out)
         assert list(score) == ["benchmark", "mode", "headline", "scores", "counts", "judge"]
@@ -137,9 +151,11 @@ def test_responses_are_those_to_each_row_alone(run, model):
     folder = run("MMBench_DEV_EN_V11")
     policy = load_policy(model, torch.device("cpu"), trainable=False)
     a, b = picture(56, 56, 0), picture(84, 140, 1)
-    for row, images, question in zip(lines(folder), ((a,), (a, b), (a,), (b,)), ("What?", "Are they the same?", "What?", "Sum?"), strict=True):
+    asked = (("What?", (a,)), ("Are they the same?", (a, b)), ("What?", (a,)), ("Sum?", (b,)))
+    for row, (question, images) in zip(lines(folder), asked, strict=True):
         text = f"Question: {question}\nOptions:\nA. red\nB. blue\nPlease select the correct answer from the options above. \n"
-        prompt = encode_prompt(Sample("", images, "<image>" * len(images) + text, ""), 0, policy.tokenizer, policy.image_processor, "{question}")
+        prompt = encode_prompt(Sample("", images, "<image>" * len(images) + text, ""), 0, policy.tokenizer,
+                               policy.image_processor, "{question}")
         tokens = generate(policy, [prompt], 1, 4, None).tokens[0].tolist()
         assert row["response"] == policy.tokenizer.decode(tokens, skip_special_tokens=True)
 
@@ -168,7 +184,8 @@ def test_batches_are_of_like_length_and_within_the_budget(run, asked, monkeypatc
     monkeypatch.setattr(evaluate, "measure", lambda *a: lengths.update(plain(*a)) or lengths)
     run("LogicVista", "--max-cache-tokens", "200", rows=rows)
     in_order = [lengths[place] for batch in asked for place in batch]
-    assert sorted(place for batch in asked for place in batch) == list(range(10)) and in_order == sorted(in_order, reverse=True) and len(set(in_order)) == 5
+    assert sorted(sum(asked, [])) == list(range(10)) and in_order == sorted(in_order, reverse=True)
+    assert len(set(in_order)) == 5
     assert all(sum(lengths[place] + 4 for place in batch) <= 200 for batch in asked) and 2 < len(asked) < 10
 
 
@@ -211,20 +228,22 @@ def test_files_of_other_processes_are_merged_first(run, asked):
     asked.clear()
     run("MMBench_DEV_EN_V11")
     assert sorted(sum(asked, [])) == [1, 3] and (folder / "responses.jsonl").read_text() == "".join(parts)
-    assert sorted(path.name for path in folder.iterdir()) == ["responses.jsonl", "run.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "responses.jsonl", "run.json"]
 
 
 def test_a_folder_holds_one_run(run, model, tmp_path, asked):
     folder = run("LogicVista")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = (folder / "responses.jsonl").read_bytes()
     asked.clear()
+    with distributed.exclusive(folder), pytest.raises(SystemExit, match="another process is writing there; set --out"):
+        run("LogicVista")
     for name, options, message in (("MME", (), "another benchmark .'LogicVista', now 'MME'.*set --out to a new folder"),
                                    ("LogicVista", ("--prompt", "train"), "another prompt .'benchmark', now 'train'"),
                                    ("LogicVista", ("--temperature", "0.5"), "another temperature .0.0, now 0.5"),
                                    ("LogicVista", ("--max-new-tokens", "5"), "another max_new_tokens .4, now 5")):
         with pytest.raises(SystemExit, match=f"error: {folder} holds a run with {message}"):
             run(name, *options)
-    with pytest.raises(SystemExit, match="another data .*the name is the same, the content is not"):
+    with pytest.raises(SystemExit, match="another data .*LogicVista.tsv' has another content now"):
         run("LogicVista", rows=[dict(FILES["LogicVista"][0], answer="B")])
     other = tmp_path / "other"
     shutil.copytree(model, other)
@@ -234,7 +253,7 @@ def test_a_folder_holds_one_run(run, model, tmp_path, asked):
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(SystemExit, match="another model"):
         run("LogicVista", "--model", str(other))
-    assert not asked and {path.name: path.read_bytes() for path in folder.iterdir()}["responses.jsonl"] == before["responses.jsonl"]
+    assert not asked and (folder / "responses.jsonl").read_bytes() == before
     (folder / "run.json").unlink()
     with pytest.raises(SystemExit, match="holds responses but no run.json"):
         run("LogicVista")
@@ -251,15 +270,19 @@ def test_all_bad_rows_are_one_error_before_anything_is_generated(run, asked):
         run("LogicVista", rows=rows)
     text = str(error.value)
     assert text.startswith("error: 5 of 6 rows cannot be used:\n") and not asked
-    for line, message in ((3, "image 1 of 1 is 'AAA"), (4, "image 1 of 1 is 'AAA"), (5, "the question contains <|im_end|>"), (6, "found 1 images, 2 <image> markers"),
+    for line, message in ((3, "image 1 of 1 is 'AAA"), (4, "image 1 of 1 is 'AAA"), (5, "the question contains <|im_end|>"),
+                          (6, "found 1 images, 2 <image> markers"),
                           (7, "'question' is empty")):
         assert f"LogicVista.tsv, line {line}: {message}" in text
 
 
 @pytest.mark.parametrize("options, message", [
-    (("--benchmark", "MMEE"), "no benchmark 'MMEE'; nearest: MME"), (("--sample", "2"), "--sample 2: greedy responses are all the same"),
-    (("--sample", "0"), "expected 1 or more"), (("--temperature", "-1"), "--temperature: expected 0"), (("--max-pixels", "5"), "--min-pixels and --max-pixels"),
-    (("--model", "/nowhere"), "model.path: '/nowhere' is neither"), (("--out", "/proc/x"), "/proc/x"), (("--data", "/nowhere.tsv"), "/nowhere.tsv cannot be read"),
+    (("--benchmark", "MMEE"), "no benchmark 'MMEE'; nearest: MME"),
+    (("--sample", "2"), "--sample 2: greedy responses are all the same"),
+    (("--sample", "0"), "expected 1 or more"), (("--temperature", "-1"), "--temperature: expected 0"),
+    (("--max-pixels", "5"), "--min-pixels and --max-pixels"),
+    (("--model", "/nowhere"), "model.path: '/nowhere' is neither"), (("--out", "/proc/x"), "/proc/x"),
+    (("--data", "/nowhere.tsv"), "/nowhere.tsv cannot be read"),
     (("--prompt", "train", "--template", "no place"), "has 0 {question}; expected exactly one"),
 ])  # fmt: skip
 def test_wrong_arguments_are_one_error(run, options, message):
@@ -271,14 +294,16 @@ def test_samples_for_pass_at_k(run, tmp_path, capsys):
     """Streams depend on seed, row and sample: neither batches nor an interruption between the samples of a row change them."""
     options = ("--sample", "3", "--temperature", "1.5")
     folder = run("MMBench_DEV_EN_V11", *options)
-    assert [(row["index"], row["sample"]) for row in lines(folder)] == [(index, i) for index in ("3", "4", "1000003", "5") for i in range(3)]
+    pairs = [(row["index"], row["sample"]) for row in lines(folder)]
+    assert pairs == [(index, i) for index in ("3", "4", "1000003", "5") for i in range(3)]
     assert len({row["response"] for row in lines(folder)}) > 6
     whole = (folder / "responses.jsonl").read_bytes()
     (folder / "responses.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))
     run("MMBench_DEV_EN_V11", *options, "--max-cache-tokens", "1")
     assert (folder / "responses.jsonl").read_bytes() == whole
     capsys.readouterr()
-    evaluate.main(["score", "--benchmark", "MMBench_DEV_EN_V11", "--data", str(tmp_path / "MMBench_DEV_EN_V11.tsv"), "--responses", str(folder / "responses.jsonl")])
+    evaluate.main(["score", "--benchmark", "MMBench_DEV_EN_V11", "--data", str(tmp_path / "MMBench_DEV_EN_V11.tsv"),
+                   "--responses", str(folder / "responses.jsonl")])
     found = json.loads(capsys.readouterr().out)
     assert {"pass@1", "pass@2", "pass@3"} <= found["scores"].keys() and found["counts"]["scored"] == 12
     other = run("MMBench_DEV_EN_V11", *options, "--seed", "1", folder="other")
@@ -289,25 +314,28 @@ def test_two_processes_write_what_one_does(run, model, tmp_path):
     """Rows are split over ranks, nothing is done twice, and one file comes out."""
     rows = [dict(FILES["LogicVista"][0], index=i, question="Sum " + "circle, " * (i % 3)) for i in range(7)]
     one = run("LogicVista", rows=rows)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(Path(evaluate.__file__)), "run", "--model", str(model),
-               "--benchmark", "LogicVista", "--data", str(tmp_path / "LogicVista.tsv"), "--out", str(tmp_path / "two"), "--min-pixels", "3136", "--max-new-tokens", "4"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(Path(evaluate.__file__)),
+               "run", "--model", str(model), "--benchmark", "LogicVista", "--data", str(tmp_path / "LogicVista.tsv"),
+               "--out", str(tmp_path / "two"), *QUICK]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "two" / "responses.jsonl").read_bytes() == (one / "responses.jsonl").read_bytes()
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["responses.jsonl", "run.json"]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [".lock", "responses.jsonl", "run.json"]
     assert done.stdout.count("7 responses") == 1 and done.stderr.count("the released LogicVista has") == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*the released")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_bad_row_of_any_process_ends_all_and_is_said_once(tmp_path, make_policy, rank):
-    rows, _ = benchmarks.find("LogicVista").load(write_tsv(tmp_path / "x.tsv", [dict(FILES["LogicVista"][0], index=i, image=(A, "A" * 81)[i]) for i in range(2)]), True)
+    path = write_tsv(tmp_path / "x.tsv", [dict(FILES["LogicVista"][0], index=i, image=(A, "A" * 81)[i]) for i in range(2)])
+    rows, _ = benchmarks.find("LogicVista").load(path, pictures=True)
 
     class Both(World):
         def gather(self, value):
             return [({0: 9}, {}), value] if self.rank else [value, ({}, {1: "line 3: bad"})]
     with pytest.raises(benchmarks.BenchmarkError if rank == 0 else SystemExit) as error:
-        evaluate.measure(make_policy(), benchmarks.find("LogicVista"), rows, [0, 1], lambda row, images: "<image>" * images, "{question}", tmp_path,
+        evaluate.measure(make_policy(), benchmarks.find("LogicVista"), rows, [0, 1], lambda row, images: "<image>" * images,
+                         "{question}", tmp_path,
                          Both(rank, 2, torch.device("cpu")))
     assert str(error.value) == ("1 of 2 rows cannot be used:\n  line 3: bad" if rank == 0 else "1")
 
@@ -319,7 +347,8 @@ def test_the_toy_is_run_by_the_same_command_and_answers_as_in_training(model, tm
     policy = load_policy(model, torch.device("cpu"), trainable=False)
     texts = []
     monkeypatch.setattr(rewards, "accuracy", lambda text, answer: texts.append(text) or 0.0)
-    evaluate.held_out(policy, [toy.make_sample(toy.LEVELS[1], 0, "test", i) for i in range(5)], load_config().data.prompt_template, 6, 0, swapped=False)
+    evaluate.held_out(policy, [toy.make_sample(toy.LEVELS[1], 0, "test", i) for i in range(5)],
+                      load_config().data.prompt_template, 6, 0, swapped=False)
     plain = lambda text: policy.tokenizer.decode(policy.tokenizer(text).input_ids, skip_special_tokens=True)
     found = lines(tmp_path / "toy")
     assert len(found) == 200 and [row["response"] for row in found[:5]] == [plain(text) for text in texts[5:]]
@@ -332,9 +361,10 @@ SEVEN = ("WeMath", "MathVision", "MathVerse", "LogicVista", "HallusionBench", "M
 
 
 def test_the_table_has_the_papers_layout():
-    """The paper's row for the 3B, whose average is 312.3 / 7; a second figure of a column starts a row; no average of fewer than seven."""
+    """The paper's row for the 3B, whose average is 312.3 / 7. A second figure of a column starts a row; fewer than seven have no average."""
     values = (20.0, 23.0, 33.8, 34.5, 61.3, 76.9, 62.8)
-    runs = [("3B", title, value) for title, value in zip(SEVEN, values)] + [("mine|2", "MME", 80.25), ("3B", "MME", 1.0), ("toy", "toy", 98.0)]
+    runs = [*(("3B", title, value) for title, value in zip(SEVEN, values)), ("mine|2", "MME", 80.25), ("3B", "MME", 1.0),
+            ("toy", "toy", 98.0)]
     assert evaluate.lay_out(runs) == [
         "       | mathematical                              | visual-centric                | average | other",
         "model  | WeMath  MathVision  MathVerse  LogicVista | HallusionBench   MME  MMBench |    Avg. |   toy",
@@ -355,8 +385,8 @@ def test_the_table_has_the_papers_layout():
 def test_table_scores_the_runs_it_is_given(run, model, tmp_path, capsys):
     folders = [str(run("LogicVista", folder="a")), str(run("MME", "--prompt", "train", folder="b"))]
     for folder, texts in ((folders[0], ["A and C"]), (folders[1], ["yes", "perhaps"])):
-        rows = lines(Path(folder))
-        (Path(folder) / "responses.jsonl").write_text("".join(json.dumps(row | {"response": text}) + "\n" for row, text in zip(rows, texts)))
+        rows = [row | {"response": text} for row, text in zip(lines(Path(folder)), texts, strict=True)]
+        (Path(folder) / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     capsys.readouterr()
     evaluate.main(["table", *folders])
     printed = capsys.readouterr().out
@@ -383,7 +413,8 @@ def test_errors_of_score_are_one_line(tmp_path, capsys):
     command = ["score", "--benchmark", "LogicVista", "--data", str(data), "--responses", str(tmp_path / "r.jsonl")]
     evaluate.main([*command, "--mode", "raw"])
     assert json.loads(capsys.readouterr().out)["headline"]["value"] == 100
-    for more, message in ((("--judge", "nowhere.py:f"), "--judge 'nowhere.py:f': no file"), (("--benchmark", "MME"), "no column 'category', 'image_path'"),
+    for more, message in ((("--judge", "nowhere.py:f"), "--judge 'nowhere.py:f': no file"),
+                          (("--benchmark", "MME"), "no column 'category', 'image_path'"),
                           (("--responses", str(tmp_path / "s.jsonl")), "s.jsonl cannot be read .*near names: r.jsonl"),
                           (("--benchmark", "MMBench_TEST_EN"), "no column 'A', 'B'"), (("--benchmark", "toy"), "toy is drawn")):
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
