@@ -464,7 +464,8 @@ class WeMath(Benchmark):
         if not whole:
             raise BenchmarkError("no problem has all its rows: each step and the composite problem; expected at least one")
         if len(whole) < len(problems):
-            warnings.warn(f"WeMath: {len(problems) - len(whole)} of {len(problems)} problems lack a row and do not count", stacklevel=2)
+            lacking = len(problems) - len(whole)
+            warnings.warn(f"WeMath: {lacking} of {len(problems)} problems lack a row and do not count", stacklevel=2)
 
         hits = [bool(result.hit) for result in results]
         by_letter = [letter_after_answer(result.text) == result.row["answer"] for result in results]
@@ -684,7 +685,7 @@ class MME(YesNo):
                 points[category] = _accuracy(group) + _percent(map(_all_hit, pairs))
         absent = [category for category in known if category not in points]
         if absent:
-            warnings.warn(f"MME: no pairs of questions in {', '.join(absent)}, which therefore add nothing to the total", stacklevel=2)
+            warnings.warn(f"MME: no pairs of questions in {', '.join(absent)}, which add nothing to the total", stacklevel=2)
         scores = {name: sum(points.get(category, 0.0) for category in group) for name, group in self.CATEGORIES.items()}
         total = scores["perception"] + scores["reasoning"]
         return total / 28, scores | {"total": total, "category": {category: points.get(category) for category in known}}
@@ -801,7 +802,8 @@ def read_responses(path: str | Path) -> dict[str, dict[int, str]]:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise BenchmarkError(f"{path} cannot be read ({error.strerror or error}); expected responses as JSONL{_near_file(path)}") from error
+        reason = error.strerror or error
+        raise BenchmarkError(f"{path} cannot be read ({reason}); expected responses as JSONL{_near_file(path)}") from error
     responses: dict[str, dict[int, str]] = defaultdict(dict)
     twice = {}
     for number, line in enumerate(content.split(b"\n"), start=1):
@@ -898,7 +900,7 @@ def _check(benchmark: Benchmark, row: Row, response: str, mode: str, judge: Call
         except Exception as error:
             raise BenchmarkError(f"{row.where}: the judge failed: {type(error).__name__}: {error}") from error
         if not isinstance(verdict, (str, bool)):
-            raise BenchmarkError(f"{row.where}: the judge returned {type(verdict).__name__}; expected an answer as text, True or False")
+            raise BenchmarkError(f"{row.where}: the judge returned {type(verdict).__name__}; expected text, True or False")
         hit = verdict if isinstance(verdict, bool) else benchmark.check(row, verdict)
     return Result(row, text, hit)
 

@@ -111,17 +111,29 @@ def run(arguments: argparse.Namespace) -> None:
                 warnings.simplefilter("ignore")  # the main process says it
             benchmark = benchmarks.find(arguments.benchmark)
             rows, dropped = benchmark.load(arguments.data, pictures=True)
-            settings = run_settings(benchmark, arguments)
+            if benchmark.answers:  # cells that cannot be scored are found now rather than after a night of generation
+                benchmarks.score(benchmark, rows, {row.index: {0: "?"} for row in rows}, "raw")
+            path = str(on_main(world, warm_start)) if arguments.model == "toy" else arguments.model
+            settings = run_settings(benchmark, arguments, path)
             with distributed.exclusive(Path(arguments.out)) if world.is_main else contextlib.nullcontext():
-                run_benchmark(benchmark, rows, dropped, settings, arguments, world)
+                run_benchmark(path, benchmark, rows, dropped, settings, arguments, world)
     except distributed.FolderInUse:
         raise BenchmarkError(f"{arguments.out}: another process is writing there; set --out to a new folder") from None
     finally:
         distributed.stop()
 
 
-def run_benchmark(benchmark: Benchmark, rows: list[Row], dropped: set[str], settings: dict, arguments: argparse.Namespace,
-                  world: World) -> None:
+def warm_start() -> Path:
+    """The model that RL on the toy begins from, as train.py makes it."""
+    import toy
+    from config import load_config
+
+    config = load_config()
+    return toy.prepare(config.toy.level, config.toy.seed, config.data.prompt_template, config.toy.cache_dir)
+
+
+def run_benchmark(model: str, benchmark: Benchmark, rows: list[Row], dropped: set[str], settings: dict,
+                  arguments: argparse.Namespace, world: World) -> None:
     """Every process answers its share of the rows and appends to a file of its own; the main one merges them."""
     from data import IMAGE_MARKER, Sample
     from model import load_policy
@@ -133,7 +145,7 @@ def run_benchmark(benchmark: Benchmark, rows: list[Row], dropped: set[str], sett
     root = arguments.image_root or Path(arguments.data or ".").parent
     truncated = 0
     if todo:
-        policy = load_policy(arguments.model, world.device, arguments.dtype, trainable=False)
+        policy = load_policy(model, world.device, arguments.dtype, trainable=False)
         if settings["min_pixels"] is not None:  # both edges of this processor are areas
             policy.image_processor.size["shortest_edge"] = settings["min_pixels"]
             policy.image_processor.size["longest_edge"] = settings["max_pixels"]
@@ -173,12 +185,12 @@ def run_benchmark(benchmark: Benchmark, rows: list[Row], dropped: set[str], sett
     world.barrier()
 
 
-def run_settings(benchmark: Benchmark, arguments: argparse.Namespace) -> dict:
+def run_settings(benchmark: Benchmark, arguments: argparse.Namespace, model: str) -> dict:
     """What run.json holds: all that decides what the responses are, defaults filled in. Raises BenchmarkError."""
     chosen = lambda name: getattr(benchmark, name) if getattr(arguments, name) is None else getattr(arguments, name)
     prompt = arguments.prompt or benchmark.prompt_mode
     settings = {"benchmark": benchmark.name, "data": arguments.data and str(Path(arguments.data).resolve()),
-                "rows": benchmark.fingerprint(arguments.data), "model": arguments.model, "weights": weights_of(arguments.model),
+                "rows": benchmark.fingerprint(arguments.data), "model": arguments.model, "weights": weights_of(model),
                 "prompt": prompt, "template": (arguments.template or default_template()) if prompt == "train" else "{question}",
                 "max_new_tokens": chosen("max_new_tokens"), "min_pixels": chosen("min_pixels"), "max_pixels": chosen("max_pixels"),
                 "sample": arguments.sample, "temperature": arguments.temperature, "seed": arguments.seed}
@@ -440,7 +452,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     template = "of the training prompt: data.prompt_template of the training run; by default that of config.yaml"
 
     one = commands.add_parser("run", help="write a model's responses to a benchmark; the same command resumes")
-    one.add_argument("--model", required=True, help=model)
+    one.add_argument("--model", required=True, help=f"{model}; or toy, its warm start")
     one.add_argument("--benchmark", required=True, metavar="NAME", help=", ".join(benchmarks.BENCHMARKS))
     one.add_argument("--data", metavar="FILE.tsv", help="VLMEvalKit's TSV file; the toy has none")
     one.add_argument("--out", required=True, metavar="DIR", help="folder of this run: run.json, responses.jsonl")

@@ -306,8 +306,8 @@ def test_rational_is_exact_and_bounded():
 
 
 HOSTILE = ("{", "}", r"\boxed{", r"\boxed{1}", "</think>", "<answer>", "<answer>A</answer>", " ", "\n", "A, ", "A and ", "and",
-           "answer is ", "answer is *", "option:   ", "answer: A ,;/& ", ". ", "?!", "1,2", "Answer<", "yes ", "x", "Z B ", "\0", "9^",
-           "((")
+           "answer is ", "answer is *", "option:   ", "answer: A ,;/& ", ". ", "?!", "1,2", "Answer<", "yes ", "x", "Z B ", "\0",
+           "9^", "((")
 
 
 @pytest.mark.parametrize("pattern", HOSTILE)
@@ -323,7 +323,8 @@ def test_a_megabyte_cannot_stall_a_rule(pattern):
 
 
 words = ["A", "B", "Z", "yes", "no", "Answer", "answer is ", "option: ", "and", " ", "\n", ",", ".", "*", "<", ">", "{", "}",
-         r"\boxed{", r"\text{", "<answer>", "</answer>", "</think>", "1", "/", "0", "^", r"\frac", "$", "\\", "\u0661", "İ", "\0", "\U0001f600"]
+         r"\boxed{", r"\text{", "<answer>", "</answer>", "</think>", "1", "/", "0", "^", r"\frac", "$", "\\",
+         "\u0661", "İ", "\0", "\U0001f600"]
 texts = st.lists(st.sampled_from(words) | st.text(max_size=4), max_size=30).map("".join)
 
 
@@ -497,7 +498,7 @@ def test_mathverse(scored):
 LOGICVISTA = [dict(index=1, answer="A, C", skill="['inductive']", response="C and A"),
               dict(index=2, answer="A, C", skill="['inductive', 'spatial']", response="A"),               # no partial credit
               dict(index=3, answer="E", skill="deductive", response="<think>B? C?</think><answer>E</answer>"),
-              dict(index=4, answer="3", skill="deductive", response="3"),                                  # numeric labels cannot score
+              dict(index=4, answer="3", skill="deductive", response="3"),                                # numeric labels cannot score
               dict(index=5, answer="A,C", skill="mechanical", response="A, C"),                            # nor a list without spaces
               dict(index=6, answer="I", skill="spatial", response="I")]
 
@@ -746,7 +747,7 @@ def test_a_judge_is_asked_about_what_the_rule_cannot_settle(scored):
     assert asked == [("A or C", "C", "?", False), (MATHVISION[3]["response"], r"\frac{1}{2}", "?", False),
                      ("1,00", "1000", "?", False)]
     assert found["headline"]["value"] == 60 and found["counts"]["unmatched"] == 1 and found["judge"] == "judge.py:judge"
-    with pytest.raises(BenchmarkError, match="the judge returned NoneType; expected an answer as text, True or False"):
+    with pytest.raises(BenchmarkError, match="the judge returned NoneType; expected text, True or False"):
         scored("MathVision", rows, judge=lambda *_: None)
     with pytest.raises(BenchmarkError, match="line 4: the judge failed: ZeroDivisionError"):
         scored("MathVision", rows, judge=lambda *_: 1 / 0)

@@ -270,6 +270,11 @@ def test_all_bad_rows_are_one_error_before_anything_is_generated(run, asked):
         run("LogicVista", rows=rows)
     text = str(error.value)
     assert text.startswith("error: 5 of 6 rows cannot be used:\n") and not asked
+    with pytest.raises(SystemExit, match="line 2: 'category' is 'colour'; expected one of"):
+        run("MME", rows=[dict(FILES["MME"][0], category="colour")])
+    with pytest.raises(SystemExit, match="line 3: 'choices' is 'A, B', which cannot be read"):
+        run("MathVision_MINI", rows=[FILES["MathVision_MINI"][0], dict(FILES["MathVision_MINI"][1], choices="A, B")])
+    assert not asked
     for line, message in ((3, "image 1 of 1 is 'AAA"), (4, "image 1 of 1 is 'AAA"), (5, "the question contains <|im_end|>"),
                           (6, "found 1 images, 2 <image> markers"),
                           (7, "'question' is empty")):
@@ -342,7 +347,8 @@ def test_a_bad_row_of_any_process_ends_all_and_is_said_once(tmp_path, make_polic
 
 def test_the_toy_is_run_by_the_same_command_and_answers_as_in_training(model, tmp_path, monkeypatch, capsys):
     """The greedy responses are those that train.py's evaluation scores."""
-    evaluate.main(["run", "--model", str(model), "--benchmark", "toy", "--out", str(tmp_path / "toy"), "--max-new-tokens", "6"])
+    monkeypatch.setattr(toy, "prepare", lambda *_: model)
+    evaluate.main(["run", "--model", "toy", "--benchmark", "toy", "--out", str(tmp_path / "toy"), "--max-new-tokens", "6"])
     assert "final: accuracy 0.0" in capsys.readouterr().out
     policy = load_policy(model, torch.device("cpu"), trainable=False)
     texts = []
@@ -361,7 +367,7 @@ SEVEN = ("WeMath", "MathVision", "MathVerse", "LogicVista", "HallusionBench", "M
 
 
 def test_the_table_has_the_papers_layout():
-    """The paper's row for the 3B, whose average is 312.3 / 7. A second figure of a column starts a row; fewer than seven have no average."""
+    """The paper's row for the 3B: 312.3 / 7 on average. A second figure of a column starts a row; fewer than seven: no average."""
     values = (20.0, 23.0, 33.8, 34.5, 61.3, 76.9, 62.8)
     runs = [*(("3B", title, value) for title, value in zip(SEVEN, values)), ("mine|2", "MME", 80.25), ("3B", "MME", 1.0),
             ("toy", "toy", 98.0)]
