@@ -178,6 +178,7 @@ def run_benchmark(model: str, benchmark: Benchmark, rows: list[Row], dropped: se
         responses = merge(folder, order, count)
         cut = f"; {truncated} of this session's were cut at {settings['max_new_tokens']} tokens" * bool(truncated)
         print(f"{folder / RESPONSES}: {len(rows) * count} responses{cut}")
+        warnings.simplefilter("ignore")  # said before the first response
         for mode in ("final", "raw") if benchmark.answers else ():
             result = benchmarks.score(benchmark, rows, responses, mode, dropped)
             print(f"{mode}: {result['headline']['metric']} {result['headline']['value']:.1f}; "
