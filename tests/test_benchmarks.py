@@ -86,9 +86,12 @@ def test_rows_without_image_are_dropped_and_pointers_are_followed_once(tmp_path)
         dict(index="11", image=str([BLUE])), dict(index="12", image="NA")])
     assert dropped == {"8", "12"}
     assert {row.index: row.images for row in rows} == {"a_1": (RED,), "7": (RED,), "9": (RED, BLUE), "10": (RED, BLUE), "11": (BLUE,)}
+    rows, _ = load(tmp_path, [dict(index="i" * 64, image="A" * 65), dict(index=2, image="i" * 64)])
+    assert rows[1].images == ("A" * 65,)
     assert [row.index for row in load(tmp_path, [dict(index=1, image="zz"), dict(index=2, image="")], pictures=False)[0]] == ["1"]
     for cells, message in (([("1", "2"), ("2", "3"), ("3", RED)], "line 2: the image is '2'.*not the index of a row that holds one"),
-                           ([("1", "4"), ("3", RED)], "'4'"), ([("1", "2"), ("2", ""), ("3", RED)], "line 2: the image is '2'")):
+                           ([("1", "2"), ("2", "3" * 64), ("3" * 64, RED)], "line 2: the image is '2'"),
+                           ([("1", "2"), ("2", ""), ("3", RED)], "line 2: the image is '2'"), ([("1", "4"), ("3", RED)], "'4'")):
         with pytest.raises(BenchmarkError, match=message):
             load(tmp_path, [dict(index=index, image=image) for index, image in cells])
 
@@ -244,7 +247,7 @@ def test_yes_or_no(text, expected):
     ("<think><answer>A</answer></think>B", "B"), ("<think>x</think><answer>A</answer>", "A"), ("<answer>A", "<answer>A"),
     ("A</answer>", "A</answer>"),
     (r"so \boxed{5}", "5"), (r"\boxed{1}, no, \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"\boxed{2} \boxed{3", "2"),
+    (r"\boxed{2} \boxed{3", "2"), (r"\boxed{\boxed{7}}", "7"),
     (r"\boxed{ \text{B} }", "B"), (r"\boxed{\mathrm{C}}", "C"), (r"\boxed{\text{a}\text{b}}", r"\text{a}\text{b}"),
     (r"\text{B}", r"\text{B}"),
     (r"\boxed{\text{\text{B}}}", r"\text{B}"), (r"{ \boxed{7}", "7"), (r"} \boxed{7}", "7"), (r"\boxed{}", ""), ("", ""),
@@ -520,24 +523,27 @@ def hallusion(l2, figure, question, answer, response, **more):
 
 HALLUSION = [hallusion("illusion", 0, 0, "Yes", "Yes, it is."), hallusion("illusion", 0, 1, "No", "No."),
              hallusion("illusion", 1, 0, "Yes", "No"), hallusion("illusion", 1, 1, "Yes", "It seems so."),
+             hallusion("figure", 1, 0, "No", "No!"),
              hallusion("chart", 0, 0, "No", "no"), hallusion("chart", 1, 0, "Yes", "<answer>**Yes**</answer>"),
              hallusion("chart", 2, 0, "Yes", "Yes", image="")]  # no picture: not scored, and its response is not looked at
 
 
 def test_hallusionbench(scored):
-    """Six rows. Final: 4 right. Figures: illusion 0 yes, 1 no; chart 0 and 1 yes: 3 of 4. Questions: illusion 0 (yes, no) no,
-    1 (yes, unknown) no, chart 0 yes: 1 of 3. The same set and figure numbers of two categories are different figures.
+    """Seven rows. Final: 5 right. Figures: illusion 0 yes, 1 no; figure 1 yes; chart 0 and 1 yes: 4 of 5. Questions: illusion 0
+    (yes, no) no, 1 (yes, unknown) no; figure 0 yes; chart 0 yes: 2 of 4. The same set and figure numbers of two l2-categories
+    are different figures. VD alone: 3 of 5, 2 of 3, 1 of 3.
 
-    Raw: the stars keep chart 1 unknown: 3 of 6, figures 2 of 4, questions 0 of 3.
+    Raw: the stars keep chart 1 unknown: 4 of 7, figures 3 of 5, questions 1 of 4.
     """
     final, raw = scored("HallusionBench", HALLUSION, "final"), scored("HallusionBench", HALLUSION)
-    assert final["headline"] == {"metric": "aAcc", "value": pytest.approx(400 / 6)}
-    assert final["scores"]["Overall"] == pytest.approx({"aAcc": 400 / 6, "fAcc": 75, "qAcc": 100 / 3})
-    assert final["scores"]["mean of aAcc, fAcc, qAcc"] == pytest.approx((400 / 6 + 75 + 100 / 3) / 3)
-    assert final["scores"]["category"] == {"VD": {"aAcc": 50, "fAcc": 50, "qAcc": 0}, "VS": {"aAcc": 100, "fAcc": 100, "qAcc": 100}}
+    assert final["headline"] == {"metric": "aAcc", "value": pytest.approx(500 / 7)}
+    assert final["scores"]["Overall"] == pytest.approx({"aAcc": 500 / 7, "fAcc": 80, "qAcc": 50})
+    assert final["scores"]["mean of aAcc, fAcc, qAcc"] == pytest.approx((500 / 7 + 80 + 50) / 3)
+    assert final["scores"]["category"]["VD"] == pytest.approx({"aAcc": 60, "fAcc": 200 / 3, "qAcc": 100 / 3})
+    assert final["scores"]["category"]["VS"] == {"aAcc": 100, "fAcc": 100, "qAcc": 100}
     assert final["scores"]["l2-category"]["chart"] == {"aAcc": 100, "fAcc": 100, "qAcc": 100}
-    assert raw["scores"]["Overall"] == {"aAcc": 50, "fAcc": 50, "qAcc": 0}
-    assert final["counts"] == {"rows": 6, "scored": 6, "unmatched": 1, "missing": 0} and raw["counts"]["unmatched"] == 2
+    assert raw["scores"]["Overall"] == pytest.approx({"aAcc": 400 / 7, "fAcc": 60, "qAcc": 25})
+    assert final["counts"] == {"rows": 7, "scored": 7, "unmatched": 1, "missing": 0} and raw["counts"]["unmatched"] == 2
     with pytest.raises(BenchmarkError, match="the index is 'hb_1'; expected six parts"):
         scored("HallusionBench", [dict(HALLUSION[0], index="hb_1")])
     with pytest.raises(BenchmarkError, match="'answer' is 'yes'; expected 'Yes' or 'No'"):
@@ -591,13 +597,13 @@ def mmbench(question, rotation, hit, ability=("coarse_perception", "image_scene"
 LOGIC = ("logic_reasoning", "future_prediction")
 MMBENCH = [mmbench(5, 0, 1), mmbench(5, 1, 1), mmbench(5, 2, 1),                       # all three rotations
            mmbench(7, 0, 1), mmbench(7, 1, 0),                                         # one rotation fails the question
-           mmbench(9, 0, 1, LOGIC),                                                    # alone: judged on what is there
+           mmbench(100005, 0, 1, LOGIC),                                               # alone: judged on what is there
            mmbench(11, 1, 1, LOGIC),                                                   # no first row: not a question, but a row
            mmbench(12, 0, 1, LOGIC), mmbench(12, 1, 0, LOGIC, response="Hard to say.")]
 
 
 def test_mmbench(scored):
-    """Questions 5, 7, 9, 12 of which 5 and 9 pass all rows: 50. First rows 4 of 4. All rows 3 + 1 + 1 + 1 + 1 of 9."""
+    """Questions 5, 7, 100005, 12 of which 5 and 100005 pass all rows: 50. First rows 4 of 4. All rows 3 + 1 + 1 + 1 + 1 of 9."""
     found = scored("MMBench_DEV_EN_V11", MMBENCH)
     assert found["headline"] == {"metric": "circular accuracy", "value": 50} and found["counts"]["unmatched"] == 1
     assert found["scores"]["circular"] == {"Overall": 50, "l2-category": {"CP": 50, "LR": 50},
@@ -708,9 +714,9 @@ def test_responses_are_missing_unknown_or_twice(scored, tmp_path):
 
 
 def test_an_empty_prediction_matches_nothing(scored):
-    """VLMEvalKit reads "None" back from its spreadsheet as a missing value, even where an option holds the word."""
+    """VLMEvalKit reads "None" back from its spreadsheet as a missing value, even where an option's text is in the word."""
     for response in ("", "None", "NA", "nan"):
-        found = scored("MMBench", [mmbench(5, 0, 1) | {"A": "None of these", "response": response}])
+        found = scored("MMBench", [mmbench(5, 0, 1) | {"A": "n", "response": response}])
         assert found["headline"]["value"] == 0 and found["counts"]["unmatched"] == 1
     assert scored("MMBench", [mmbench(5, 0, 1) | {"A": "Nan bread", "response": "nan bread"}])["headline"]["value"] == 100
 
