@@ -10,7 +10,7 @@ either the whole response (mode "raw") or what `final_answer` finds in it (mode 
 cannot settle is *unmatched* and counts as wrong; that is where VLMEvalKit asks a judge model, and where a function of
 yours may be asked.
 
-A ninth benchmark is one more subclass of `Benchmark` and its line in BENCHMARKS. Scoring needs no model, no torch and
+One more benchmark is one more subclass of `Benchmark` and its line in BENCHMARKS. Scoring needs no model, no torch and
 decodes no image. Files and responses are hostile input: nothing in them is evaluated, every rule takes linear time, and
 what is wrong is a BenchmarkError that names the place.
 """
@@ -124,12 +124,13 @@ def _records(path: str | Path, reader: Iterator[list[str]], header: list[str], p
         cells = {name: value for name, value in zip(header, values) if value not in MISSING}
         if "image" in cells and not pictures:
             cells["image"] = ""  # what remains of gigabytes that scoring does not need
-        row = Row(where, "", cells)
-        row = Row(where, row["index"], cells)
-        if row.index in lines:
-            raise BenchmarkError(f"{where}: the index {_show(row.index)} stands on line {lines[row.index]}, too; expected each once")
-        lines[row.index] = reader.line_num
-        yield row
+        if "index" not in cells:
+            raise BenchmarkError(f"{where}: 'index' is empty; expected a value")
+        index = cells["index"]
+        if index in lines:
+            raise BenchmarkError(f"{where}: the index {_show(index)} stands on line {lines[index]}, too; expected each once")
+        lines[index] = reader.line_num
+        yield Row(where, index, cells)
 
 
 def _with_images(row: Row, held: dict[str, str]) -> Row:
@@ -183,8 +184,8 @@ def _list_of_texts(cell: str, where: str, column: str) -> list[str]:
     return value
 
 
-def _show(text: str) -> str:
-    shown = repr(text)
+def _show(value: Any) -> str:
+    shown = repr(value)
     return shown if len(shown) <= 100 else shown[:97] + "…"
 
 
@@ -648,8 +649,8 @@ class HallusionBench(YesNo):
         def part(row: Row, number: int) -> tuple[str, str, str]:
             parts = row.index.split("_")
             if len(parts) < 6:
-                raise BenchmarkError(f"{row.where}: the index is {_show(row.index)}; expected six parts joined by '_', the last "
-                                     "three of them set, figure and question")
+                raise BenchmarkError(f"{row.where}: the index is {_show(row.index)}; expected six parts joined by '_', the fourth "
+                                     "to sixth being set, figure and question")
             return row["l2-category"], parts[3], parts[number]
 
         def accuracies(some: list[Result]) -> dict[str, float]:

@@ -105,22 +105,24 @@ def run(arguments: argparse.Namespace) -> None:
     import distributed
 
     world = distributed.start()
-    try:
-        with warnings.catch_warnings():
-            if not world.is_main:
-                warnings.simplefilter("ignore")  # the main process says it
+    with contextlib.ExitStack() as stack:
+        stack.callback(distributed.stop)
+        stack.enter_context(warnings.catch_warnings())
+        if not world.is_main:
+            warnings.simplefilter("ignore")  # the main process says it
+
+        def prepare():
             benchmark = benchmarks.find(arguments.benchmark)
             rows, dropped = benchmark.load(arguments.data, pictures=True)
             if benchmark.answers:  # cells that cannot be scored are found now rather than after a night of generation
                 benchmarks.score(benchmark, rows, {row.index: {0: "?"} for row in rows}, "raw")
-            path = str(on_main(world, warm_start)) if arguments.model == "toy" else arguments.model
-            settings = run_settings(benchmark, arguments, path)
-            with distributed.exclusive(Path(arguments.out)) if world.is_main else contextlib.nullcontext():
-                run_benchmark(path, benchmark, rows, dropped, settings, arguments, world)
-    except distributed.FolderInUse:
-        raise BenchmarkError(f"{arguments.out}: another process is writing there; set --out to a new folder") from None
-    finally:
-        distributed.stop()
+            return benchmark, rows, dropped
+
+        benchmark, rows, dropped = together(world, prepare)
+        model = str(on_main(world, warm_start)) if arguments.model == "toy" else arguments.model
+        settings = together(world, lambda: run_settings(benchmark, arguments, model))
+        done = on_main(world, lambda: open_folder(Path(arguments.out), settings, [row.index for row in rows], stack))
+        run_benchmark(model, benchmark, rows, dropped, settings, done, arguments, world)
 
 
 def warm_start() -> Path:
@@ -132,15 +134,14 @@ def warm_start() -> Path:
     return toy.prepare(config.toy.level, config.toy.seed, config.data.prompt_template, config.toy.cache_dir)
 
 
-def run_benchmark(model: str, benchmark: Benchmark, rows: list[Row], dropped: set[str], settings: dict,
+def run_benchmark(model: str, benchmark: Benchmark, rows: list[Row], dropped: set[str], settings: dict, done: dict[str, list[int]],
                   arguments: argparse.Namespace, world: World) -> None:
-    """Every process answers its share of the rows and appends to a file of its own; the main one merges them."""
+    """Every process answers its share of the rows that are not done, and appends to a file of its own; the main one merges them."""
     from data import IMAGE_MARKER, Sample
     from model import load_policy
     from rollout import runs_within
 
-    folder, order, count = Path(arguments.out), [row.index for row in rows], settings["sample"]
-    done = on_main(world, lambda: open_folder(folder, settings, order))
+    folder, count = Path(arguments.out), settings["sample"]
     todo = [place for place, row in enumerate(rows) if len(done.get(row.index, ())) < count]
     root = arguments.image_root or Path(arguments.data or ".").parent
     truncated = 0
@@ -157,7 +158,8 @@ def run_benchmark(model: str, benchmark: Benchmark, rows: list[Row], dropped: se
         key = (settings["seed"], "benchmark") if settings["temperature"] else None
         label = benchmark.name + f", 1 of {world.size} processes" * (world.size > 1)
         bar = tqdm(total=len(own), desc=label, disable=not world.is_main)
-        for batch in runs_within([lengths[place] + count * settings["max_new_tokens"] for place in own], arguments.max_cache_tokens):
+        needed = [lengths[place] + count * settings["max_new_tokens"] for place in own]
+        for batch in runs_within(needed, arguments.max_cache_tokens):
             places, samples = [own[i] for i in batch], {}
             for place in places:
                 images = benchmark.pictures(rows[place], root)
@@ -175,7 +177,7 @@ def run_benchmark(model: str, benchmark: Benchmark, rows: list[Row], dropped: se
         bar.close()
     truncated = sum(world.gather(truncated))  # from here on every process has written all
     if world.is_main:
-        responses = merge(folder, order, count)
+        responses = merge(folder, [row.index for row in rows], count)
         cut = f"; {truncated} of this session's were cut at {settings['max_new_tokens']} tokens" * bool(truncated)
         print(f"{folder / RESPONSES}: {len(rows) * count} responses{cut}")
         warnings.simplefilter("ignore")  # said before the first response
@@ -256,29 +258,33 @@ def measure(policy: Policy, benchmark: Benchmark, rows: list[Row], todo: list[in
         lines = [f"{len(problems)} of {len(todo)} rows cannot be used:"]
         lines += [f"  {problems[place]}" for place in sorted(problems)[:benchmarks.MAX_LISTED]]
         lines += [f"  … and {len(problems) - benchmarks.MAX_LISTED} more"] * (len(problems) > benchmarks.MAX_LISTED)
-        raise_once(world, "\n".join(lines))
+        say_and_leave(world, "\n".join(lines))
     return {place: length for found, _ in gathered for place, length in found.items()}
 
 
-def raise_once(world: World, message: str) -> None:
-    """An error of all processes, said by the main one."""
+def say_and_leave(world: World, message: str) -> None:
+    """An error that all processes know of, said by the main one."""
     if world.is_main:
         raise BenchmarkError(message)
     sys.exit(1)
 
 
-def on_main(world: World, action: Callable):
-    """What action() returns on the main process; its error ends all."""
+def together(world: World, action: Callable):
+    """What action() returns on this process; an error on any is said once and ends all."""
     found, problem = None, None
-    if world.is_main:
-        try:
-            found = action()
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    found, problem = world.gather((found, problem))[0]
-    if problem is not None:
-        raise_once(world, problem)
+    try:
+        found = action()
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problems = [text for text in world.gather(problem) if text is not None]
+    if problems:
+        say_and_leave(world, problems[0])
     return found
+
+
+def on_main(world: World, action: Callable):
+    """What action() returns on the main process, for all."""
+    return world.gather(together(world, lambda: action() if world.is_main else None))[0]
 
 
 # ------------------------------------------------------------------------------------------------- the folder of a run
@@ -287,13 +293,16 @@ RESPONSES = "responses.jsonl"
 HASHED = {"weights": "model", "rows": "data"}  # keys of run.json: the hash of what is named, whose name may change
 
 
-def open_folder(folder: Path, settings: dict, order: list[str]) -> dict[str, list[int]]:
-    """Begin a run in its folder, or go on with it: {index: samples} of the responses that it holds.
-
-    Raises BenchmarkError if it holds another run.
+def open_folder(folder: Path, settings: dict, order: list[str], stack: contextlib.ExitStack) -> dict[str, list[int]]:
+    """Begin a run in its folder, or go on with it: {index: samples} of the responses that it holds. The folder is ours until
+    the stack is left. Raises BenchmarkError if it holds another run.
     """
-    from distributed import write_file
+    import distributed
 
+    try:
+        stack.enter_context(distributed.exclusive(folder))
+    except distributed.FolderInUse:
+        raise BenchmarkError(f"{folder}: another process is writing there; set --out to a new folder") from None
     if (folder / "run.json").exists():
         before = read_settings(folder)
         changes = []
@@ -307,7 +316,7 @@ def open_folder(folder: Path, settings: dict, order: list[str]) -> dict[str, lis
             raise BenchmarkError(f"{folder} holds a run with another {', '.join(changes)}; set --out to a new folder")
     elif any(folder.glob("responses*.jsonl")):
         raise BenchmarkError(f"{folder} holds responses but no run.json that says of what; set --out to a new folder")
-    write_file(folder / "run.json", (json.dumps(settings, indent=1) + "\n").encode())
+    distributed.write_file(folder / "run.json", (json.dumps(settings, indent=1) + "\n").encode())
     return {index: list(found) for index, found in merge(folder, order, settings["sample"]).items()}
 
 
@@ -315,7 +324,7 @@ def read_settings(folder: str | Path) -> dict:
     path = Path(folder) / "run.json"
     try:
         settings = json.loads(path.read_text())
-        return {key: settings[key] for key in ("benchmark", "model", "data", "prompt")} | settings
+        return {key: settings[key] for key in ("benchmark", "model", "data", "prompt", "sample", "temperature")} | settings
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchmarkError(f"{path} cannot be read ({type(error).__name__}: {error}); expected that of evaluate.py run") from error
 
@@ -371,7 +380,8 @@ def table(arguments: argparse.Namespace) -> None:
             result = score_file(benchmark, settings["data"], Path(folder) / RESPONSES, arguments)
         except BenchmarkError as error:
             raise BenchmarkError(f"{folder}: {error}") from error
-        label = settings["model"] + f" ({settings['prompt']} prompt)" * (settings["prompt"] != benchmark.prompt_mode)
+        label = settings["model"] + f", {settings['prompt']} prompt" * (settings["prompt"] != benchmark.prompt_mode)
+        label += f", {settings['sample']} samples at {settings['temperature']}" * bool(settings["temperature"])
         runs.append((label, benchmark.title, result["headline"]["value"]))
         counts = result["counts"]
         notes.append(f"{folder}: {benchmark.name}, {result['headline']['metric']}, {counts['rows']} rows, {counts['unmatched']} of "

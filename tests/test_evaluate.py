@@ -329,6 +329,18 @@ def test_two_processes_write_what_one_does(run, model, tmp_path):
     assert done.stdout.count("7 responses") == 1 and done.stderr.count("the released LogicVista has") == 1
 
 
+def test_an_error_on_one_process_ends_all_and_is_said_by_the_main_one():
+    class Two(World):
+        def gather(self, value):
+            return [value, "second is ill"] if self.rank == 0 else [None, value]
+    with pytest.raises(benchmarks.BenchmarkError, match="second is ill"):
+        evaluate.together(Two(0, 2, torch.device("cpu")), lambda: 1)
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.together(Two(1, 2, torch.device("cpu")), lambda: int("ill"))
+    alone = World(0, 1, torch.device("cpu"))
+    assert evaluate.together(alone, lambda: 1) == evaluate.on_main(alone, lambda: 1) == 1
+
+
 @pytest.mark.filterwarnings("ignore:.*the released")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_bad_row_of_any_process_ends_all_and_is_said_once(tmp_path, make_policy, rank):
@@ -398,7 +410,7 @@ def test_table_scores_the_runs_it_is_given(run, model, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("mode final, judge: none (rule-based); percent\n")
     assert f"| {model} | – | – | – | 100.0 | – | – | – | – |" in printed
-    assert f"| {model} (train prompt) | – | – | – | – | – | 1.8 | – | – |" in printed  # 50 points of 2800
+    assert f"| {model}, train prompt | – | – | – | – | – | 1.8 | – | – |" in printed  # 50 points of 2800
     assert f"{folders[1]}: MME, 100 · (perception + reasoning) / 2800, 2 rows, 1 of 2 responses unmatched" in printed
     (tmp_path / "judge.py").write_text("def judge(response, answer, row):\n    return response == 'perhaps'\n")
     evaluate.main(["table", folders[1], "--judge", f"{tmp_path / 'judge.py'}:judge", "--mode", "raw"])
