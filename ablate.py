@@ -10,6 +10,7 @@ one line of results/runs.jsonl, appended; what was computed is never computed ag
 The regime was chosen on the hosts' curves alone, before any run with DyCo (seed 1000; the table's seeds are 0, 1, …): see REGIME.
 """
 import argparse
+import html
 import json
 import os
 import shutil
@@ -144,7 +145,7 @@ def report() -> str:
             for name in MEASURES:
                 mean, low, high = bootstrap([measure(row, name) for (other, _), row in runs.items() if other == cell])
                 gains = [] if rule == "host" else differences(runs, cell, baseline, name)
-                entry = found.setdefault(cell, {})[name] = {"mean": mean, "low": low, "high": high}
+                entry = found.setdefault(cell, {})[name] = {"mean": mean, "low": low, "high": high}  # gain: the same triple
                 fields += [f"{mean:.1f}", "–"]
                 if gains:
                     pooled.setdefault(rule, {}).setdefault(name, []).append(gains)
@@ -153,14 +154,39 @@ def report() -> str:
             lines.append(f"| {cell} | {sum(other == cell for other, _ in runs)} | " + " | ".join(fields) + " |")
         if len({cell.rsplit("/", 1)[0] for cell in present}) == len(HOSTS):
             for rule, gains in pooled.items():
-                entry = found[f"all/{rule}"] = {name: bootstrap([x for host in gains[name] for x in host]) for name in MEASURES}
-                lines.append(f"| **all four / {rule}** | | " + " | ".join("| {:+.1f} ({:+.1f} … {:+.1f})".format(*entry[name]) for name in MEASURES) + " |")
+                entry = found[f"all/{rule}"] = {name: {"gain": bootstrap([x for host in gains[name] for x in host])} for name in MEASURES}
+                lines.append(f"| **all/{rule}** | | " + " | ".join("| {:+.1f} ({:+.1f} … {:+.1f})".format(*entry[name]["gain"])
+                                                              for name in MEASURES) + " |")
         lines.append("")
     text = "\n".join(lines)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "table.md").write_text(text)
     (RESULTS / "table.json").write_text(json.dumps(found, indent=1))
+    (RESULTS / "figure.svg").write_text(figure({cell: entry["area"].get("gain") for cell, entry in found.items()}))
     return text
+
+
+def figure(gains: dict[str, tuple[float, float, float] | None]) -> str:
+    """The gains in the mean height of the curve, with their intervals, as an SVG of its own."""
+    gains = {cell: gain for cell, gain in gains.items() if gain is not None}
+    left, right, row = 190, 620, 20
+    bound = max([1.0, *(abs(x) for gain in gains.values() for x in gain)]) * 1.05
+    x = lambda value: (left + right) / 2 + value / bound * (right - left) / 2
+    height = row * (len(gains) + 3)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 {height}" font-family="sans-serif" font-size="12">',
+           f'<rect width="700" height="{height}" fill="white"/>',
+           f'<text x="{left}" y="16" font-weight="bold">Gain over the host, mean over the curve, percentage points</text>',
+           f'<line x1="{x(0)}" x2="{x(0)}" y1="{row}" y2="{height - row}" stroke="#999"/>']
+    for place, (cell, (mean, low, high)) in enumerate(gains.items()):
+        y, pooled = row * (place + 2), cell.startswith("all/")
+        color = "#999" if low <= 0 <= high else "#0a6b4f" if mean > 0 else "#b3261e"
+        out.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end" font-weight="{"bold" if pooled else "normal"}">{html.escape(cell)}</text>'
+                   f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="2"/>'
+                   f'<circle cx="{x(mean):.1f}" cy="{y}" r="4" fill="{color}"/>'
+                   f'<text x="{right + 10}" y="{y + 4}">{mean:+.1f}</text>')
+    ticks = [round(bound / 1.05 * part, 1) for part in (-1, -0.5, 0, 0.5, 1)]
+    out += [f'<text x="{x(tick):.1f}" y="{height - 4}" text-anchor="middle" fill="#555">{tick:+g}</text>' for tick in ticks]
+    return "\n".join([*out, "</svg>\n"])
 
 
 def main() -> None:
