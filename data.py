@@ -338,6 +338,11 @@ class JsonlDataset:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def ids(self) -> list[str]:
+        """Each sample's id, without opening its images."""
+        return [row.id for row in self._rows]
+
     def __getitem__(self, index: int) -> Sample:
         """The sample at `index`. Raises DataError if its images changed since the check."""
         row = self._rows[index]

@@ -154,18 +154,20 @@ class Tap:
 
     layers: decoder layers, negatives count from the end; each is reduced by itself and the signals are averaged.
     `read_group` serves the packed forward, `read_step` and `reduce_steps` serve decoding; both end in dyco.attention_signals.
+    With `keep_images`, `read_group` also leaves the rows' attention to the image, averaged over the layers, in `images`.
     """
 
     MAX_ELEMENTS = 2**25  # of one block of attention rows before heads are averaged: 128 MB in float32
     STEPS = 16            # decoding steps reduced at once
 
     def __init__(self, layers: list[int], depth: int, shift: str = "fisher_rao", text_scope: str = "after_image",
-                 signals=dyco.attention_signals):
+                 signals=dyco.attention_signals, keep_images: bool = False):
         wrong = [layer for layer in layers if not -depth <= layer < depth]
         if wrong:
             raise ValueError(f"dyco.layers: {wrong} out of range; the model has {depth} decoder layers: {-depth} … {depth - 1}")
         self.layers = sorted({layer % depth for layer in layers})
         self.shift, self.text_scope, self.signals = shift, text_scope, signals
+        self.images: dict[int, Tensor] | None = {} if keep_images else None  # group -> [G, T, visual tokens]
         self.sums: dict[int, list[Tensor]] = {}   # group -> sums over layers, each [G, T]
         self.prefill_rows: dict[int, dict[int, Tensor]] = {}  # layer -> group -> the row that predicts its first token
         self.steps: dict[int, list[Tensor]] = {}  # decoding: layer -> the rows [R, K] of the steps not yet reduced, after the last reduced one
@@ -187,12 +189,16 @@ class Tap:
         text = F.pad(text, (0, keys - len(text)), value=True)
         # blocks of queries, each with the query before it, so that its first shift has a predecessor
         block = max(1, self.MAX_ELEMENTS // (rows * heads * keys))
-        parts = []
+        parts, seen = [], []
         for start in range(0, queries, block):
             before = max(start - 1, 0)
             attention = attention_rows(query[:, :, before:start + block], key, scale, first=keys - queries + before)
             signals = self.signals(attention, visual.expand(rows, keys), text.expand(*attention.shape), self.shift)
             parts.append([x[:, start - before:] for x in signals])
+            if self.images is not None:
+                seen.append(attention[:, start - before:, visual])
+        if self.images is not None:
+            self.images[group] = self.images.get(group, 0) + torch.cat(seen, dim=1) / len(self.layers)
         self._add(group, [torch.cat(x, dim=1) for x in zip(*parts)])
         if queries == 1:
             self.prefill_rows.setdefault(layer, {})[group] = attention[:, 0]
@@ -343,9 +349,9 @@ class Policy(nn.Module):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def tap(self, settings) -> Tap:
+    def tap(self, settings, keep_images: bool = False) -> Tap:
         """A tap for one forward; `settings` has layers, shift and text_scope."""
-        return Tap(settings.layers, self.depth, settings.shift, settings.text_scope, self.signals)
+        return Tap(settings.layers, self.depth, settings.shift, settings.text_scope, self.signals, keep_images)
 
     # -- inputs
 

@@ -99,6 +99,7 @@ class Decoding:
     def __init__(self, prompts: list[Prompt], kept: dict, group_size: int, capacity: int, tap: Tap | None, device):
         """kept: layer -> (keys, values) of each prompt, [1, H_kv, P, D] each; emptied here."""
         self.tap, self.capacity, self.length = tap, capacity, 0
+        self.intervention = None  # while a step is computed for the second time: its `shift` changes the attention scores
         count, lengths = len(prompts), torch.tensor([len(p.input_ids) for p in prompts], device=device)
         self.prompt_width = int(lengths.max())
         pad = lambda x: F.pad(x, (0, 0, 0, self.prompt_width - x.shape[2]))
@@ -152,6 +153,8 @@ class Decoding:
         if self.padding is not None:
             shared_scores.masked_fill_(self.padding, float("-inf"))
         scores = torch.cat([self._from_grid(shared_scores), float32_product(query, own_keys.transpose(-1, -2))], dim=-1).mul_(scale)
+        if self.intervention is not None:
+            scores = self.intervention.shift(layer, scores, *self._members(self.length + 1))
         attention = torch.softmax(scores, dim=-1)                                   # [R, H_kv, H/H_kv, K]
         if self.tap is not None and layer in self.tap.layers:
             self.tap.read_step(layer, attention.mean(dim=(1, 2)))
@@ -170,22 +173,43 @@ class Decoding:
             self.visual, self.text = self.visual[rows], self.text[rows]
             self.tap.steps = {layer: [x[rows] for x in steps] for layer, steps in self.tap.steps.items()}
 
+    def _members(self, own: int) -> tuple[Tensor, Tensor]:
+        """[R, K] bool each: visual keys and text keys in scope, of the prompts and `own` tokens of the rows."""
+        return F.pad(self.visual, (0, own)), F.pad(self.text, (0, own), value=True)
+
     def signals(self) -> Signals:
         """The tap's signals [R, steps] of the steps since the last call."""
-        return self.tap.reduce_steps(F.pad(self.visual, (0, self.length)), F.pad(self.text, (0, self.length), value=True))
+        return self.tap.reduce_steps(*self._members(self.length))
+
+    def intervene(self, intervention, names: list[tuple[int, int]], step: int, going: Tensor, compute) -> tuple[Tensor, Signals]:
+        """The last step once more, as `intervention` would have it: it has seen the signals of the first computation and chosen rows.
+
+        compute() repeats the decoder's pass; its keys and values overwrite the first ones, and stay. Returns its result and the
+        signals [R, 1]: masses as they are now, shifts, and with them the roles, between rows of first computations.
+        """
+        natural = self.signals()
+        intervention.choose(names, step, Signals(*(x[:, 0] for x in natural)), going)
+        rows = {layer: list(steps) for layer, steps in self.tap.steps.items()}
+        self.intervention, self.length = intervention, self.length - 1
+        result = compute()
+        self.intervention, self.length = None, self.length + 1
+        changed = self.signals()
+        self.tap.steps = rows
+        return result, Signals(*changed[:2], *natural[2:])
 
 
 @torch.no_grad()
 def generate(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key: tuple | None,
-             capture=None, max_cache_tokens: int = 131072, temperature: float | None = None) -> Rollout:
+             capture=None, max_cache_tokens: int = 131072, temperature: float | None = None, intervention=None) -> Rollout:
     """Sample G responses to each prompt, in waves of at most `max_cache_tokens` prompt and response tokens.
 
     key: what the random streams depend on besides Prompt.index and the response's place in its group, say (seed, step);
     None decodes greedily. capture: settings with layers, shift and text_scope, to record DyCo's signals. temperature: by default
-    the policy's.
+    the policy's. intervention: changes the attention of chosen tokens (analyze.Intervention); needs `capture`.
     """
     waves = runs_within([len(prompt.input_ids) + group_size * max_new_tokens for prompt in prompts], max_cache_tokens)
-    return join([_decode(policy, [prompts[i] for i in wave], group_size, max_new_tokens, key, capture, temperature) for wave in waves])
+    return join([_decode(policy, [prompts[i] for i in wave], group_size, max_new_tokens, key, capture, temperature, intervention)
+                 for wave in waves])
 
 
 def _prefill(policy: Policy, prompts: list[Prompt], positions: list[Tensor], tap: Tap | None) -> tuple[Tensor, dict, list]:
@@ -207,7 +231,8 @@ def _prefill(policy: Policy, prompts: list[Prompt], positions: list[Tensor], tap
     return torch.cat(hidden), kept, signals
 
 
-def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key, capture, temperature) -> Rollout:
+def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key, capture, temperature,
+            intervention=None) -> Rollout:
     rows, device = len(prompts) * group_size, policy.device
     tap = None if capture is None else policy.tap(capture)
     tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
@@ -256,8 +281,15 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
                 alive, chosen = alive[places], chosen[places]
             embedded = policy.hf.get_input_embeddings()(chosen)[:, None]
             position = (following[alive] + step)[None, :, None].expand(3, -1, -1)
-            hidden = policy.decoder(embedded, position, decoding)[:, 0]
+            compute = lambda: policy.decoder(embedded, position, decoding)[:, 0]
+            hidden = compute()
             decoding.length += 1
+            if intervention is not None:
+                names = [(prompts[row // group_size].index, row % group_size) for row in alive.tolist()]
+                hidden, found = decoding.intervene(intervention, names, step + 1, ~ended[alive], compute)
+                for buffer, value in zip(signals, found):
+                    buffer[alive, step + 1] = value[:, 0]
+                recorded = step + 2
 
     width = int(mask.sum(1).max())
     ids = tokens.tolist()

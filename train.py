@@ -32,6 +32,7 @@ from tqdm import tqdm
 import distributed
 import dyco
 import evaluate
+import report
 import rewards
 import rl_algos
 import toy
@@ -520,6 +521,20 @@ def run(config: Config, world) -> None:
                     if not isinstance(value, list):
                         writer.add_scalar(key, value, row["step"])
 
+    def refresh_report(evaluated: bool) -> None:
+        """Examples of this evaluation, and report.html. A report that cannot be made stops no run, but is not missed silently."""
+        with distributed.gathered(policy) if evaluated else contextlib.nullcontext():
+            if not world.is_main:
+                return
+            try:
+                if evaluated:
+                    source = dataset if held_out is None else held_out
+                    some = [source[i] for i in range(min(report.EXAMPLES, len(source)))]
+                    report.save_examples(folder, step, report.make_examples(policy, some, config))
+                report.write(folder)
+            except Exception as error:
+                say(f"warning: no report at step {step}: {type(error).__name__}: {error}")
+
     def save() -> None:
         tensors = distributed.whole({"policy": dict(policy.hf.named_parameters()), "optimizer": optimizer.state_dict()}, world.is_main)
         if world.is_main:
@@ -535,6 +550,7 @@ def run(config: Config, world) -> None:
 
     if step == 0:
         record({"step": 0, **evaluation()})
+        refresh_report(evaluated=True)
     with tqdm(total=config.train.steps, initial=step, disable=not world.is_main, desc="train") as bar:
         while step < config.train.steps:
             step += 1
@@ -545,7 +561,8 @@ def run(config: Config, world) -> None:
             if failures >= MAX_FAILURES:
                 raise RunError(f"step {step}: {failures} steps in a row had a loss or gradient that is not finite; the last good "
                                f"checkpoint is in {folder / 'checkpoints'}; lower optim.lr")
-            if step % config.eval.every == 0 or step == config.train.steps:
+            evaluated = step % config.eval.every == 0 or step == config.train.steps
+            if evaluated:
                 started = time.perf_counter()
                 row |= evaluation()
                 row["time/eval"] = time.perf_counter() - started
@@ -557,6 +574,8 @@ def run(config: Config, world) -> None:
             stopping = any(world.gather(bool(stop_asked)))
             if step % config.checkpoint.every == 0 or step == config.train.steps or stopping:
                 save()
+            if evaluated or stopping:
+                refresh_report(evaluated)
             if stopping and step < config.train.steps:
                 say(f"stopped at step {step}; the same command resumes it")
                 return
@@ -565,7 +584,7 @@ def run(config: Config, world) -> None:
         distributed.write_folder(folder / "final", lambda path: save_policy(policy, path, weights))
         if held_out is not None:
             say(curve(log.path))
-        say(f"done: {folder / 'final'} is a Hugging Face directory; try\n  python evaluate.py ask --model {folder / 'final'} --image FILE QUESTION")
+        say(f"done: open {folder / 'report.html'}; {folder / 'final'} is a Hugging Face directory; try\n  python evaluate.py ask --model {folder / 'final'} --image FILE QUESTION")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,551 @@
+"""analyze.py: what response tokens attend to, what changes when their attention is changed, and the report of a run.
+
+    python analyze.py roles     --model toy --data toy --out runs/analysis [section.key=value ...]
+    python analyze.py roles     --model DIR --data FILE.jsonl --responses RECORDED.jsonl --out DIR
+    python analyze.py intervene --model toy --data toy --out runs/analysis [section.key=value ...]
+    python analyze.py report    RUN_DIR
+
+`roles` compares the tokens of right and wrong responses: roles, alignment, shifts (the paper's observation). `intervene`
+scales the attention of tokens of one role while they are sampled and measures what becomes of the answers (its
+experiment). Both take what they need from config.yaml: eval.samples prompts, rollout.group_size responses to each, rollout.*, dyco.*,
+toy.*, data.*, train.seed; --config names another file, such as a run's. `report` writes RUN_DIR/report.html (report.py).
+
+Intervals are 95 % percentile bootstrap intervals over prompts: the responses to one prompt are not independent.
+Shapes: B responses, T response tokens, P prompts, R rows being decoded, K keys, H heads.
+"""
+import argparse
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import dyco
+import report
+import rewards
+import toy
+from config import DEFAULTS, Config, load_config
+from data import JsonlDataset, Prompt, Sample, check_lengths, encode_prompt
+from distributed import write_file
+from dyco import Signals
+from model import Policy, load_policy
+from rollout import Rollout, generate, keyed_generator, runs_within
+
+PROMPTS_AT_ONCE = 32  # whose pixels and signals are on the device together
+REPLICATES = 2000     # of the bootstrap
+HIGHEST_MASS = 0.99   # an intervention raises no head's mass above this
+ROLES = {"visual": 1, "text": -1}
+SHIFT_BINS = 32       # of the histograms over 0 … π
+
+
+class AnalysisError(ValueError):
+    """Arguments or files that cannot be analysed."""
+
+
+# ------------------------------------------------------------------------------------------------- what is analysed
+
+
+@dataclass
+class Observed:
+    """Responses with their signals, on the CPU; all [B, T] but for `prompt` and `correct`."""
+    prompt: Tensor      # [B] long, the place of the response's prompt among the samples
+    correct: Tensor     # [B] bool
+    tokens: Tensor
+    mask: Tensor
+    signals: Signals
+    roles: Tensor
+    scores: Tensor
+
+
+def observe(prompt: list[int], texts: list[str], answers: list[str], tokens: Tensor, mask: Tensor, signals: Signals,
+            settings) -> Observed:
+    """Score responses and assign roles; `settings` has tau and ratio."""
+    tokens, mask, signals = tokens.cpu(), mask.cpu(), Signals(*(x.float().cpu() for x in signals))
+    roles = dyco.assign_roles(signals.visual_shift, signals.text_shift, mask, settings.tau)
+    scores = dyco.alignment_scores(signals.visual_mass, signals.text_mass, roles, mask, settings.ratio)
+    correct = torch.tensor([rewards.accuracy(text, answer) == 1 for text, answer in zip(texts, answers)])
+    return Observed(torch.tensor(prompt), correct, tokens, mask, signals, roles, scores)
+
+
+def together(parts: list[Observed]) -> Observed:
+    width = max(part.mask.shape[1] for part in parts)
+    stack = lambda tensors: torch.cat([F.pad(x, (0, width - x.shape[1])) for x in tensors])
+    wide = {name: stack([getattr(part, name) for part in parts]) for name in ("tokens", "mask", "roles", "scores")}
+    return Observed(torch.cat([part.prompt for part in parts]), torch.cat([part.correct for part in parts]),
+                    signals=Signals(*(stack(field) for field in zip(*(part.signals for part in parts)))), **wide)
+
+
+def sample_responses(policy: Policy, samples: Sequence, count: int, config: Config, what: str, intervention=None,
+                     each=None) -> Observed:
+    """rollout.group_size responses to each of the first `count` samples, signals read while decoding. The random streams depend
+    on train.seed and on the sample's and the response's place alone: interventions are compared on the same streams.
+
+    each: called with every rollout as it comes.
+    """
+    parts, bar = [], tqdm(total=count, desc=what)
+    for start in range(0, count, PROMPTS_AT_ONCE):
+        some = [samples[place] for place in range(start, min(start + PROMPTS_AT_ONCE, count))]
+        prompts = [encode(policy, sample, start + i, config) for i, sample in enumerate(some)]
+        rollout = generate(policy, prompts, config.rollout.group_size, config.rollout.max_new_tokens, (config.train.seed, "analysis"),
+                           config.dyco, config.rollout.max_cache_tokens, intervention=intervention)
+        asked = [prompt for prompt in prompts for _ in range(rollout.group_size)]
+        parts.append(observe([p.index for p in asked], rollout.texts, [p.answer for p in asked], rollout.tokens, rollout.mask,
+                             rollout.signals, config.dyco))
+        if each is not None:
+            each(rollout)
+        bar.update(len(some))
+    bar.close()
+    return together(parts)
+
+
+@torch.no_grad()
+def read_responses(policy: Policy, samples: Sequence, recorded: list[tuple[int, list[int], str]], config: Config) -> Observed:
+    """Recorded responses (place of the sample, token ids, text), teacher-forced through the packed forward."""
+    by_place: dict[int, list] = {}
+    for place, ids, text in recorded:
+        by_place.setdefault(place, []).append((ids, text))
+    parts = []
+    for place, found in tqdm(by_place.items(), desc="recorded responses"):
+        prompt = encode(policy, samples[place], place, config)
+        for run in runs_within([len(ids) for ids, _ in found], config.train.micro_batch_tokens):
+            ids, texts = zip(*(found[i] for i in run))
+            tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
+            mask = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
+            signals = policy([prompt], tokens, mask, policy.tap(config.dyco)).signals
+            parts.append(observe([place] * len(run), texts, [prompt.answer] * len(run), tokens, mask, signals, config.dyco))
+    return together(parts)
+
+
+def encode(policy: Policy, sample: Sample, place: int, config: Config) -> Prompt:
+    return encode_prompt(sample, place, policy.tokenizer, policy.image_processor, config.data.prompt_template,
+                         config.data.max_prompt_tokens)
+
+
+# ------------------------------------------------------------------------------------------- estimates with intervals
+
+
+def bootstrap(numerators: Tensor, denominators: Tensor, prompt: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Ratios of sums over responses, and the same after drawing prompts with replacement.
+
+    numerators, denominators [S, B] of S statistics; prompt [B] -> ([S], [S, replicates]), NaN where a denominator is 0.
+    One draw serves all statistics, so that their differences are paired.
+    """
+    _, place = prompt.unique(return_inverse=True)
+    prompts = int(place.max()) + 1
+    sums = [torch.zeros(len(x), prompts, dtype=torch.float64).index_add_(1, place, x.double()) for x in (numerators, denominators)]
+    draws = torch.randint(prompts, (REPLICATES, prompts), generator=torch.Generator().manual_seed(seed))
+    counts = torch.stack([draw.bincount(minlength=prompts) for draw in draws], dim=1).double()  # [prompts, replicates]
+    ratio = lambda a, b: torch.where(b > 0, a / b, torch.nan)
+    return ratio(*(x.sum(1) for x in sums)), ratio(*(x @ counts for x in sums))
+
+
+def estimate(value: Tensor, replicates: Tensor) -> list[float | None]:
+    """[value, low, high] for people and JSON: None where undefined."""
+    number = lambda x: round(float(x), 5) if math.isfinite(x) else None
+    if not math.isfinite(value) or not replicates.isfinite().any():
+        return [number(value), None, None]
+    return [number(value), *map(number, replicates.nanquantile(torch.tensor([0.025, 0.975], dtype=replicates.dtype)))]
+
+
+# ------------------------------------------------------------------------------------------------------------- roles
+
+
+def statistics(seen: Observed) -> dict[str, tuple[Tensor, Tensor]]:
+    """{name: (numerator, denominator)}, [B] each: means over tokens once summed over responses."""
+    mask, roles, signals = seen.mask, seen.roles, seen.signals
+    visual, text, acting = roles > 0, roles < 0, roles != 0
+    count = lambda marked: marked.sum(1).double()
+    over = lambda values, marked: (torch.where(marked, values, 0).double().sum(1), count(marked))
+    later = mask.clone()
+    later[:, 0] = False  # the first token has no shift
+    # role of the last token with one, before each token
+    places = torch.where(acting, torch.arange(1, mask.shape[1] + 1), 0).cummax(1).values
+    before = F.pad(places, (1, 0))[:, :-1]
+    previous = torch.where(before > 0, roles.gather(1, (before - 1).clamp(min=0)), 0)
+    switches = acting & (previous != 0) & (previous != roles)
+    found = {"visual tokens, %": (100 * count(visual), count(mask)), "text tokens, %": (100 * count(text), count(mask)),
+             "neutral tokens, %": (100 * count(mask & ~acting), count(mask)),
+             "alignment of visual tokens": over(seen.scores, visual), "alignment of text tokens": over(seen.scores, text),
+             "alignment of both": over(seen.scores, acting),
+             "image mass at visual tokens": over(signals.visual_mass, visual),
+             "text mass at text tokens": over(signals.text_mass, text),
+             "image mass": over(signals.visual_mass, mask), "text mass": over(signals.text_mass, mask),
+             "visual shift, radians": over(signals.visual_shift, later), "text shift, radians": over(signals.text_shift, later),
+             "role switches per 100 tokens": (100 * count(switches), count(mask)),
+             "tokens per response": (count(mask), torch.ones(len(mask), dtype=torch.float64))}
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)
+    tenth = (torch.arange(mask.shape[1]) * 10 // lengths).clamp(max=9)
+    for part in range(10):
+        found[f"alignment at {10 * part}–{10 * part + 10} % of the response"] = over(seen.scores, acting & (tenth == part))
+    return found
+
+
+def shift_distributions(seen: Observed) -> dict:
+    """Histograms over 0 … π and quantiles of both shifts, first tokens left out, of right and of wrong responses."""
+    found = {}
+    for outcome, chosen in (("correct", seen.correct), ("incorrect", ~seen.correct)):
+        later = (seen.mask & chosen[:, None])[:, 1:]
+        for name in ("visual_shift", "text_shift"):
+            values = getattr(seen.signals, name)[:, 1:][later]
+            quantiles = np.quantile(values.numpy(), [0.1, 0.5, 0.9]).tolist() if values.numel() else [None] * 3
+            found.setdefault(name, {})[outcome] = {
+                "counts": torch.histc(values, SHIFT_BINS, 0, math.pi).int().tolist(),
+                "quantiles": dict(zip(("10", "50", "90"), (None if q is None else round(q, 4) for q in quantiles)))}
+    return found
+
+
+def token_strings(seen: Observed, tokenizer, shown: int = 10) -> dict[str, list[dict]]:
+    """For each role the token strings that have it most often, among those that occur often enough to tell."""
+    totals, having = Counter(), {name: Counter() for name in ROLES}
+    for ids, roles in zip(seen.tokens[seen.mask].tolist(), seen.roles[seen.mask].tolist()):
+        totals[ids] += 1
+        for name, role in ROLES.items():
+            having[name][ids] += role == roles
+    enough = [token for token, count in totals.items() if count >= max(10, sum(totals.values()) // 1000)]
+    best = lambda name: sorted(enough, key=lambda token: (-having[name][token] / totals[token], -totals[token], token))
+    share = lambda name, token: round(having[name][token] / totals[token], 4)
+    return {name: [{"token": tokenizer.decode(token), "occurrences": totals[token], "share": share(name, token)}
+                   for token in best(name)[:shown] if having[name][token]] for name in ROLES}
+
+
+def describe_roles(seen: Observed, tokenizer) -> dict:
+    """What `roles` writes: [estimate, low, high] of each statistic for right and wrong responses and their difference."""
+    found = statistics(seen)
+    numerators, denominators = (torch.stack(x) for x in zip(*found.values()))
+    split = lambda x: torch.cat([x * seen.correct, x * ~seen.correct])
+    values, replicates = bootstrap(split(numerators), split(denominators), seen.prompt)
+    table = {}
+    for i, name in enumerate(found):
+        j = i + len(found)
+        table[name] = {"correct": estimate(values[i], replicates[i]), "incorrect": estimate(values[j], replicates[j]),
+                       "difference": estimate(values[j] - values[i], replicates[j] - replicates[i])}
+    count = lambda chosen: {"responses": int(chosen.sum()), "prompts": len(seen.prompt[chosen].unique())}
+    return {"counts": {"correct": count(seen.correct), "incorrect": count(~seen.correct)}, "statistics": table,
+            "shifts": shift_distributions(seen), "strings": token_strings(seen, tokenizer)}
+
+
+def roles_text(found: dict) -> str:
+    counts = found["counts"]
+    heads = [f"{name} ({counts[name]['responses']})" for name in ("correct", "incorrect")] + ["incorrect − correct"]
+    lines = [f"{'':<42}" + "".join(f"{head:<26}" for head in heads)]
+    for name, row in found["statistics"].items():
+        lines.append(f"{name:<42}" + "".join(f"{report.interval(row[part]):<26}" for part in ("correct", "incorrect", "difference")))
+    for name, by_outcome in found["shifts"].items():
+        cells = [" / ".join("–" if q is None else f"{q:.2f}" for q in by_outcome[outcome]["quantiles"].values())
+                 for outcome in ("correct", "incorrect")]
+        lines.append(f"{name.replace('_', ' ') + ', quantiles 10/50/90 %':<42}" + "".join(f"{cell:<26}" for cell in cells))
+    for name, strings in found["strings"].items():
+        shares = [f"{s['token']!r} {100 * s['share']:.0f} % of {s['occurrences']}" for s in strings]
+        lines.append(f"most often {name}: " + ", ".join(shares))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def run_roles(arguments) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    out = Path(arguments.out)
+    keep = out / "responses.jsonl"
+    if arguments.responses is None and keep.exists():
+        raise AnalysisError(f"{keep} holds responses that were sampled before; analyse them with --responses {keep}, or choose "
+                            "another --out")
+    policy, samples, ids, count = load(arguments, config)
+    recorded = None if arguments.responses is None else read_recorded(Path(arguments.responses), ids, policy)
+    out.mkdir(parents=True, exist_ok=True)
+    if recorded is None:
+        def write(rollout: Rollout) -> None:  # as they come: what was sampled is never lost
+            asked = [prompt for prompt in rollout.prompts for _ in range(rollout.group_size)]
+            report.append_jsonl(keep, [{"id": prompt.id, "response": text, "token_ids": tokens[mask].tolist()}
+                                       for prompt, text, tokens, mask in zip(asked, rollout.texts, rollout.tokens, rollout.mask)])
+        seen = sample_responses(policy, samples, count, config, "sampling", each=write)
+    else:
+        seen = read_responses(policy, samples, recorded, config)
+    found = {"model": arguments.model, "data": arguments.data, "responses": arguments.responses, "dyco": asdict(config.dyco),
+             **describe_roles(seen, policy.tokenizer)}
+    write_file(out / "roles.json", json.dumps(found, indent=1).encode())
+    print(roles_text(found))
+    print(f"wrote {out / 'roles.json'}")
+
+
+# --------------------------------------------------------------------------------------------------------- intervene
+
+
+def mass_bias(mass: Tensor, rest: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """What to add to a modality's attention logits so that its mass r becomes min(factor · r, 0.99).
+
+    mass r and rest 1 − r, both given because 1 − r rounds to 0 where it matters. Returns (bias, capped) of their shape:
+    logit(min(factor · r, 0.99)) − logit(r), and where the cap bound. The cap never works backwards: a mass above 0.99 stays
+    where it is when it should rise. 0 where r or 1 − r is 0: there is nothing to move, or nowhere to move it from.
+
+    >>> mass_bias(torch.tensor([.2, .6, .0]), torch.tensor([.8, .4, 1.]), 2.0)[0]
+    tensor([0.9808, 4.1897, 0.0000])
+    """
+    r, rest_64 = mass.double(), rest.double()
+    target = factor * r
+    highest = r.clamp(min=HIGHEST_MASS)
+    capped = (target > highest) & (rest > 0)
+    # logit(λr) − logit(r) = log λ + log((1 − r) / (1 − λr)), exactly 0 at λ = 1
+    free = math.log(factor) + (rest_64 / (rest_64 + (1 - factor) * r)).log() if factor > 0 else torch.full_like(r, -math.inf)
+    bound = torch.where(r < HIGHEST_MASS, math.log(HIGHEST_MASS / (1 - HIGHEST_MASS)) - r.log() + rest_64.log(), 0)
+    bias = torch.where((r > 0) & (rest > 0), torch.where(capped, bound, free), 0)
+    return bias.to(mass.dtype), capped
+
+
+class Intervention:
+    """Scales the attention mass on one modality by `factor` while chosen tokens are sampled, in every head of some layers.
+
+    Decoding computes each step twice: once as the policy would, which gives the next token its role (`choose`), and once
+    with the bias of `mass_bias` on the modality's logits where the token was chosen (`shift`); the keys and values of the second
+    computation stay. A head's mass is that of the second computation, just before the bias: what lower layers changed is in
+    it. What counts as text is dyco.text_scope's, as in eq. 1. The first token is never chosen: it has no role.
+
+    role: +1 visual, −1 text: its tokens are chosen. plan: instead, {(prompt's index, response): steps}, 0 the first token.
+    modality: +1 image, −1 text. layers: decoder layers, None for all.
+    """
+
+    def __init__(self, factor: float, modality: int, role: int = 0, plan: dict | None = None, layers: list[int] | None = None,
+                 depth: int = 1, tau: float = 0.05):
+        self.factor, self.modality, self.role, self.plan, self.tau = factor, modality, role, plan, tau
+        self.layers = set(range(depth)) if layers is None else {layer % depth for layer in layers}
+        self.chosen: Tensor | None = None  # [R] bool
+        self.moved = self.capped = 0       # heads × layers × tokens
+
+    def choose(self, names: list[tuple[int, int]], step: int, signals: Signals, going: Tensor) -> None:
+        """names: (prompt's index, response) of each of the R rows; signals [R] of the token at `step`; going [R] bool."""
+        if self.plan is not None:
+            planned = torch.tensor([step in self.plan.get(name, ()) for name in names], device=going.device)
+        else:
+            planned = dyco.assign_roles(signals.visual_shift, signals.text_shift, going, self.tau) == self.role
+        self.chosen = planned & going
+
+    def shift(self, layer: int, scores: Tensor, visual: Tensor, text: Tensor) -> Tensor:
+        """scores [R, H_kv, H/H_kv, K] before the softmax; visual and text keys [R, K] bool."""
+        if layer not in self.layers:
+            return scores
+        members = (visual if self.modality > 0 else text)[:, None, None]
+        attention = torch.softmax(scores, dim=-1)
+        mass, rest = (torch.where(keys, attention, 0).sum(-1, keepdim=True) for keys in (members, ~members))
+        bias, capped = mass_bias(mass, rest, self.factor)
+        chosen = self.chosen[:, None, None, None]
+        self.moved += int((chosen & (mass > 0) & (rest > 0)).sum())
+        self.capped += int((chosen & capped).sum())
+        return torch.where(members & chosen, scores + bias, scores)
+
+
+def random_plan(touched: Tensor, lengths: Tensor, names: list[tuple[int, int]], seed: int) -> dict[tuple[int, int], set[int]]:
+    """The random control's tokens: for each response as many steps as `touched` says, drawn without replacement from 1 … its
+    length − 1 (0 is the first token, which no intervention touches); touched, lengths [B] are those of the same response
+    under the intervention that is controlled. Where the control's own response ends earlier, later steps fall away.
+    Tokens of the role may be among them: the control is about *which* tokens.
+    """
+    order = lambda name, length: torch.randperm(max(length - 1, 0), generator=keyed_generator(seed, "random tokens", *name))
+    return {name: set((1 + order(name, length)[:count]).tolist())
+            for name, count, length in zip(names, touched.tolist(), lengths.tolist())}
+
+
+def arm_row(seen: Observed, touched: Tensor) -> dict:
+    """What a row of intervene.jsonl keeps of each response: enough for every estimate and for the random control."""
+    row = {"prompt": seen.prompt.tolist(), "correct": seen.correct.int().tolist(), "length": seen.mask.sum(1).tolist(),
+           "touched": touched.tolist()}
+    for name, role in ROLES.items():
+        marked = seen.roles == role
+        row[f"{name} tokens"] = marked.sum(1).tolist()
+        row[f"{name} alignment"] = [round(x, 5) for x in torch.where(marked, seen.scores, 0).sum(1).tolist()]
+    return row
+
+
+def describe_intervention(rows: list[dict]) -> list[dict]:
+    """Accuracy, its change against λ = 1, and the alignment of the role's tokens, as [estimate, low, high] per arm."""
+    base = rows[0]
+    prompt, ones = torch.tensor(base["prompt"]), torch.ones(len(base["prompt"]))
+    tensor = lambda row, key: torch.tensor(row[key], dtype=torch.float64)
+    found = []
+    for role in dict.fromkeys(row["role"] for row in rows[1:]):
+        for arm in ("role tokens", "random tokens", "other modality"):
+            for row in sorted([base] + [r for r in rows[1:] if (r["role"], r["arm"]) == (role, arm)], key=lambda r: r["factor"]):
+                values, replicates = bootstrap(
+                    torch.stack([tensor(row, "correct"), tensor(base, "correct"), tensor(row, f"{role} alignment")]),
+                    torch.stack([ones, ones, tensor(row, f"{role} tokens")]), prompt)
+                found.append({"role": role, "arm": arm, "factor": row["factor"], "accuracy": estimate(values[0], replicates[0]),
+                              "change": estimate(values[0] - values[1], replicates[0] - replicates[1]),
+                              "alignment": estimate(values[2], replicates[2]),
+                              "touched": round(sum(row["touched"]) / len(ones), 3), "capped": row["capped"]})
+    return found
+
+
+def intervention_text(found: list[dict]) -> str:
+    widths = (8, 16, 8, 22, 24, 24, 16, 0)
+    line = lambda cells: "".join(f"{cell:<{width}}" for cell, width in zip(cells, widths)).rstrip()
+    lines = [line(("role", "arm", "λ", "accuracy, %", "change, points", "alignment", "tokens touched", "capped, %"))]
+    for row in found:
+        lines.append(line((row["role"], row["arm"], f"{row['factor']:g}", report.interval(row["accuracy"], 100),
+                           report.interval(row["change"], 100), report.interval(row["alignment"]), f"{row['touched']:.1f}",
+                           f"{100 * row['capped']:.1f}")))
+    return "\n".join(lines)
+
+
+def run_intervene(arguments) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    factors = sorted(set(arguments.factors) - {1.0})
+    if not factors or any(not 0 <= factor < math.inf for factor in factors):
+        raise AnalysisError(f"--factors: expected numbers of 0 or more, one of them not 1, found {arguments.factors}")
+    out, layers = Path(arguments.out), None if arguments.layers is None else sorted(set(arguments.layers))
+    policy, samples, _, count = load(arguments, config)
+    wrong = [layer for layer in layers or [] if not -policy.depth <= layer < policy.depth]
+    if wrong:
+        raise AnalysisError(f"--layers: {wrong} out of range; the model has {policy.depth} decoder layers")
+    if not any(samples[place].images for place in range(count)):
+        raise AnalysisError(f"--data {arguments.data}: no sample has an image; there is no attention to move between image and text")
+    out.mkdir(parents=True, exist_ok=True)
+    files = sorted(model_folder(arguments, config).glob("*.safetensors"))
+    weights = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    settings = {"model": arguments.model, "weights": weights, "data": arguments.data, "samples": count, "layers": layers,
+                "seed": config.train.seed, "template": config.data.prompt_template, "toy": asdict(config.toy),
+                "rollout": asdict(config.rollout), "dyco": asdict(config.dyco)}
+    log = out / "intervene.jsonl"
+    rows = read_log(log, settings)
+    names = [(place, response) for place in range(count) for response in range(config.rollout.group_size)]
+
+    def arm(role: str | None, name: str, factor: float, intervention: Intervention | None = None) -> dict:
+        """One pass over the samples, unless an earlier call got that far."""
+        done = rows.get((role, name, factor))
+        if done is None:
+            what = f"{role}, {name}, λ = {factor:g}" if role else "λ = 1"
+            seen = sample_responses(policy, samples, count, config, what, intervention)
+            touched, capped = torch.zeros(len(names), dtype=torch.long), 0.0
+            if intervention is not None:
+                capped = round(intervention.capped / max(intervention.moved, 1), 5)
+                touched = (seen.roles == intervention.role).sum(1)
+                if intervention.plan is not None:
+                    lengths = seen.mask.sum(1).tolist()
+                    touched = torch.tensor([sum(step < n for step in intervention.plan[who]) for who, n in zip(names, lengths)])
+            done = {"role": role, "arm": name, "factor": factor, **arm_row(seen, touched), "capped": capped}
+            report.append_jsonl(log, [{"settings": settings, **done}])
+        return done
+
+    found = [arm(None, "none", 1.0)]
+    scale = lambda factor, modality, **tokens: Intervention(factor, modality, layers=layers, depth=policy.depth, tau=config.dyco.tau,
+                                                            **tokens)
+    for name in ROLES if arguments.role == "both" else [arguments.role]:
+        role = ROLES[name]
+        for factor in factors:
+            main = arm(name, "role tokens", factor, scale(factor, role, role=role))
+            plan = random_plan(torch.tensor(main["touched"]), torch.tensor(main["length"]), names, config.train.seed)
+            found += [main, arm(name, "random tokens", factor, scale(factor, role, plan=plan)),
+                      arm(name, "other modality", factor, scale(factor, -role, role=role))]
+    described = describe_intervention(found)
+    write_file(out / "intervene.json", json.dumps({"settings": settings, "arms": described}, indent=1).encode())
+    print(intervention_text(described))
+    print(f"wrote {out / 'intervene.json'}")
+
+
+def read_log(path: Path, settings: dict) -> dict[tuple, dict]:
+    """The arms that an earlier call finished. Raises AnalysisError if they were made with other settings."""
+    found = {}
+    for line, row in report.read_jsonl(path) if path.exists() else []:
+        other = [key for key in settings if row.get("settings", {}).get(key) != settings[key]]
+        if other:
+            before, now = row.get("settings", {}).get(other[0]), settings[other[0]]
+            raise AnalysisError(f"{path}, line {line}: holds an analysis with another {other[0]} ({before!r}, now {now!r}); choose "
+                                "another --out")
+        found[row["role"], row["arm"], row["factor"]] = row
+    return found
+
+
+# -------------------------------------------------------------------------------------------------- inputs and main
+
+
+def model_folder(arguments, config: Config) -> Path:
+    """The policy's folder or hub id; `toy` is the warm start that the config describes, built if need be."""
+    if arguments.model != "toy":
+        return Path(arguments.model)
+    return toy.prepare(config.toy.level, config.toy.seed, config.data.prompt_template, config.toy.cache_dir)
+
+
+def load(arguments, config: Config) -> tuple[Policy, Sequence, list[str], int]:
+    """(policy, samples, their ids, how many of them to sample from), everything checked."""
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy = load_policy(model_folder(arguments, config), device, config.model.dtype, config.model.attention,
+                         config.rollout.temperature, config.model.compile, trainable=False, max_pixels=config.data.max_pixels)
+    policy.tap(config.dyco)  # knows which layers there are
+    if arguments.data == "toy":
+        sizes = {"test": config.toy.eval_size, "train": config.toy.train_size}
+        splits = [toy.ToyDataset(toy.LEVELS[config.toy.level], config.toy.seed, split, size) for split, size in sizes.items()]
+        ids = [f"{split}-{index}" for split, size in sizes.items() for index in range(size)]
+        return policy, torch.utils.data.ConcatDataset(splits), ids, min(config.eval.samples, config.toy.eval_size)
+    samples = JsonlDataset(arguments.data, config.data.image_root, config.data.on_error)
+    check_lengths(samples, policy.tokenizer, policy.image_processor, config.data.prompt_template, config.data.max_prompt_tokens)
+    return policy, samples, samples.ids, min(config.eval.samples, len(samples))
+
+
+def read_recorded(path: Path, ids: list[str], policy: Policy) -> list[tuple[int, list[int], str]]:
+    """(place of the sample, token ids, text) of each row of a JSONL file: {"id": …, "response": …}.
+
+    "token_ids", where a row has them, are taken as they are; else the text is tokenized, and the end token put behind it unless
+    the row says "truncated": true. samples.jsonl of a run and what `roles` keeps can be read. Raises AnalysisError.
+    """
+    places, found, limit = {}, [], policy.hf.config.text_config.max_position_embeddings
+    for place, name in enumerate(ids):
+        places.setdefault(name, []).append(place)
+    for line, row in report.read_jsonl(path):
+        refuse = lambda what: AnalysisError(f"{path}, line {line}: {what}")
+        text, tokens = row.get("response"), row.get("token_ids")
+        at = places.get(str(row.get("id")), [])
+        if len(at) != 1:
+            raise refuse(f"found the id {row.get('id')!r:.100}, which {len(at) or 'no'} rows of --data have; expected one")
+        if not isinstance(text, str) or text != text.encode(errors="replace").decode():
+            raise refuse(f'"response" is {text!r:.100}; expected valid text')
+        if tokens is None:
+            end = [] if row.get("truncated") is True else [policy.tokenizer.eos_token_id]
+            tokens = policy.tokenizer(text, add_special_tokens=False).input_ids + end
+        size = policy.hf.config.text_config.vocab_size
+        if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < size for token in tokens):
+            raise refuse(f'"token_ids" is {tokens!r:.100}; expected a list of ids from 0 to {size - 1}')
+        if not 1 <= len(tokens) <= limit:
+            raise refuse(f"the response has {len(tokens)} tokens; expected 1 to {limit}")
+        found.append((at[0], tokens, text))
+    if not found:
+        raise AnalysisError(f"{path} is empty; expected one JSON object with id and response per line")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    numbers = lambda kind: lambda text: [kind(part) for part in text.split(",")]
+    parser = argparse.ArgumentParser(description="Look at a policy's attention, change it, or write the report of a run.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    roles = commands.add_parser("roles", help="compare the tokens of right and wrong responses")
+    roles.add_argument("--responses", help="JSONL of responses to analyse instead of sampling: id and response in each row")
+    roles.set_defaults(run=run_roles)
+    intervene = commands.add_parser("intervene", help="scale the attention of tokens of one role, and see what becomes of answers")
+    intervene.add_argument("--role", default="both", choices=[*ROLES, "both"], help="whose tokens")
+    intervene.add_argument("--factors", type=numbers(float), default=[0.0, 0.25, 0.5, 2.0, 4.0],
+                           help="λ, separated by commas; 1 is always measured")
+    intervene.add_argument("--layers", type=numbers(int), help="decoder layers to change, separated by commas (default: all)")
+    intervene.set_defaults(run=run_intervene)
+    for command in (roles, intervene):
+        command.add_argument("--model", required=True,
+                             help="toy (the warm start), a Hugging Face directory such as RUN_DIR/final, or a hub id")
+        command.add_argument("--data", required=True, help="toy (its held-out split) or a JSONL file")
+        command.add_argument("--out", required=True, help="folder to write to; RUN_DIR/analysis puts it into the run's report")
+        command.add_argument("--config", default=DEFAULTS, help="a config file, such as RUN_DIR/config.yaml")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="over the config's values")
+    one = commands.add_parser("report", help="write RUN_DIR/report.html")
+    one.add_argument("folder", metavar="RUN_DIR")
+    one.set_defaults(run=lambda arguments: print(f"wrote {report.write(arguments.folder)}"))
+    arguments = parser.parse_args(arguments)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:  # ours are ValueErrors
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
