@@ -356,6 +356,7 @@ ACROSS_TRAINING = [  # title, unit, where the y axis ends, (label, key of metric
     ("Off policy", "%: tokens clipped, mean |ratio − 1|", None, ("clipped", "policy/clip_fraction", "first", 100),
      ("|ratio − 1|", "policy/ratio_deviation", "neutral", 100)),
     ("Gradient norm", "before clipping", None, ("norm", "policy/grad_norm", "first", 1)),
+    ("Updates left out", "per step that left any out", None, ("left out", "policy/skipped_updates", "bad", 1)),
     ("Time of a step", "seconds", None, ("rollout", "time/rollout", "first", 1), ("update", "time/update", "second", 1),
      ("score", "time/score", "neutral", 1)),
 ]
@@ -558,9 +559,10 @@ def read(path: Path, build):
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Rows of numbers, by step. Raises ReportError."""
+    """Rows of numbers, by step; lists, such as the prompts of skipped updates, are left out. Raises ReportError."""
     rows = {}
     for line, row in read_jsonl(path):
+        row = {key: value for key, value in row.items() if not isinstance(value, list)}
         for key, value in {"step": None, **row}.items():
             if type(value) not in ((int,) if key == "step" else (int, float)) or not math.isfinite(value):
                 raise ReportError(f"{path}, line {line}: {key} is {value!r:.60}; expected a number")

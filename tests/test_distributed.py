@@ -65,6 +65,7 @@ def torchrun(tmp_path, folder: str, *settings) -> None:
     done = subprocess.run(command, cwd=Path(train.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "warning: no report" not in done.stdout and (tmp_path / folder / "report.html").exists()
 
 
 def same_run(tmp_path, one: Path, two: Path) -> None:

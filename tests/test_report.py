@@ -49,6 +49,7 @@ def run_dir(tmp_path, examples):
     rows = [{"step": 0, "eval/accuracy": 0.25, "eval/accuracy_greedy": 0.5}]
     rows += [{"step": step, "reward/mean": 1 + step / 40, "reward/accuracy": step / 40, "dyco/alignment": 0.6, "dyco/visual_share": 0.2, "dyco/text_share": 0.7,
               "dyco/neutral_share": 0.1, "policy/grad_norm": 1e-7 * step, "time/rollout": 0.5} for step in range(1, 31)]
+    rows[9] |= {"policy/skipped_updates": 1.0, "policy/skipped_prompts": ["7"]}
     rows[30] |= {"eval/accuracy": 0.75, "eval/accuracy_greedy": 0.75}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "config.yaml").write_text(SETTINGS.to_yaml())
