@@ -361,32 +361,36 @@ def arm_row(seen: Observed, touched: Tensor) -> dict:
 
 
 def describe_intervention(rows: list[dict]) -> list[dict]:
-    """Accuracy, its change against λ = 1, and the alignment of the role's tokens, as [estimate, low, high] per arm."""
+    """Per arm and λ, as [estimate, low, high]: accuracy, its change against λ = 1, its distance from the random tokens' accuracy at
+    the same λ (both paired), and the alignment of the role's tokens. rows: those of intervene.jsonl, λ = 1 first."""
     base = rows[0]
     prompt, ones = torch.tensor(base["prompt"]), torch.ones(len(base["prompt"]))
     tensor = lambda row, key: torch.tensor(row[key], dtype=torch.float64)
+    made = {(row["role"], row["arm"], row["factor"]): row for row in rows[1:]}
     found = []
     for role in dict.fromkeys(row["role"] for row in rows[1:]):
+        factors = sorted({row["factor"] for row in rows[1:] if row["role"] == role} | {base["factor"]})
         for arm in ("role tokens", "random tokens", "other modality"):
-            for row in sorted([base] + [r for r in rows[1:] if (r["role"], r["arm"]) == (role, arm)], key=lambda r: r["factor"]):
+            for factor in factors:
+                row, control = (made.get((role, name, factor), base) for name in (arm, "random tokens"))
                 values, replicates = bootstrap(
-                    torch.stack([tensor(row, "correct"), tensor(base, "correct"), tensor(row, f"{role} alignment")]),
-                    torch.stack([ones, ones, tensor(row, f"{role} tokens")]), prompt)
-                found.append({"role": role, "arm": arm, "factor": row["factor"], "accuracy": estimate(values[0], replicates[0]),
-                              "change": estimate(values[0] - values[1], replicates[0] - replicates[1]),
-                              "alignment": estimate(values[2], replicates[2]),
+                    torch.stack([tensor(row, "correct"), tensor(base, "correct"), tensor(control, "correct"), tensor(row, f"{role} alignment")]),
+                    torch.stack([ones, ones, ones, tensor(row, f"{role} tokens")]), prompt)
+                against = lambda i: estimate(values[0] - values[i], replicates[0] - replicates[i])
+                found.append({"role": role, "arm": arm, "factor": factor, "accuracy": estimate(values[0], replicates[0]),
+                              "change": against(1), "against random": against(2), "alignment": estimate(values[3], replicates[3]),
                               "touched": round(sum(row["touched"]) / len(ones), 3), "capped": row["capped"]})
     return found
 
 
 def intervention_text(found: list[dict]) -> str:
-    widths = (8, 16, 8, 22, 24, 24, 16, 0)
+    widths = (8, 16, 7, 22, 22, 22, 22, 9, 0)
     line = lambda cells: "".join(f"{cell:<{width}}" for cell, width in zip(cells, widths)).rstrip()
-    lines = [line(("role", "arm", "λ", "accuracy, %", "change, points", "alignment", "tokens touched", "capped, %"))]
+    lines = [line(("role", "arm", "λ", "accuracy, %", "change, points", "against random", "alignment", "touched", "capped, %"))]
     for row in found:
         lines.append(line((row["role"], row["arm"], f"{row['factor']:g}", report.interval(row["accuracy"], 100),
-                           report.interval(row["change"], 100), report.interval(row["alignment"]), f"{row['touched']:.1f}",
-                           f"{100 * row['capped']:.1f}")))
+                           report.interval(row["change"], 100), report.interval(row["against random"], 100),
+                           report.interval(row["alignment"]), f"{row['touched']:.1f}", f"{100 * row['capped']:.1f}")))
     return "\n".join(lines)
 
 

@@ -540,8 +540,8 @@ def intervention_section(found: dict) -> Html:
             "modality is scaled by λ while sampling. Controls: “random”, as many tokens drawn at random; “other”, the other modality at "
             "the role's tokens. Bands are 95 % intervals.")
     rows = [(arm["role"], arm["arm"], f"{arm['factor']:g}", interval_cell(arm["accuracy"], 100), interval_cell(arm["change"], 100),
-             interval_cell(arm["alignment"]), figure(arm["touched"]), figure(100 * arm["capped"])) for arm in arms]
-    heads = ("role", "arm", "λ", "accuracy, %", "change, points", "alignment", "tokens touched", "capped, %")
+             interval_cell(arm["against random"], 100), interval_cell(arm["alignment"]), figure(arm["touched"]), figure(100 * arm["capped"])) for arm in arms]
+    heads = ("role", "arm", "λ", "accuracy, %", "change, points", "against random, points", "alignment", "tokens touched", "capped, %")
     return join([tag("h3", "Interventions"), tag("p", lead, class_="lead"), tag("div", *charts, class_="charts two"),
                  tag("details", tag("summary", "All arms"), table(heads, rows))])
 

@@ -335,8 +335,10 @@ def test_intervene_writes_every_arm_and_goes_on_where_it_stopped(start, capsys, 
         assert sum(main["touched"]) > 10 and main["touched"] == main["visual tokens"]
         assert all(c == m or l < n for c, m, l, n in zip(control["touched"], main["touched"], control["length"], main["length"]))
     base = rows[None, "none", 1.0]
-    assert all(row["change"] == [0.0, 0.0, 0.0] for row in found["arms"] if row["factor"] == 1) and sum(base["touched"]) == 0
-    assert "tokens touched" in capsys.readouterr().out
+    assert all(row["change"] == row["against random"] == [0.0, 0.0, 0.0] for row in found["arms"] if row["factor"] == 1)
+    assert sum(base["touched"]) == 0 and "against random" in capsys.readouterr().out
+    share = lambda arm: sum(rows["visual", arm, 2.0]["correct"]) / 24
+    assert found["arms"][2]["against random"][0] == pytest.approx(share("role tokens") - share("random tokens"), abs=1e-5)
 
     # cut in the middle of a row: what is whole is kept, the rest is made again, and no arm twice
     content = (out / "intervene.jsonl").read_text()
