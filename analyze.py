@@ -384,7 +384,7 @@ def describe_intervention(rows: list[dict]) -> list[dict]:
 
 
 def intervention_text(found: list[dict]) -> str:
-    widths = (8, 16, 7, 22, 22, 22, 22, 9, 0)
+    widths = (8, 16, 7, 24, 24, 24, 22, 9, 0)
     line = lambda cells: "".join(f"{cell:<{width}}" for cell, width in zip(cells, widths)).rstrip()
     lines = [line(("role", "arm", "λ", "accuracy, %", "change, points", "against random", "alignment", "touched", "capped, %"))]
     for row in found:
