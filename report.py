@@ -507,7 +507,7 @@ def roles_section(found: dict) -> Html:
             "interval holds 0 may be chance.")
     rows = [(name, *(interval_cell(row[part]) for part in (*outcomes, "difference"))) for name, row in statistics.items()
             if name not in tenths]
-    charts = [chart("Alignment by tenth", "mean score of tokens with a role",
+    charts = [chart("Alignment by tenth", "mean score",
                     [band(*outcomes[name], list(enumerate(statistics[tenth][name] for tenth in tenths))) for name in outcomes], "tenth",
                     [str(i + 1) for i in range(len(tenths))])]
     for key, title in (("visual_shift", "Visual shift"), ("text_shift", "Text shift")):

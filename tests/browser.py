@@ -17,12 +17,16 @@ class Browser:
     """One page. `problems` collects console errors, exceptions, refused loads; `requests` every address the page asked for."""
 
     def __init__(self, profile, width: int = 1280, height: int = 900, limit: float = 60.0):
-        here, there = ([fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in os.pipe()] for _ in range(2))  # to chromium, from chromium
+        to_chromium, from_chromium = os.pipe(), os.pipe()
+        here, there = ([fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in pipe] for pipe in (to_chromium, from_chromium))
+        for end in (*to_chromium, *from_chromium):
+            os.close(end)
         self.limit, self.numbers, self.problems, self.requests, self.rest, self.events = limit, itertools.count(1), [], [], b"", []
-        become = "import os, sys; [os.dup2(int(sys.argv[i]), i + 2) for i in (1, 2)]; os.execv(sys.argv[3], sys.argv[3:])"  # as its fds 3 and 4
+        # chromium wants them as its fds 3 and 4
+        become = "import os, sys; [os.dup2(int(sys.argv[i]), i + 2) for i in (1, 2)]; os.execv(sys.argv[3], sys.argv[3:])"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", become, str(here[0]), str(there[1]), CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-             "--remote-debugging-pipe", f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"],
+            [sys.executable, "-c", become, str(here[0]), str(there[1]), CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu",
+             "--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"],
             pass_fds=(here[0], there[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(here[0]), os.close(there[1])
         self.out, self.into, self.session = here[1], there[0], None
@@ -87,10 +91,14 @@ class Browser:
             raise RuntimeError(answer["exceptionDetails"])
         return answer["result"].get("value")
 
+    def centre(self, selector: str) -> list[float]:
+        """Where an element's first line stands in the window, in pixels, scrolled into view."""
+        return self.run(f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}}); "
+                        "const b = e.getClientRects()[0]; return [b.x + b.width / 2, b.y + b.height / 2]; })()")
+
     def point(self, selector: str, click: bool = False) -> None:
         """Move the mouse onto an element's centre, as a person would, and perhaps click."""
-        x, y = self.run(f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}}); "
-                        "const b = e.getClientRects()[0]; return [b.x + b.width / 2, b.y + b.height / 2]; })()")
+        x, y = self.centre(selector)
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         if click:
             for kind in ("mousePressed", "mouseReleased"):

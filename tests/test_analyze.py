@@ -238,13 +238,14 @@ def observed(roles, scores=None, correct=(True,), prompt=None, **signals) -> Obs
 
 
 def test_statistics_of_a_response_by_hand():
-    seen = observed([[0, 1, 0, -1, -1, 1, 0, 0]], [[0, .2, 0, .8, .6, .4, 0, 9]], mask=[[True] * 7 + [False]], visual_shift=[[9.] + [1.] * 6 + [9.]],
-                    visual_mass=[[.1, .2, .3, .4, .5, .6, .7, 9.]])
+    seen = observed([[0, 1, 0, -1, -1, 1, 0, 0]], [[0, .2, 0, .8, .6, .4, 0, 9]], mask=[[True] * 7 + [False]],
+                    visual_shift=[[9.] + [1.] * 6 + [9.]], visual_mass=[[.1, .2, .3, .4, .5, .6, .7, 9.]])
     found = {name: float(a[0] / b[0]) for name, (a, b) in analyze.statistics(seen).items() if b[0]}
     expected = {"visual tokens, %": 200 / 7, "text tokens, %": 200 / 7, "neutral tokens, %": 300 / 7, "alignment of visual tokens": .3,
-                "alignment of text tokens": .7, "alignment of both": .5, "image mass at visual tokens": .4, "image mass": .4, "visual shift, radians": 1,
-                "role switches per 100 tokens": 200 / 7, "tokens per response": 7, "alignment at 10–20 % of the response": .2,
-                "alignment at 40–50 % of the response": .8, "alignment at 50–60 % of the response": .6, "alignment at 70–80 % of the response": .4}
+                "alignment of text tokens": .7, "alignment of both": .5, "image mass at visual tokens": .4, "image mass": .4,
+                "visual shift, radians": 1, "role switches per 100 tokens": 200 / 7, "tokens per response": 7, "alignment at 10–20 % of the response": .2,
+                "alignment at 40–50 % of the response": .8, "alignment at 50–60 % of the response": .6,
+                "alignment at 70–80 % of the response": .4}
     for name, value in expected.items():
         assert found[name] == pytest.approx(value), name
 
@@ -255,7 +256,8 @@ def test_right_and_wrong_stand_side_by_side(tokenizer):
     prompts, size = 60, 8
     right = torch.arange(prompts * size) % 2 == 0
     scores = 0.5 + 0.1 * torch.randn(prompts * size, 20, generator=generator) - 0.2 * (~right)[:, None]
-    seen = observed(torch.ones(prompts * size, 20, dtype=torch.long).tolist(), scores.tolist(), right.tolist(), [i // size for i in range(prompts * size)])
+    seen = observed(torch.ones(prompts * size, 20, dtype=torch.long).tolist(), scores.tolist(), right.tolist(),
+                    [i // size for i in range(prompts * size)])
     found = analyze.describe_roles(seen, tokenizer)
     value, low, high = found["statistics"]["alignment of visual tokens"]["difference"]
     assert low < value < high < 0 and value == pytest.approx(-0.2, abs=0.02)
@@ -277,7 +279,8 @@ def start(make_policy, tmp_path, monkeypatch):
     for seed in range(3):
         picture(84, 56 + 28 * seed, seed).save(tmp_path / f"{seed}.png")
     rows = [{"id": f"row {i}", "images": [f"{i % 3}.png"], "question": f"<image>Sum circle, cross {i}.", "answer": "4"} for i in range(4)]
-    rows += [{"id": "two", "images": ["0.png", "1.png"], "question": "<image>And <image>?", "answer": "yes"}, {"id": 5, "question": "Sum.", "answer": 2}]
+    rows += [{"id": "two", "images": ["0.png", "1.png"], "question": "<image>And <image>?", "answer": "yes"},
+             {"id": 5, "question": "Sum.", "answer": 2}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     turn = iter(range(10**6))
     monkeypatch.setattr(analyze.rewards, "accuracy", lambda text, answer: float(next(turn) % 2))  # a random policy is never right
@@ -312,9 +315,10 @@ def test_recorded_text_is_tokenized(start, tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("{", "expected a JSON object"), ("[1]", "expected a JSON object"), ('{"id": "nobody", "response": "a"}', "'nobody', which no rows of --data have"),
-    ('{"id": "two"}', '"response" is None'), ('{"id": "two", "response": "\\ud800"}', "expected valid text"), ("", "is empty"),
-    ('{"id": "two", "response": "a", "token_ids": [1, -3]}', '"token_ids" is [1, -3]'), ('{"id": "two", "response": "a", "token_ids": []}', "has 0 tokens"),
+    ("{", "expected a JSON object"), ("[1]", "expected a JSON object"),
+    ('{"id": "nobody", "response": "a"}', "'nobody', which no rows of --data have"), ('{"id": "two"}', '"response" is None'), ('{"id": "two", "response": "\\ud800"}', "expected valid text"), ("", "is empty"),
+    ('{"id": "two", "response": "a", "token_ids": [1, -3]}', '"token_ids" is [1, -3]'),
+    ('{"id": "two", "response": "a", "token_ids": []}', "has 0 tokens"),
     ('{"id": "two", "response": "a", "token_ids": [1' + ", 1" * 5000 + "]}", "has 5001 tokens; expected 1 to 4096")])
 def test_broken_recordings_are_refused(start, tmp_path, line, message):
     good = '{"id": "two", "response": "circle"}\n' if line else ""
@@ -327,8 +331,8 @@ def test_broken_recordings_are_refused(start, tmp_path, line, message):
 def test_intervene_writes_every_arm_and_goes_on_where_it_stopped(start, capsys, monkeypatch):
     out = start("intervene", "--factors", "0.5,2", "--role", "visual")
     found = json.loads((out / "intervene.json").read_text())
-    assert [(row["arm"], row["factor"]) for row in found["arms"]] == [(arm, factor) for arm in ("role tokens", "random tokens", "other modality")
-                                                                    for factor in (0.5, 1.0, 2.0)]
+    arms = ("role tokens", "random tokens", "other modality")
+    assert [(row["arm"], row["factor"]) for row in found["arms"]] == [(arm, factor) for arm in arms for factor in (0.5, 1.0, 2.0)]
     rows = {(row["role"], row["arm"], row["factor"]): row for row in map(json.loads, (out / "intervene.jsonl").read_text().splitlines())}
     for factor in (0.5, 2.0):
         main, control = rows["visual", "role tokens", factor], rows["visual", "random tokens", factor]
@@ -352,8 +356,9 @@ def test_intervene_writes_every_arm_and_goes_on_where_it_stopped(start, capsys, 
         start("intervene", "--factors", "0.5,2", "--layers=-1")
 
 
-@pytest.mark.parametrize("more, message", [(["--factors", "1"], "one of them not 1"), (["--factors=-1,2"], "0 or more"), (["--layers", "7"], "out of range"),
-                                           (["rollout.group_sise=2"], "did you mean 'group_size'?"), (["dyco.layers=[9]"], "dyco.layers: [9] out of range")])
+@pytest.mark.parametrize("more, message", [
+    (["--factors", "1"], "one of them not 1"), (["--factors=-1,2"], "0 or more"), (["--layers", "7"], "out of range"),
+    (["rollout.group_sise=2"], "did you mean 'group_size'?"), (["dyco.layers=[9]"], "dyco.layers: [9] out of range")])
 def test_intervene_refuses(start, tmp_path, more, message):
     with pytest.raises(SystemExit) as caught:
         start("intervene", *more)

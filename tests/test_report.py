@@ -34,8 +34,8 @@ SAMPLES = [Sample("large", (picture(560, 420, 0),), "<image>Sum circle.", "3"), 
 @pytest.fixture(scope="session")
 def recorded(tokenizer, image_processor):
     """Examples as train.py writes them, of three random policies, as JSON."""
-    return [json.dumps(report.make_examples(Policy(toy.build_model(tokenizer, layers=2, seed=seed), tokenizer, image_processor), SAMPLES, SETTINGS))
-            for seed in range(3)]
+    policies = [Policy(toy.build_model(tokenizer, layers=2, seed=seed), tokenizer, image_processor) for seed in range(3)]
+    return [json.dumps(report.make_examples(policy, SAMPLES, SETTINGS)) for policy in policies]
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def examples(recorded):
 def run_dir(tmp_path, examples):
     """A run's folder with two evaluations."""
     rows = [{"step": 0, "eval/accuracy": 0.25, "eval/accuracy_greedy": 0.5}]
-    rows += [{"step": step, "reward/mean": 1 + step / 40, "reward/accuracy": step / 40, "dyco/alignment": 0.6, "dyco/visual_share": 0.2, "dyco/text_share": 0.7,
-              "dyco/neutral_share": 0.1, "policy/grad_norm": 1e-7 * step, "time/rollout": 0.5} for step in range(1, 31)]
+    rows += [{"step": step, "reward/mean": 1 + step / 40, "reward/accuracy": step / 40, "dyco/alignment": 0.6,
+              "dyco/visual_share": 0.2, "dyco/text_share": 0.7, "dyco/neutral_share": 0.1, "policy/grad_norm": 1e-7 * step, "time/rollout": 0.5} for step in range(1, 31)]
     rows[9] |= {"policy/skipped_updates": 1.0, "policy/skipped_prompts": ["7"]}
     rows[30] |= {"eval/accuracy": 0.75, "eval/accuracy_greedy": 0.75}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -108,7 +108,8 @@ def written(folder) -> tuple[str, Page]:
 def test_the_page_holds_the_run(run_dir):
     text, page = written(run_dir)
     shown = " ".join(page.texts)
-    for expected in ("GRPO with DyCo token advantages, rule paper", "step 30 of 120", "Held-out accuracy", "max_new_tokens", "Reference answer", "Step 0", "Step 30"):
+    for expected in ("GRPO with DyCo token advantages, rule paper", "step 30 of 120", "Held-out accuracy", "max_new_tokens",
+                     "Reference answer", "Step 0", "Step 30"):
         assert expected in shown, expected
     assert "Step 10" not in shown and page.classes.count("example") == 4 and page.classes.count("changed") == 2
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
@@ -117,7 +118,8 @@ def test_the_page_holds_the_run(run_dir):
     for example in data:
         cells = sum(-(-h // b) * -(-w // b) for h, w, b in example["images"])
         for run in example["runs"]:
-            assert len(base64.b64decode(run["heat"])) == cells * len(run["tokens"]) and all(len(x) == len(run["tokens"]) for x in (*run["signals"], run["weights"]))
+            assert len(base64.b64decode(run["heat"])) == cells * len(run["tokens"])
+            assert all(len(x) == len(run["tokens"]) for x in (*run["signals"], run["weights"]))
 
 
 def test_hostile_text_stays_text(run_dir):
@@ -136,7 +138,7 @@ def test_hostile_text_stays_text(run_dir):
     tree["<i>"] = {"<u onload=1>": ["</td>", {"<s>": "</script>"}]}
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     text, page = written(folder)
-    assert text.count("<script") == 2 and not {"b", "i", "u", "s"} & set(re.findall(r"<(\w+) on", text)) and "\x00" not in text and "\u2028" not in text.split("<script")[1]
+    assert text.count("<script") == 2 and not re.search(r"<\w+ on", text) and "\x00" not in text
     joined = "".join(page.texts)
     assert '</script><script>document.title="owned"</script>' in joined and "&lt;b&gt; 🙂" in joined and "␀␛" in joined and "{{data}}" in joined
     block = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
@@ -188,11 +190,13 @@ def test_what_analyze_found_is_on_the_page(run_dir):
     tokenizer = type("T", (), {"decode": lambda self, token: f"</b>{token}"})()
     (run_dir / "analysis" / "roles.json").write_text(json.dumps({"model": "<m>", "data": "d", **analyze.describe_roles(seen, tokenizer)}))
     row = lambda role, arm, factor: {"role": role, "arm": arm, "factor": factor, "capped": 0.1, **analyze.arm_row(seen, torch.ones(12))}
-    arms = analyze.describe_intervention([row(None, "none", 1.0), *(row("visual", arm, f) for arm in ("role tokens", "random tokens", "other modality") for f in (0.0, 2.0))])
+    arms = ("role tokens", "random tokens", "other modality")
+    arms = analyze.describe_intervention([row(None, "none", 1.0), *(row("visual", arm, factor) for arm in arms for factor in (0.0, 2.0))])
     (run_dir / "analysis" / "intervene.json").write_text(json.dumps({"settings": {"model": "<m>", "data": "d"}, "arms": arms}))
     _, page = written(run_dir)
     shown = " ".join(page.texts)
-    assert "Right and wrong responses" in shown and "Interventions" in shown and "alignment of visual tokens" in shown and "other modality" in shown
+    for expected in ("Right and wrong responses", "Interventions", "alignment of visual tokens", "other modality"):
+        assert expected in shown, expected
     (run_dir / "analysis" / "roles.json").write_text('{"model": 3}')
     with pytest.raises(report.ReportError, match="roles.json: not as train.py or analyze.py writes it"):
         report.write(run_dir)
@@ -201,8 +205,8 @@ def test_what_analyze_found_is_on_the_page(run_dir):
 @pytest.mark.parametrize("name, content, message", [
     ("metrics.jsonl", None, "no metrics.jsonl; expected the folder of a train.py run"), ("metrics.jsonl", "", "no whole row yet"),
     ("metrics.jsonl", "{}\n", "line 1: step is None"), ("metrics.jsonl", '{"step": 1, "a": "<b>"}\n', "line 1: a is '<b>'; expected a number"),
-    ("metrics.jsonl", '{"step": 1}\nx\n', "line 2:"), ("metrics.jsonl", '{"step": 1, "a": NaN}\n', "line 1: a is nan"), ("config.yaml", "a: [", "config.yaml: not as"),
-    ("config.yaml", "3", "config.yaml: not as"), ("examples/step-00000030.json", '{"step": 30, "examples": [{}]}', "step-00000030.json: not as"),
+    ("metrics.jsonl", '{"step": 1}\nx\n', "line 2:"), ("metrics.jsonl", '{"step": 1, "a": NaN}\n', "line 1: a is nan"),
+    ("config.yaml", "a: [", "config.yaml: not as"), ("config.yaml", "3", "config.yaml: not as"), ("examples/step-00000030.json", '{"step": 30, "examples": [{}]}', "step-00000030.json: not as"),
     ("examples/step-00000030.json", "", "step-00000030.json: not as")])
 def test_what_cannot_be_read_is_one_clear_error(run_dir, capsys, name, content, message):
     (run_dir / name).unlink() if content is None else (run_dir / name).write_text(content)
@@ -240,7 +244,8 @@ def test_examples_hold_the_rollouts_own_signals(make_policy, examples):
             heat = heat.view(len(example["tokens"]), -1) / 255 * torch.tensor(example["peaks"])[:, None]
             # half a grey level for each cell
             assert heat.sum(1).tolist() == pytest.approx(example["visual_mass"], abs=heat.shape[1] * max(example["peaks"]) / 510 + 1e-3)
-        assert len(heat) == (len(example["tokens"]) if sample.images else 0) and sum(example["weights"]) == pytest.approx(len(example["weights"]), rel=1e-3)
+        assert len(heat) == (len(example["tokens"]) if sample.images else 0)
+        assert sum(example["weights"]) == pytest.approx(len(example["weights"]), rel=1e-3)
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0, 1e-7), (-3, 12345), (0, 7), (0.2, 0.21), (0, 3e9)])
@@ -274,7 +279,8 @@ def test_training_writes_and_refreshes_the_report(start, monkeypatch):
     assert "Step 2" in "".join(page.texts) and page.classes.count("example") == report.EXAMPLES
 
 
-@pytest.mark.parametrize("rows", ['{"question": "Sum circle.", "answer": "4"}\n' * 3, '{"question": "<image>Is it <image>?", "images": ["a.png", "a.png"], "answer": "4"}\n'])
+@pytest.mark.parametrize("rows", ['{"question": "Sum circle.", "answer": "4"}\n' * 3,
+                                  '{"question": "<image>Is it <image>?", "images": ["a.png", "a.png"], "answer": "4"}\n'])
 def test_without_held_out_rows_the_training_rows_are_shown(start, tmp_path, rows):
     """Text alone, and several images, without data.eval_path and without DyCo."""
     picture(84, 56, 0).save(tmp_path / "a.png")
@@ -346,11 +352,11 @@ def test_in_a_browser(run_dir, tmp_path):
 
         browser.call("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=2, mobile=True)
         browser.call("Emulation.setTouchEmulationEnabled", enabled=True)
-        x, y = browser.run("(() => { const e = document.querySelector('#t2-1-5'); e.scrollIntoView({block: 'center'}); const b = e.getClientRects()[0]; "
-                           "return [b.x + b.width / 2, b.y + b.height / 2]; })()")
+        x, y = browser.centre("#t2-1-5")
         for kind, points in (("touchStart", [{"x": x, "y": y}]), ("touchEnd", [])):
             browser.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
-        assert browser.run("new Promise(done => setTimeout(() => done(document.querySelector('#example-2 .readout').innerText), 400))").find("token 6 of") >= 0
+        browser.run("new Promise(done => setTimeout(done, 400))")  # a tap is not an instant
+        assert "token 6 of" in browser.run("document.querySelector('#example-2 .readout').innerText")
         assert browser.run("document.documentElement.scrollWidth <= innerWidth")
 
         assert browser.run("fetch('https://example.invalid/').then(() => 'loaded', () => 'refused')") == "refused"
