@@ -7,8 +7,8 @@
 
 `roles` compares the tokens of right and wrong responses: roles, alignment, shifts (the paper's observation). `intervene`
 scales the attention of tokens of one role while they are sampled and measures what becomes of the answers (its
-experiment). Both take what they need from config.yaml: eval.samples prompts, rollout.group_size responses to each, rollout.*, dyco.*,
-toy.*, data.*, train.seed; --config names another file, such as a run's. `report` writes RUN_DIR/report.html (report.py).
+experiment). Both take what they need from config.yaml: eval.samples prompts, rollout.group_size responses to each, rollout.*,
+dyco.*, toy.*, data.*, train.seed; --config names another file, such as a run's. `report` writes RUN_DIR/report.html (report.py).
 
 Intervals are 95 % percentile bootstrap intervals over prompts: the responses to one prompt are not independent.
 Shapes: B responses, T response tokens, P prompts, R rows being decoded, K keys, H heads.
@@ -452,7 +452,7 @@ def run_intervene(arguments) -> None:
 def read_log(path: Path, settings: dict) -> dict[tuple, dict]:
     """The arms that an earlier call finished. Raises AnalysisError if they were made with other settings."""
     found = {}
-    for line, row in report.read_jsonl(path) if path.exists() else []:
+    for line, row in report.read_jsonl(path, growing=True) if path.exists() else []:
         other = [key for key in settings if row.get("settings", {}).get(key) != settings[key]]
         if other:
             before, now = row.get("settings", {}).get(other[0]), settings[other[0]]

@@ -49,17 +49,22 @@ class ReportError(ValueError):
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def read_jsonl(path: str | Path) -> list[tuple[int, dict]]:
-    """(line number, object) of each line; a half-written last line is left out. Raises ReportError."""
-    rows, content = [], Path(path).read_bytes()
-    for line, raw in enumerate(content[:content.rfind(b"\n") + 1].split(b"\n")[:-1], start=1):
+def read_jsonl(path: str | Path, growing: bool = False) -> list[tuple[int, dict]]:
+    """(line number, object) of each line that is not blank; the last line of a `growing` file may be half-written and is left out
+    then. Raises ReportError."""
+    content = Path(path).read_bytes()
+    if growing:
+        content = content[:content.rfind(b"\n") + 1]
+    rows = []
+    for line, raw in enumerate(content.split(b"\n"), start=1):
         try:
-            row = json.loads(raw)
+            row = json.loads(raw) if raw.strip() else {}
         except (ValueError, RecursionError) as error:
             raise ReportError(f"{path}, line {line}: {error}; expected a JSON object") from None
         if not isinstance(row, dict):
             raise ReportError(f"{path}, line {line}: found {row!r:.60}; expected a JSON object")
-        rows.append((line, row))
+        if raw.strip():
+            rows.append((line, row))
     return rows
 
 
@@ -561,7 +566,7 @@ def read(path: Path, build):
 def read_metrics(path: Path) -> list[dict]:
     """Rows of numbers, by step; lists, such as the prompts of skipped updates, are left out. Raises ReportError."""
     rows = {}
-    for line, row in read_jsonl(path):
+    for line, row in read_jsonl(path, growing=True):
         row = {key: value for key, value in row.items() if not isinstance(value, list)}
         for key, value in {"step": None, **row}.items():
             if type(value) not in ((int,) if key == "step" else (int, float)) or not math.isfinite(value):
@@ -578,6 +583,8 @@ def read_examples(folder: Path) -> list[tuple[int, list[dict]]]:
 
 
 def subtitle(rows: list[dict], config: dict) -> str:
+    if not config:
+        return f"step {rows[-1]['step']}; the folder holds no config.yaml"
     get = lambda section, key: (config.get(section) or {}).get(key, "?")
     method = f"with DyCo token advantages, rule {get('dyco', 'rule')}" if get("dyco", "enabled") is True else "alone, without DyCo"
     return (f"{str(get('algo', 'name')).upper()} {method} · model {get('model', 'path')} · data {get('data', 'path')} · "

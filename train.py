@@ -584,7 +584,8 @@ def run(config: Config, world) -> None:
         distributed.write_folder(folder / "final", lambda path: save_policy(policy, path, weights))
         if held_out is not None:
             say(curve(log.path))
-        say(f"done: open {folder / 'report.html'}; {folder / 'final'} is a Hugging Face directory; try\n  python evaluate.py ask --model {folder / 'final'} --image FILE QUESTION")
+        say(f"done: open {folder / 'report.html'}; {folder / 'final'} is a Hugging Face directory; try\n"
+            f"  python evaluate.py ask --model {folder / 'final'} --image FILE QUESTION")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
 """analyze.py: the bias moves what it says it moves, an intervention is one step computed twice, the estimates, the commands."""
+import doctest
 import json
 import math
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from torch.nn.functional import pad
 
 import analyze
 import dyco
+import report
 from analyze import Intervention, Observed, bootstrap, estimate, mass_bias, random_plan
 from dyco import Signals
 from model import save_policy
@@ -201,6 +203,11 @@ def test_waves_and_neighbours_do_not_change_an_intervention(make_policy, prompts
     assert torch.equal(whole.tokens[6:, :alone.tokens.shape[1]], alone.tokens)
 
 
+def test_examples_in_docstrings():
+    assert doctest.testmod(analyze).attempted == 1 and doctest.testmod(report).attempted == 1
+    assert doctest.testmod(analyze).failed == doctest.testmod(report).failed == 0
+
+
 def test_the_random_control_draws_as_many_tokens():
     names = [(place, response) for place in range(40) for response in range(3)]
     lengths = torch.randint(1, 30, (120,), generator=torch.Generator().manual_seed(1))
@@ -308,8 +315,8 @@ def test_roles_sampled_and_recorded_agree(start, capsys):
 
 
 def test_recorded_text_is_tokenized(start, tmp_path):
-    (tmp_path / "own.jsonl").write_text('{"id": "two", "response": "circle is red"}\n{"id": "row 1", "response": "", "token_ids": null}\n'
-                                        '{"id": 5, "response": "</script>", "truncated": true}\n')
+    (tmp_path / "own.jsonl").write_text('{"id": "two", "response": "circle is red"}\n\n{"id": "row 1", "response": "", "token_ids": null}\n'
+                                        '{"id": 5, "response": "</script>", "truncated": true}')  # without an end of line: a whole row
     found = json.loads((start("roles", "--responses", str(tmp_path / "own.jsonl")) / "roles.json").read_text())
     assert sum(found["counts"][o]["responses"] for o in ("correct", "incorrect")) == 3
 
