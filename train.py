@@ -572,10 +572,10 @@ def run(config: Config, world) -> None:
             record({"step": step, **row})
             bar.update()
             stopping = any(world.gather(bool(stop_asked)))
+            if evaluated or stopping:  # before the checkpoint: a run that is resumed there has its examples
+                refresh_report(evaluated)
             if step % config.checkpoint.every == 0 or step == config.train.steps or stopping:
                 save()
-            if evaluated or stopping:
-                refresh_report(evaluated)
             if stopping and step < config.train.steps:
                 say(f"stopped at step {step}; the same command resumes it")
                 return
