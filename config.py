@@ -339,6 +339,7 @@ def _out_of_range(c: Config) -> list[str]:
     for key in ("rollout.temperature", "reward.custom_timeout", "algo.temperature_pos", "algo.temperature_neg", "optim.grad_clip"):
         section, name = key.split(".")
         need(getattr(getattr(c, section), name) > 0, key, "more than 0")
+    need(c.reward.custom_timeout <= 1e6, "reward.custom_timeout", "at most 1e6 seconds")
     need(c.rollout.group_size >= 2, "rollout.group_size", "at least 2: the advantage compares responses of a group")
     need(c.algo.overlong_buffer <= c.rollout.max_new_tokens, "algo.overlong_buffer",
          f"at most rollout.max_new_tokens ({c.rollout.max_new_tokens})")

@@ -77,8 +77,8 @@ def stop() -> None:
 def shard(policy, world: World) -> None:
     """FSDP2: keep this process's share of the policy's weights. Alone, nothing changes. Collective.
 
-    Each decoder layer is a unit of its own. Embeddings, head, last norm and vision tower are one more, in use for the whole of a
-    pass, so that passes with and without images gather the same. Gradients are summed, not averaged: losses are divided by
+    Each decoder layer is a unit of its own, gathered while it runs. Embeddings, head, last norm and vision tower are one more, gathered
+    for a whole forward and again for the backward, so that passes with and without images gather the same. Gradients are summed, not averaged: losses are divided by
     normalisers of all processes.
     """
     if world.size == 1:
@@ -172,7 +172,7 @@ def exclusive(folder: Path):
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise FolderInUse(f"{folder}: another process is writing there; set run.dir to a new folder") from None
         yield
 
@@ -212,4 +212,4 @@ def read_facts(checkpoint: Path) -> dict:
 
 def read_tensors(checkpoint: Path) -> dict:
     """The tensors of a checkpoint, on the CPU. Nothing in it is executed."""
-    return torch.load(checkpoint / "tensors.pt", map_location="cpu", weights_only=True)
+    return torch.load(checkpoint / "tensors.pt", map_location="cpu", weights_only=True, mmap=True)

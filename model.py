@@ -355,6 +355,10 @@ class Policy(nn.Module):
 
     # -- inputs
 
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Embeddings of token ids, float32: the residual stream is float32 also where weights are of 16 bits."""
+        return self.hf.get_input_embeddings()(ids).float()
+
     def embed(self, prompts: list[Prompt], responses: list[list[Tensor]] | None = None) -> Tensor:
         """Input embeddings of packed groups, [N, D]: ids looked up at once, images where their placeholders stand.
 
@@ -364,7 +368,7 @@ class Policy(nn.Module):
         for prompt, group in zip(prompts, responses or [[]] * len(prompts)):
             pieces += [prompt.input_ids.to(self.device), *group]
             at_images += [prompt.visual_mask, torch.zeros(sum(map(len, group)), dtype=torch.bool)]
-        embedded = self.hf.get_input_embeddings()(torch.cat(pieces))
+        embedded = self.look_up(torch.cat(pieces))
         seeing = [p for p in prompts if p.pixel_values is not None]
         seen_by = [parameter for parameter in self.hf.model.visual.parameters() if parameter.requires_grad]
         if not seeing:  # zeros, not nothing, for the vision tower's gradient: it is the same on every process

@@ -122,7 +122,8 @@ class _TooLong(BaseException):  # not an Exception: a reward that catches those 
 
 
 def call_custom(function: Callable[[str, str, Any], float], response: str, answer: str, sample, limit: float) -> float:
-    """What a custom reward gives, within `limit` seconds. In the main thread only: the limit is an alarm signal.
+    """What a custom reward gives, within `limit` seconds. In the main thread only: the limit is an alarm signal, which Python
+    looks at between its own instructions and in `re`, and other C code when it returns.
 
     Raises RewardError.
     """
@@ -131,21 +132,20 @@ def call_custom(function: Callable[[str, str, Any], float], response: str, answe
 
     name = getattr(function, "__name__", repr(function))
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, limit, 1.0)  # and again every second, should it be caught
     try:
-        value = function(response, answer, sample)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, limit, 1.0)  # and again every second, should it be caught
+            value = function(response, answer, sample)
+            number = math.nan if value is None or isinstance(value, str) else float(value)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     except _TooLong:
         raise RewardError(f"custom reward {name}: no result after {limit} s") from None
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardError(f"custom reward {name}: {type(error).__name__}: {error} ({where.filename}, line {where.lineno})") from error
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
     if not math.isfinite(number):
         raise RewardError(f"custom reward {name}: expected a finite number, found {reprlib.repr(value)}")
     return number

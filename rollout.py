@@ -279,7 +279,7 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
                 places = going.nonzero().squeeze(-1)
                 decoding.keep(places)
                 alive, chosen = alive[places], chosen[places]
-            embedded = policy.hf.get_input_embeddings()(chosen)[:, None]
+            embedded = policy.look_up(chosen)[:, None]
             position = (following[alive] + step)[None, :, None].expand(3, -1, -1)
             compute = lambda: policy.decoder(embedded, position, decoding)[:, 0]
             hidden = compute()

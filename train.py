@@ -329,32 +329,21 @@ def describe_tokens(batch: Batch, world) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------------ the run
 
 
-class MetricsLog:
-    """metrics.jsonl: appended, one object per step, never a step twice; a half-written last line is cut off."""
-
-    def __init__(self, path: Path):
-        self.path, self.last = path, -1
-        if path.exists():
-            content = path.read_bytes()
-            whole = content[:content.rfind(b"\n") + 1]
-            if len(whole) < len(content):
-                os.truncate(path, len(whole))
-            for line in whole.splitlines():
-                self.last = max(self.last, json.loads(line)["step"])
-
-    def append(self, row: dict) -> None:
-        if row["step"] > self.last:
-            self.last = row["step"]
-            with open(self.path, "a") as file:
-                file.write(json.dumps({k: v for k, v in row.items() if isinstance(v, list) or math.isfinite(v)}) + "\n")
+def append_rows(path: Path, rows) -> None:
+    """Add rows to a JSONL file, without figures that are not finite."""
+    finite = lambda row: {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
+    with open(path, "a") as file:
+        file.writelines(json.dumps(finite(row)) + "\n" for row in rows)
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Remove rows of later steps, and half a line, from the end of a JSONL file."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-    if len(kept) < len(lines):
-        distributed.write_file(path, b"".join(kept))
+def supersede(path: Path, step: int) -> None:
+    """Before the steps after `step` are computed again, move their rows from NAME.jsonl to NAME.superseded.jsonl; half a line goes."""
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] if path.exists() else []
+    later = [line for line in lines if json.loads(line)["step"] > step]
+    if path.exists() and b"".join(lines) != path.read_bytes() or later:
+        with open(path.with_suffix(".superseded.jsonl"), "ab") as file:
+            file.writelines(later)
+        distributed.write_file(path, b"".join(line for line in lines if line not in later))
 
 
 def console_line(row: dict, steps: int) -> str:
@@ -410,9 +399,10 @@ def build(config: Config, world):
                                           config.model.compile, max_pixels=config.data.max_pixels, **more)
         policy = load(freeze_vision=config.model.freeze_vision, gradient_checkpointing=config.model.gradient_checkpointing)
         policy.tap(config.dyco)  # knows which layers there are
+        distributed.shard(policy, world)
         reference = load(trainable=False) if config.algo.kl > 0 else None
-        for sharded in (policy, reference) if reference else (policy,):
-            distributed.shard(sharded, world)
+        if reference is not None:
+            distributed.shard(reference, world)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -432,12 +422,12 @@ def build(config: Config, world):
     return policy, reference, dataset, held_out, custom_reward
 
 
-def refuse_changes(old: dict, config: Config, say, everything: bool = False) -> None:
+def refuse_changes(old: dict, config: Config, say) -> None:
     """Compare this run's earlier config with the present one: say what changed, refuse what cannot be changed."""
     flat = lambda tree: {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
     before, after = flat(old), flat(asdict(config))
     changed = [key for key in after if before.get(key) != after[key] and key != "run.dir"]
-    fixed = [key for key in changed if everything or key in FIXED_ON_RESUME or key.split(".")[0] in FIXED_ON_RESUME]
+    fixed = [key for key in changed if key in FIXED_ON_RESUME or key.split(".")[0] in FIXED_ON_RESUME]
     if fixed:
         raise ConfigError(f"{config.run.dir} holds a run with another " + ", ".join(
             f"{key} ({before.get(key)!r}, now {after[key]!r})" for key in fixed) + "; set run.dir to a new folder")
@@ -476,12 +466,14 @@ def run(config: Config, world) -> None:
     facts = distributed.read_facts(saved[0]) if saved else {"step": 0, "updates": 0}
     if saved:
         refuse_changes(facts["config"], config, say)
-    elif (folder / "metrics.jsonl").exists():  # a run that ended before its first checkpoint: begin again, as the same run
-        refuse_changes(asdict(load_config(folder / "config.yaml")), config, say, everything=True)
+    elif (folder / "metrics.jsonl").exists():  # a run that ended before its first checkpoint begins again
+        refuse_changes(asdict(load_config(folder / "config.yaml")), config, say)
     if facts["step"] >= config.train.steps and (folder / "final").exists():
         say(f"{folder}: finished at step {facts['step']}; nothing to do. Raise train.steps to go on, or set run.dir to a new folder")
         return
-    writer = tensorboard(folder) if config.log.tensorboard and world.is_main else None
+    if world.is_main and (folder / "final").exists():  # of a run that is now extended
+        distributed.remove_folder(folder / "final")
+    writer = tensorboard(folder, facts["step"]) if config.log.tensorboard and world.is_main else None
     policy, reference, dataset, held_out, custom_reward = build(config, world)
     sampler = Sampler(len(dataset), config.train.seed)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=config.optim.lr,
@@ -497,9 +489,10 @@ def run(config: Config, world) -> None:
         say(f"resumed {folder} at step {facts['step']}")
     step, updates, failures = facts["step"], facts["updates"], 0
 
-    log = MetricsLog(folder / "metrics.jsonl") if world.is_main else None
+    metrics, samples = folder / "metrics.jsonl", folder / "samples.jsonl"
     if world.is_main:
-        drop_after(folder / "samples.jsonl", log.last)
+        for path in (metrics, samples):
+            supersede(path, facts["step"] if saved else -1)
         distributed.write_file(folder / "config.yaml", config.to_yaml().encode())
         if not saved:
             say(config.to_yaml())
@@ -514,7 +507,7 @@ def run(config: Config, world) -> None:
 
     def record(row: dict) -> None:
         if world.is_main:
-            log.append(row)
+            append_rows(metrics, [row])
             say(console_line(row, config.train.steps))
             if writer is not None:
                 for key, value in row.items():
@@ -558,19 +551,18 @@ def run(config: Config, world) -> None:
                 row, batch = train_step(config, policy, reference, optimizer, dataset, sampler, step, updates, world, custom_reward)
             updates += config.train.updates_per_rollout
             failures = failures + 1 if row.get("policy/skipped_updates") and batch is not None else 0
-            if failures >= MAX_FAILURES:
-                raise RunError(f"step {step}: {failures} steps in a row had a loss or gradient that is not finite; the last good "
-                               f"checkpoint is in {folder / 'checkpoints'}; lower optim.lr")
             evaluated = step % config.eval.every == 0 or step == config.train.steps
             if evaluated:
                 started = time.perf_counter()
                 row |= evaluation()
                 row["time/eval"] = time.perf_counter() - started
-            if world.is_main and batch is not None and step > log.last:
-                with open(folder / "samples.jsonl", "a") as file:
-                    file.writelines(json.dumps(sample) + "\n" for sample in sample_rows(batch, step, config.log.samples_per_step, policy.tokenizer))
+            if world.is_main and batch is not None:
+                append_rows(samples, sample_rows(batch, step, config.log.samples_per_step, policy.tokenizer))
             record({"step": step, **row})
             bar.update()
+            if failures >= MAX_FAILURES:
+                raise RunError(f"step {step}: {failures} steps in a row had a loss or gradient that is not finite; those "
+                               f"updates were left out, and the weights in {folder / 'checkpoints'} are finite; lower optim.lr")
             stopping = any(world.gather(bool(stop_asked)))
             if evaluated or stopping:  # before the checkpoint: a run that is resumed there has its examples
                 refresh_report(evaluated)
@@ -583,9 +575,10 @@ def run(config: Config, world) -> None:
     if world.is_main:
         distributed.write_folder(folder / "final", lambda path: save_policy(policy, path, weights))
         if held_out is not None:
-            say(curve(log.path))
+            say(curve(metrics))
         say(f"done: open {folder / 'report.html'}; {folder / 'final'} is a Hugging Face directory; try\n"
             f"  python evaluate.py ask --model {folder / 'final'} --image FILE QUESTION")
+    world.barrier()
 
 
 @contextlib.contextmanager
@@ -608,12 +601,12 @@ def curve(path: Path) -> str:
     return "\n".join(lines)
 
 
-def tensorboard(folder: Path):
+def tensorboard(folder: Path, step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError("log.tensorboard is true, but TensorBoard is not installed: pip install tensorboard") from None
-    return SummaryWriter(folder / "tensorboard")
+    return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
 
 def main(arguments: list[str] = sys.argv[1:]) -> None:
@@ -626,12 +619,12 @@ def main(arguments: list[str] = sys.argv[1:]) -> None:
         world = distributed.start()
         with distributed.exclusive(Path(config.run.dir)) if world.is_main else contextlib.nullcontext():
             run(config, world)
+        distributed.stop()  # not after an error: it would wait for processes that wait for this one
     except (ConfigError, DataError, RunError, distributed.FolderInUse) as error:
         process = f"process {world.rank}: " if world is not None and world.size > 1 else ""
         print(f"error: {process}{error}", file=sys.stderr)
         sys.exit(2)
     finally:
-        distributed.stop()
         for number, handler in handlers:
             signal.signal(number, handler)
 

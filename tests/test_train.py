@@ -159,10 +159,29 @@ def test_rows_of_another_run_are_not_mixed_in(start, capsys):
     for path in (folder / "checkpoints", folder / "final"):
         shutil.rmtree(path)
     with pytest.raises(SystemExit):
-        start("train.steps=1", "checkpoint.every=100", "optim.lr=1e-4")
-    assert "holds a run with another optim.lr (0.001, now 0.0001)" in capsys.readouterr().err
-    start("train.steps=1", "checkpoint.every=100")
+        start("train.steps=1", "checkpoint.every=100", "train.seed=7")
+    assert "holds a run with another train.seed (0, now 7)" in capsys.readouterr().err
+    first = rows_of(folder)
+    start("train.steps=1", "checkpoint.every=100", "optim.lr=1e-4")
+    assert "optim.lr 0.001 -> 0.0001" in capsys.readouterr().out
     assert [row["step"] for row in rows_of(folder)] == [0, 1]
+    superseded = [json.loads(line) for line in (folder / "metrics.superseded.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in superseded] == [0, 1] and first[0] == rows_of(folder)[0] and first[1] != rows_of(folder)[1]
+
+
+def test_an_extended_run_has_no_old_final(start, monkeypatch):
+    """Killed between its last checkpoint and `final/`, a longer run must not take the shorter one's for its own."""
+    folder = start("train.steps=1", "checkpoint.every=1")
+    old = weights_of(folder)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_policy", killed)
+        start("train.steps=2", "checkpoint.every=1")
+    assert not (folder / "final").exists()
+    start("train.steps=2", "checkpoint.every=1")
+    assert any(not torch.equal(old[name], weight) for name, weight in weights_of(folder).items())
 
 
 def test_other_rows_of_data_cannot_resume(start, tmp_path, capsys):
