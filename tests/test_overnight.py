@@ -140,13 +140,15 @@ def test_checkpoints_cross_numbers_of_processes(start, tmp_path):  # noqa: F811
 
 @pytest.mark.slow
 def test_mixed_precision_on_two_processes(start, tmp_path):  # noqa: F811
-    """bfloat16 arithmetic over sharded float32 weights is that of autocast on one process, to the precision of bfloat16."""
+    """bfloat16 arithmetic over sharded float32 weights is that of autocast on one process, to the precision of bfloat16: sharded,
+    embeddings and norms are rounded, too, and gradients before they are summed. So the figures are close, and not equal."""
     settings = ["model.dtype=bfloat16", "train.steps=1", "train.old_logprobs=rollout", "rollout.max_new_tokens=2"]
     one = start(*settings, folder="one")
     torchrun(tmp_path, "two", *settings)
     a, b = rows_of(one)[1], rows_of(tmp_path / "two")[1]
-    assert a["reward/mean"] == b["reward/mean"] and a["policy/entropy"] == pytest.approx(b["policy/entropy"], rel=1e-2)
-    assert a["policy/grad_norm"] == pytest.approx(b["policy/grad_norm"], rel=5e-2)
+    assert a["reward/mean"] == b["reward/mean"]
+    for name, tolerance in (("policy/entropy", 1e-2), ("policy/grad_norm", 0.1)):
+        assert a[name] == pytest.approx(b[name], rel=tolerance) and a[name] != pytest.approx(b[name], rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
