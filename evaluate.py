@@ -178,7 +178,7 @@ def run_benchmark(model: str, benchmark: Benchmark, rows: list[Row], dropped: se
     truncated = sum(world.gather(truncated))  # from here on every process has written all
     if world.is_main:
         responses = merge(folder, [row.index for row in rows], count)
-        cut = f"; {truncated} of this session's were cut at {settings['max_new_tokens']} tokens" * bool(truncated)
+        cut = f"; {truncated} of those written now were cut at {settings['max_new_tokens']} tokens" * bool(truncated)
         print(f"{folder / RESPONSES}: {len(rows) * count} responses{cut}")
         warnings.simplefilter("ignore")  # said before the first response
         for mode in ("final", "raw") if benchmark.answers else ():
