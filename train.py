@@ -338,12 +338,14 @@ def append_rows(path: Path, rows) -> None:
 
 def supersede(path: Path, step: int) -> None:
     """Before the steps after `step` are computed again, move their rows from NAME.jsonl to NAME.superseded.jsonl; half a line goes."""
-    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] if path.exists() else []
-    later = [line for line in lines if json.loads(line)["step"] > step]
-    if path.exists() and b"".join(lines) != path.read_bytes() or later:
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    later = [json.loads(line)["step"] > step for line in whole]
+    if any(later):
         with open(path.with_suffix(".superseded.jsonl"), "ab") as file:
-            file.writelines(later)
-        distributed.write_file(path, b"".join(line for line in lines if line not in later))
+            file.writelines(line for line, is_later in zip(whole, later) if is_later)
+    if any(later) or len(whole) < len(lines):
+        distributed.write_file(path, b"".join(line for line, is_later in zip(whole, later) if not is_later))
 
 
 def console_line(row: dict, steps: int) -> str:
