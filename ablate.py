@@ -25,6 +25,8 @@ from threading import Lock
 import torch
 from tqdm import tqdm
 
+from report import append_jsonl, read_jsonl
+
 RESULTS = Path(__file__).with_name("results")
 HOSTS = ("grpo", "dapo", "gspo", "sapo")
 # the default level with four optimizer steps per rollout, stopped where the hosts are on their way from 30 to about 85 %
@@ -59,8 +61,8 @@ MEASURES = {"final": "at the end, temperature 1", "greedy": "at the end, greedy"
 
 def read_runs() -> dict[tuple[str, int], dict]:
     path = RESULTS / "runs.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(row["cell"], row["seed"]): row for row in rows}
+    rows = read_jsonl(path, growing=True) if path.exists() else []
+    return {(row["cell"], row["seed"]): row for _, row in rows}
 
 
 def run_one(cell: str, overrides: list[str], seed: int, scratch: Path) -> dict:
@@ -90,8 +92,7 @@ def run_missing(parts: list[str], seeds: int, jobs: int, scratch: Path) -> None:
         def work(item) -> None:
             row = run_one(*item, scratch)
             with lock:
-                with open(RESULTS / "runs.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_jsonl(RESULTS / "runs.jsonl", [row])
                 bar.update()
                 tqdm.write(f"{row['cell']}, seed {row['seed']}: {100 * row['accuracy'][-1]:.0f} % in {row['seconds']:.0f} s")
         for _ in pool.map(work, wanted):
@@ -126,7 +127,7 @@ def differences(runs: dict, cell: str, baseline: str, name: str) -> list[float]:
     return [measure(runs[cell, seed], name) - measure(runs[baseline, seed], name) for seed in seeds]
 
 
-def report() -> str:
+def tabulate() -> str:
     """results/table.md and table.json of what has been run; returns the Markdown."""
     runs = read_runs()
     lines, found = ["# What DyCo-RL adds on the embedded default", "",
@@ -202,7 +203,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     if not arguments.report:
         run_missing(arguments.parts or list(PARTS), arguments.seeds, arguments.jobs, arguments.scratch.resolve())
-    print(report())
+    print(tabulate())
 
 
 if __name__ == "__main__":

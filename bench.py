@@ -11,7 +11,6 @@ import gc
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import model
 import toy
 from config import DEFAULTS, load_config
 from data import Sample, encode_prompt
+from distributed import resident_bytes
 from model import ATTENTION, Policy, TokenLogprobs
 from rollout import generate
 
@@ -86,7 +86,7 @@ def report(row, setting, ours, theirs, ratio, low, high, target, note="") -> dic
 
 def growth_of_memory(job) -> float:
     """Megabytes by which resident memory rises while a job runs, looked at every two milliseconds."""
-    resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
+    resident = lambda: resident_bytes() / 2**20
     done, seen = threading.Event(), [resident()]
 
     def watch():

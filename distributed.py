@@ -66,6 +66,11 @@ def start() -> World:
     return World(int(os.environ.get("RANK", 0)), size, device)
 
 
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM; on Linux only."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -77,9 +82,9 @@ def stop() -> None:
 def shard(policy, world: World) -> None:
     """FSDP2: keep this process's share of the policy's weights. Alone, nothing changes. Collective.
 
-    Each decoder layer is a unit of its own, gathered while it runs. Embeddings, head, last norm and vision tower are one more, gathered
-    for a whole forward and again for the backward, so that passes with and without images gather the same. Gradients are summed, not averaged: losses are divided by
-    normalisers of all processes.
+    Each decoder layer is a unit of its own, gathered while it runs. Embeddings, head, last norm and vision tower are one more,
+    gathered for a whole forward and again for the backward, so that passes with and without images gather the same. Gradients are
+    summed, not averaged: losses are divided by normalisers of all processes.
     """
     if world.size == 1:
         return
@@ -161,19 +166,19 @@ def write_file(target: Path, content: bytes) -> None:
     os.replace(beside, target)
 
 
-class FolderInUse(RuntimeError):
+class FolderInUse(OSError):
     """Another process writes there."""
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path):
-    """Have a folder to oneself, until the block or the process ends. Raises FolderInUse."""
+def exclusive(folder: Path, option: str):
+    """Have a folder to oneself, until the block or the process ends. Raises FolderInUse, which names the option that sets it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FolderInUse(f"{folder}: another process is writing there; set run.dir to a new folder") from None
+            raise FolderInUse(f"{folder}: another process is writing there; set {option} to a new folder") from None
         yield
 
 

@@ -295,14 +295,11 @@ HASHED = {"weights": "model", "rows": "data"}  # keys of run.json: the hash of w
 
 def open_folder(folder: Path, settings: dict, order: list[str], stack: contextlib.ExitStack) -> dict[str, list[int]]:
     """Begin a run in its folder, or go on with it: {index: samples} of the responses that it holds. The folder is ours until
-    the stack is left. Raises BenchmarkError if it holds another run.
+    the stack is left. Raises BenchmarkError if it holds another run, FolderInUse if another process writes there.
     """
     import distributed
 
-    try:
-        stack.enter_context(distributed.exclusive(folder))
-    except distributed.FolderInUse:
-        raise BenchmarkError(f"{folder}: another process is writing there; set --out to a new folder") from None
+    stack.enter_context(distributed.exclusive(folder, "--out"))
     if (folder / "run.json").exists():
         before = read_settings(folder)
         changes = []

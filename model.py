@@ -440,7 +440,6 @@ class Policy(nn.Module):
             signals = Signals(*(torch.where(mask, x, 0) for x in signals))
         return PackedOutput(unpack(logprobs), unpack(entropy), signals)
 
-
     def idle(self) -> Tensor:
         """A pass over a single token, without an image: a loss of 0 whose gradients are 0."""
         nothing = Prompt(0, "", "", "", torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.bool), None, None)

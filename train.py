@@ -37,7 +37,7 @@ import rewards
 import rl_algos
 import toy
 from config import Config, ConfigError, load_config
-from data import DataError, JsonlDataset, Sampler, check_lengths, encode_prompt
+from data import DataError, JsonlDataset, Prompt, Sampler, check_lengths, encode_prompt
 from model import Policy, load_policy, save_policy
 from rollout import Rollout, generate, join, keyed_generator, runs_within
 
@@ -54,23 +54,28 @@ class RunError(RuntimeError):
 
 
 @contextlib.contextmanager
-def memory_for(what: str, keys: str):
-    """Running out of memory inside is a RunError that says at what, and which keys to lower."""
+def memory_for(describe, *arguments):
+    """Running out of memory inside is a RunError; describe(*arguments) says at what, and which keys to lower."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no class of its own
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        raise RunError(f"out of memory at {what}; lower {keys} ({str(error).splitlines()[0]})") from error
+        raise RunError(f"out of memory at {describe(*arguments)} ({str(error).splitlines()[0]})") from error
 
 
-def memory_of_groups(config: Config, rollout: Rollout, groups: list[int]):
-    """`memory_for` the packed forward and backward of some groups."""
+def sampling(config: Config, prompts: list[Prompt]) -> str:
+    longest = max(prompts, key=lambda prompt: len(prompt.input_ids))
+    return (f"sampling {config.rollout.group_size} responses to each of {len(prompts)} prompts, the longest of {len(longest.input_ids)} "
+            f"tokens (id {longest.id}); lower rollout.max_cache_tokens, rollout.max_new_tokens or data.max_pixels")
+
+
+def packed_row(config: Config, rollout: Rollout, groups: list[int]) -> str:
     tokens = sum(len(rollout.prompts[group].input_ids) for group in groups) + int(rollout.mask[rollout.rows(groups)].sum())
     keys = f"train.micro_batch_tokens (now {config.train.micro_batch_tokens})" if len(groups) > 1 else (
         "rollout.group_size, rollout.max_new_tokens or data.max_pixels, or set model.gradient_checkpointing=true")
     ids = ", ".join(rollout.prompts[group].id for group in groups)
-    return memory_for(f"a packed row of {tokens} tokens, the groups of the prompts {ids}", keys)
+    return f"a packed row of {tokens} tokens, the groups of the prompts {ids}; lower {keys}"
 
 
 @dataclass
@@ -109,10 +114,7 @@ def collect(config: Config, policy: Policy, dataset, drawn: list[tuple[int, int]
     prompts = [encode_prompt(sample, position, policy.tokenizer, policy.image_processor, config.data.prompt_template,
                              config.data.max_prompt_tokens) for (position, _), sample in zip(drawn, samples)]
     capture = config.dyco if config.dyco.enabled and config.dyco.capture == "rollout" else None
-    longest = max(prompts, key=lambda prompt: len(prompt.input_ids), default=None)
-    with memory_for(f"sampling {config.rollout.group_size} responses to each of {len(prompts)} prompts" + (
-            f", the longest of {len(longest.input_ids)} tokens (id {longest.id})" if longest else ""),
-            "rollout.max_cache_tokens, rollout.max_new_tokens or data.max_pixels"):
+    with memory_for(sampling, config, prompts):
         rollout = generate(policy, prompts, config.rollout.group_size, config.rollout.max_new_tokens, (config.train.seed, step),
                            capture, config.rollout.max_cache_tokens)
 
@@ -181,7 +183,7 @@ def score(config: Config, policy: Policy, rollout: Rollout, world, capture: bool
             policy.idle()
             continue
         part, rows = rollout.select(groups), rollout.rows(groups)
-        with memory_of_groups(config, rollout, groups):
+        with memory_for(packed_row, config, rollout, groups):
             output = policy(part.prompts, part.tokens, part.mask, policy.tap(config.dyco) if capture else None)
         width = part.mask.shape[1]
         logprobs[rows, :width] = output.logprobs
@@ -220,7 +222,7 @@ def update(config: Config, policy: Policy, optimizer, batch: Batch, groups: list
             continue
         some, rows = rollout.select(part), rollout.rows(part)
         cut = lambda x: None if x is None else x[rows, :some.mask.shape[1]]
-        with memory_of_groups(config, rollout, part):
+        with memory_for(packed_row, config, rollout, part):
             output = policy(some.prompts, some.tokens, some.mask)
             loss, metrics = rl_algos.policy_loss(name, output.logprobs, cut(batch.old_logprobs), cut(batch.advantages),
                                                  cut(batch.loss_mask), settings, cut(batch.ref_logprobs), normalizer)
@@ -292,7 +294,7 @@ def train_step(config: Config, policy: Policy, reference: Policy | None, optimiz
     row |= {f"time/{stage}": value for stage, value in seconds.items()}
     row["time/tokens_per_second"] = tokens / sum(seconds.values())
     if os.path.exists("/proc/self/statm"):
-        row["memory/resident_gb"] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+        row["memory/resident_gb"] = distributed.resident_bytes() / 1e9
     if world.device.type == "cuda":
         row["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         torch.cuda.reset_peak_memory_stats()
@@ -473,9 +475,8 @@ def run(config: Config, world) -> None:
     if facts["step"] >= config.train.steps and (folder / "final").exists():
         say(f"{folder}: finished at step {facts['step']}; nothing to do. Raise train.steps to go on, or set run.dir to a new folder")
         return
-    if world.is_main and (folder / "final").exists():  # of a run that is now extended
-        distributed.remove_folder(folder / "final")
-    writer = tensorboard(folder, facts["step"]) if config.log.tensorboard and world.is_main else None
+    done = facts["step"] if saved else -1  # the last step whose rows stand
+    writer = tensorboard(folder, done) if config.log.tensorboard and world.is_main else None
     policy, reference, dataset, held_out, custom_reward = build(config, world)
     sampler = Sampler(len(dataset), config.train.seed)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=config.optim.lr,
@@ -494,7 +495,9 @@ def run(config: Config, world) -> None:
     metrics, samples = folder / "metrics.jsonl", folder / "samples.jsonl"
     if world.is_main:
         for path in (metrics, samples):
-            supersede(path, facts["step"] if saved else -1)
+            supersede(path, done)
+        if (folder / "final").exists():  # of a run that is now extended
+            distributed.remove_folder(folder / "final")
         distributed.write_file(folder / "config.yaml", config.to_yaml().encode())
         if not saved:
             say(config.to_yaml())
@@ -619,7 +622,7 @@ def main(arguments: list[str] = sys.argv[1:]) -> None:
     try:
         config = load_config(paths[0], [a for a in arguments if "=" in a])
         world = distributed.start()
-        with distributed.exclusive(Path(config.run.dir)) if world.is_main else contextlib.nullcontext():
+        with distributed.exclusive(Path(config.run.dir), "run.dir") if world.is_main else contextlib.nullcontext():
             run(config, world)
         distributed.stop()  # not after an error: it would wait for processes that wait for this one
     except (ConfigError, DataError, RunError, distributed.FolderInUse) as error:

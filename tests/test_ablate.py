@@ -54,7 +54,7 @@ def test_report_and_missing_runs(tmp_path, monkeypatch, capsys):
     assert len(asked) == 32 and asked[:16] == [(cell, 0) for cell in ablate.PARTS["table"]]  # a whole seed before the next
     ablate.run_missing(["table"], 3, 1, tmp_path)
     assert len(asked) == 48 and {seed for _, seed in asked[32:]} == {2}
-    text = ablate.report()
+    text = ablate.tabulate()
     assert "| grpo/paper | 3 | 81.0 | +10.0 (+10.0 … +10.0) | 50.0 | +0.0 (+0.0 … +0.0) |" in text
     assert "| **all/paper** | | | +10.0 (+10.0 … +10.0) |" in text and "controls" not in text
     found = json.loads((tmp_path / "table.json").read_text())

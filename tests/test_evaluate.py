@@ -235,7 +235,7 @@ def test_a_folder_holds_one_run(run, model, tmp_path, asked):
     folder = run("LogicVista")
     before = (folder / "responses.jsonl").read_bytes()
     asked.clear()
-    with distributed.exclusive(folder), pytest.raises(SystemExit, match="another process is writing there; set --out"):
+    with distributed.exclusive(folder, "--out"), pytest.raises(SystemExit, match="another process is writing there; set --out"):
         run("LogicVista")
     for name, options, message in (("MME", (), "another benchmark .'LogicVista', now 'MME'.*set --out to a new folder"),
                                    ("LogicVista", ("--prompt", "train"), "another prompt .'benchmark', now 'train'"),
