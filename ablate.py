@@ -29,7 +29,10 @@ from report import append_jsonl, read_jsonl
 
 RESULTS = Path(__file__).with_name("results")
 HOSTS = ("grpo", "dapo", "gspo", "sapo")
-# the default level with four optimizer steps per rollout, stopped where the hosts are on their way from 30 to about 85 %
+# The default level with four optimizer steps per rollout, so that ratios leave 1, stopped while the hosts still rise. Chosen on these
+# curves, of the hosts alone with seed 1000, before any run with DyCo in this regime. Percent right at temperature 1 every 8 steps:
+#   grpo 31 42 56 60 76 87, dapo 31 46 60 73 75 88, gspo 31 35 49 57 67 78, sapo 31 27 32 44 57 81
+# Greedy 52 -> 100, 92, 89, 95; responses of 40 tokens; 15 to 28 % of the groups are all right or all wrong.
 REGIME = ["train.steps=40", "train.updates_per_rollout=4", "eval.every=8", "eval.samples=300", "toy.eval_size=300", "eval.swapped=false",
           "checkpoint.every=20", "checkpoint.keep_last=1", "log.samples_per_step=0"]
 OFF, RULE = ["dyco.enabled=false"], lambda name, ratio="relative": [f"dyco.rule={name}", f"dyco.ratio={ratio}"]
