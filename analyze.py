@@ -3,14 +3,17 @@
     python analyze.py roles     --model toy --data toy --out runs/analysis [section.key=value ...]
     python analyze.py roles     --model DIR --data FILE.jsonl --responses RECORDED.jsonl --out DIR
     python analyze.py intervene --model toy --data toy --out runs/analysis [section.key=value ...]
+    python analyze.py gradient  --model toy --data toy --out runs/analysis [section.key=value ...]
     python analyze.py report    RUN_DIR
 
 `roles` compares the tokens of right and wrong responses: roles, alignment, shifts (the paper's observation). `intervene`
 scales the attention of tokens of one role while they are sampled and measures what becomes of the answers (its
-experiment). Both take what they need from config.yaml: eval.samples prompts, rollout.group_size responses to each, rollout.*,
-dyco.*, toy.*, data.*, train.seed; --config names another file, such as a run's. `report` writes RUN_DIR/report.html (report.py).
+experiment). `gradient` compares the gradient of a batch under DyCo's rules with the host's. All take what they need from config.yaml:
+eval.samples prompts, rollout.group_size responses to each, rollout.*, dyco.*, toy.*, data.*, train.seed; `gradient` also algo.*
+and reward.*; --config names another file, such as a run's. `report` writes RUN_DIR/report.html (report.py).
 
-Intervals are 95 % percentile bootstrap intervals over prompts: the responses to one prompt are not independent.
+Intervals are 95 % percentile bootstrap intervals over prompts, since the responses to one prompt are not independent; over batches
+in `gradient`.
 Shapes: B responses, T response tokens, P prompts, R rows being decoded, K keys, H heads.
 """
 import argparse
@@ -19,7 +22,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +35,10 @@ import dyco
 import report
 import rewards
 import toy
+import train
 from config import DEFAULTS, Config, load_config
 from data import JsonlDataset, Prompt, Sample, check_lengths, encode_prompt
-from distributed import write_file
+from distributed import ALONE, write_file
 from dyco import Signals
 from model import Policy, load_policy
 from rollout import Rollout, generate, keyed_generator, runs_within
@@ -462,6 +466,104 @@ def read_log(path: Path, settings: dict) -> dict[tuple, dict]:
     return found
 
 
+# ---------------------------------------------------------------------------------------------------------- gradient
+
+
+class Recorder:
+    """Stands where train.update has its optimizer: keeps the gradient, takes no step."""
+
+    def __init__(self, policy: Policy):
+        self.parameters, self.gradient = [p for p in policy.parameters() if p.requires_grad], None
+
+    def step(self) -> None:
+        self.gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def batch_gradient(config: Config, policy: Policy, batch: train.Batch, rule: str, step: int) -> Tensor:
+    """The gradient [parameters] of one optimizer step on the whole batch, its advantages assigned by `rule`; what training would take."""
+    config = replace(config, dyco=replace(config.dyco, rule=rule))
+    train.assign_advantages(config, batch, step)
+    recorder = Recorder(policy)
+    train.update(config, policy, recorder, batch, list(range(len(batch.rollout.prompts))), ALONE)
+    if recorder.gradient is None:
+        raise AnalysisError(f"batch {step}, rule {rule}: the loss or its gradient is not finite")
+    return recorder.gradient
+
+
+def describe_gradients(config: Config, policy: Policy, batches: list[train.Batch], rules: list[str]) -> dict[str, dict]:
+    """For each rule, as [estimate, low, high] over batches: `factor` and `spread`, mean and standard deviation over tokens of what
+    the rule multiplies advantages by; `length` of the gradient over the host's on the same batch, `angle` between the two in degrees;
+    `others`, the cosine with the sum of the host's gradients on all other batches, which stands for the gradient that a batch
+    is a sample of; `gain`, how much larger that is than the host's own. Batches whose gradient is zero are left out."""
+    gradient = lambda k, rule: batch_gradient(config, policy, batches[k], rule, k)
+    unit, total, useful, found = (lambda x: x / x.norm()), 0, [], {rule: [] for rule in ["off", *rules]}
+    for k in tqdm(range(len(batches)), desc="host's gradients"):
+        host = gradient(k, "off")
+        if host.any():
+            total, useful = total + host, [*useful, k]
+    if len(useful) < 2:
+        raise AnalysisError(f"{len(useful)} of {len(batches)} batches have a gradient that is not zero, that is a group with unequal rewards; "
+                            "expected 2 or more; take more samples (eval.samples)")
+    for k in tqdm(useful, desc="gradients"):
+        host = gradient(k, "off")
+        advantages, others = batches[k].advantages, unit(total - host)
+        for rule, rows in found.items():
+            mine = host if rule == "off" else gradient(k, rule)
+            factors = (batches[k].advantages / advantages)[advantages != 0]
+            half = (unit(mine) - unit(host)).norm() / 2  # of the chord: exact where the cosine rounds to 1
+            away = unit(mine) @ others
+            rows.append([factors.mean(), factors.std(), mine.norm() / host.norm(), 2 * half.asin().rad2deg(), away,
+                         away - unit(host) @ others])
+    names = ("factor", "spread", "length", "angle", "others", "gain")
+    described = {}
+    for rule, rows in found.items():
+        values = torch.tensor(rows, dtype=torch.float64).T
+        described[rule] = dict(zip(names, map(estimate, *bootstrap(values, torch.ones_like(values), torch.arange(len(useful))))))
+    return described
+
+
+def gradients_text(found: dict[str, dict]) -> str:
+    heads = {"factor": ("factor", 1), "spread": ("its spread", 1), "length": ("length / host's", 1), "angle": ("angle to host's, degrees", 1),
+             "others": ("100 · cosine, other batches", 100), "gain": ("minus the host's", 100)}
+    lines = [f"{'rule':<16}" + "".join(f"{head:<29}" for head, _ in heads.values())]
+    lines += [f"{rule:<16}" + "".join(f"{report.interval(row[name], factor):<29}" for name, (_, factor) in heads.items())
+              for rule, row in found.items()]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def run_gradient(arguments) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    if unknown := [rule for rule in arguments.rules if rule not in dyco.RULES]:
+        raise AnalysisError(f"--rules: no rule {', '.join(unknown)}; expected some of {', '.join(dyco.RULES)}")
+    # at the first update of a step: all ratios are 1, the reference policy is the policy, nothing is clipped
+    config = replace(config, algo=replace(config.algo, kl=0.0), optim=replace(config.optim, grad_clip=math.inf),
+                     dyco=replace(config.dyco, enabled=True, capture="rollout"))
+    policy, samples, _, count = load(arguments, config, trainable=True)
+    size = config.rollout.prompts_per_step
+    if count < 2 * size:
+        raise AnalysisError(f"{count} samples make {count // size} batches of rollout.prompts_per_step={size}; expected 2 or more "
+                            "(eval.samples, toy.eval_size)")
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    custom = rewards.load_custom(config.reward.custom) if config.reward.custom else None
+    batches = []
+    for k in tqdm(range(count // size), desc="sampling"):
+        batch = train.collect(config, policy, samples, [(place, place) for place in range(k * size, (k + 1) * size)], 0, custom)
+        batch.loss_mask = batch.rollout.mask & ~(batch.rollout.truncated[:, None] & config.algo.mask_truncated)
+        batch.old_logprobs, _ = train.score(config, policy, batch.rollout, ALONE)
+        batches.append(batch)
+    rules = [rule for rule in dict.fromkeys(arguments.rules) if rule != "off"]
+    found = {"model": arguments.model, "data": arguments.data, "algo": config.algo.name, "dyco": asdict(config.dyco),
+             "batches": len(batches), "prompts_per_batch": size, "rules": describe_gradients(config, policy, batches, rules)}
+    write_file(out / "gradient.json", json.dumps(found, indent=1).encode())
+    print(gradients_text(found["rules"]))
+    print(f"wrote {out / 'gradient.json'}")
+
+
 # -------------------------------------------------------------------------------------------------- inputs and main
 
 
@@ -472,13 +574,13 @@ def model_folder(arguments, config: Config) -> Path:
     return toy.prepare(config.toy.level, config.toy.seed, config.data.prompt_template, config.toy.cache_dir)
 
 
-def load(arguments, config: Config) -> tuple[Policy, Sequence, list[str], int]:
+def load(arguments, config: Config, trainable: bool = False) -> tuple[Policy, Sequence, list[str], int]:
     """(policy, samples, their ids, how many of them to sample from), everything checked."""
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = load_policy(model_folder(arguments, config), device, config.model.dtype, config.model.attention,
-                         config.rollout.temperature, config.model.compile, trainable=False, max_pixels=config.data.max_pixels)
+                         config.rollout.temperature, config.model.compile, trainable=trainable, max_pixels=config.data.max_pixels)
     policy.tap(config.dyco)  # knows which layers there are
     if arguments.data == "toy":
         sizes = {"test": config.toy.eval_size, "train": config.toy.train_size}
@@ -534,7 +636,11 @@ def main(arguments: list[str] | None = None) -> None:
                            help="λ, separated by commas; 1 is always measured")
     intervene.add_argument("--layers", type=numbers(int), help="decoder layers to change, separated by commas (default: all)")
     intervene.set_defaults(run=run_intervene)
-    for command in (roles, intervene):
+    gradient = commands.add_parser("gradient", help="how far the rules of DyCo turn the gradient of a batch, and whether that helps")
+    gradient.add_argument("--rules", type=numbers(str), default=["paper", "uniform", "shuffled", "signed", "signed_shuffled", "response"],
+                          help="of dyco.RULES, separated by commas")
+    gradient.set_defaults(run=run_gradient)
+    for command in (roles, intervene, gradient):
         command.add_argument("--model", required=True,
                              help="toy (the warm start), a Hugging Face directory such as RUN_DIR/final, or a hub id")
         command.add_argument("--data", required=True, help="toy (its held-out split) or a JSONL file")
@@ -547,7 +653,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = parser.parse_args(arguments)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError) as error:  # ours are ValueErrors
+    except (ValueError, OSError, train.RunError) as error:  # ours are ValueErrors
         sys.exit(f"error: {error}")
 
 

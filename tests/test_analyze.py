@@ -12,7 +12,9 @@ from torch.nn.functional import pad
 import analyze
 import dyco
 import report
+import train
 from analyze import Intervention, Observed, bootstrap, estimate, mass_bias, random_plan
+from config import DEFAULTS, load_config
 from dyco import Signals
 from model import save_policy
 from rollout import generate
@@ -377,3 +379,63 @@ def test_text_only_data_cannot_be_intervened_on(start, tmp_path):
     with pytest.raises(SystemExit, match="no sample has an image"):
         start("intervene", data="text.jsonl")
     start("roles", data="text.jsonl", out="text")
+
+
+# ------------------------------------------------------------------------------------------------- gradient
+
+
+def test_gradients_and_angles_by_autograd(make_policy, prompts):
+    """Against −mean over responses of the mean over tokens of (1 + α·w)·Â·log π, one response at a time, and acos of the cosine."""
+    policy, config = make_policy(), load_config(DEFAULTS, ["algo.kl=0", "optim.grad_clip=1e9", "rollout.group_size=3"])
+    batches = []
+    for k, some in enumerate((prompts, prompts[:2], prompts[1:], prompts[:1])):
+        rollout = generate(policy, some, 3, 8, (0, k), DYCO)
+        gains = torch.rand(len(some), 3, generator=torch.Generator().manual_seed(k)) if k < 3 else torch.ones(1, 3)
+        batches.append(train.Batch(rollout, gains, gains, gains, old_logprobs=rollout.logprobs, loss_mask=rollout.mask))
+
+    def slow(batch, rule):
+        rollout, signals = batch.rollout, batch.rollout.signals
+        advantages = ((batch.rewards - batch.rewards.mean(1, keepdim=True)) / (batch.rewards.std(1, keepdim=True) + 1e-6)).flatten()
+        roles = dyco.assign_roles(signals.visual_shift, signals.text_shift, rollout.mask, 0.05)
+        scores = dyco.alignment_scores(signals.visual_mass, signals.text_mass, roles, rollout.mask)
+        factor = 1 + 0.2 * dyco.token_weights(scores, rollout.mask) if rule == "paper" else 1
+        policy.zero_grad()
+        for i in range(len(advantages)):
+            one = policy([rollout.prompts[i // 3]], rollout.tokens[i:i + 1], rollout.mask[i:i + 1]).logprobs[0]
+            each = (factor * advantages[:, None] * rollout.mask)[i] if rule == "paper" else advantages[i]
+            (-(each * one * rollout.mask[i]).sum() / rollout.mask[i].sum() / len(advantages)).backward()
+        return torch.cat([p.grad.flatten().double() for p in policy.parameters() if p.requires_grad])
+
+    hosts, papers = ([slow(batch, rule) for batch in batches[:3]] for rule in ("off", "paper"))
+    policy.zero_grad()
+    found = analyze.describe_gradients(config, policy, batches, ["paper"])["paper"]  # the fourth batch has nothing to say
+    cosine = lambda a, b: float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+    mean = lambda values: pytest.approx(sum(values) / 3, rel=2e-3, abs=2e-5)
+    others = [sum(hosts) - host for host in hosts]
+    assert found["length"][0] == mean([float(p.norm() / h.norm()) for p, h in zip(papers, hosts)])
+    assert found["angle"][0] == mean([math.degrees(math.acos(cosine(p, h))) for p, h in zip(papers, hosts)]) and found["angle"][0] > 0.1
+    assert found["others"][0] == mean([cosine(p, o) for p, o in zip(papers, others)])
+    assert found["gain"][0] == mean([cosine(p, o) - cosine(h, o) for p, h, o in zip(papers, hosts, others)])
+    assert found["factor"][0] == pytest.approx(1.2, abs=1e-4) and found["spread"][0] > 0.01
+    with pytest.raises(analyze.AnalysisError, match="1 of 2 batches"):
+        analyze.describe_gradients(config, policy, batches[2:], ["paper"])
+
+
+def test_gradient_command(start, capsys):
+    """The host against itself is 0 degrees away, exactly; `uniform` only makes its gradient 1.2 times as long."""
+    out = start("gradient", "--rules", "uniform,paper", "rollout.prompts_per_step=2", "algo.kl=0.5", "optim.grad_clip=0.1")
+    found = json.loads((out / "gradient.json").read_text())
+    off, uniform, paper = (found["rules"][rule] for rule in ("off", "uniform", "paper"))
+    assert found["batches"] == 3 and off["angle"] == off["gain"] == off["spread"] == [0, 0, 0] and off["length"] == [1, 1, 1]
+    assert uniform["length"] == pytest.approx([1.2] * 3, abs=1e-4) and uniform["angle"][2] < 0.01 and abs(uniform["gain"][0]) < 1e-4
+    assert paper["angle"][0] > 0.05 and paper["others"][0] == pytest.approx(off["others"][0] + paper["gain"][0], abs=2e-5)
+    assert "angle to host's" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--rules", "paper,papper"], "no rule papper; expected some of off, paper"),
+    (["rollout.prompts_per_step=4"], "6 samples make 1 batches of rollout.prompts_per_step=4; expected 2 or more")])
+def test_gradient_refuses(start, tmp_path, more, message):
+    with pytest.raises(SystemExit) as caught:
+        start("gradient", *more)
+    assert message in str(caught.value) and not (tmp_path / "out").exists()
