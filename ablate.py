@@ -1,6 +1,6 @@
 """ablate.py: does it work? The paper's Table 1 in miniature on the embedded default, with the controls that the paper lacks.
 
-    python ablate.py                     # runs what is missing, in part after part, then writes results/table.md and figure.svg
+    python ablate.py                     # runs what is missing, in part after part, then writes results/table.md, gains.svg and curves.svg
     python ablate.py table --seeds 4     # some cells, first seeds first
     python ablate.py --report            # only writes the tables of what is there
 
@@ -56,7 +56,11 @@ PARTS = {  # in the order in which they are run
     "ablations": cells_of("grpo", VARIANTS),
     "level2": cells_of("grpo", SMALL, "level 2: ", ["toy.level=2", "rollout.max_new_tokens=96"]),
 }
+# rule: what it is set against besides the host
+AGAINST = {"paper": ("uniform", "shuffled", "response"), "paper minmax": ("paper",), "signed minmax": ("signed uniform", "signed shuffled")}
 MEASURES = {"final": "at the end, temperature 1", "greedy": "at the end, greedy", "area": "mean over the curve"}
+COLORS = {"grpo": "#0072b2", "dapo": "#d55e00", "gspo": "#009e73", "sapo": "#aa4499", "all": "#111111"}
+CURVES = {"host": "#888888", "paper": "#0072b2", "shuffled": "#d55e00", "signed minmax": "#009e73"}
 
 
 # ------------------------------------------------------------------------------------------------------------ running
@@ -117,80 +121,133 @@ def measure(row: dict, name: str) -> float:
 
 
 def bootstrap(values: list[float], draws: int = 10000) -> tuple[float, float, float]:
-    """Mean and its 95 % percentile interval, resampling the values; seeded."""
+    """(mean, low, high): the mean and its 95 % percentile interval, resampling the values; seeded."""
     x = torch.tensor(values, dtype=torch.float64)
     picks = torch.randint(len(x), (draws, len(x)), generator=torch.Generator().manual_seed(0))
     low, high = torch.quantile(x[picks].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return float(x.mean()), low, high
 
 
-def differences(runs: dict, cell: str, baseline: str, name: str) -> list[float]:
-    """Paired by seed."""
-    seeds = sorted(seed for other, seed in runs if other == cell and (baseline, seed) in runs)
-    return [measure(runs[cell, seed], name) - measure(runs[baseline, seed], name) for seed in seeds]
+def differences(runs: dict, cells: list[str], baselines: list[str], name: str) -> list[float]:
+    """Of each cell and the baseline at its place, paired by seed."""
+    return [measure(runs[cell, seed], name) - measure(runs[baseline, seed], name) for cell, baseline in zip(cells, baselines)
+            for seed in sorted(seed for other, seed in runs if other == cell and (baseline, seed) in runs)]
 
 
 def tabulate() -> str:
-    """results/table.md and table.json of what has been run; returns the Markdown."""
-    runs = read_runs()
-    lines, found = ["# What DyCo-RL adds on the embedded default", "",
-                    "Accuracy on held-out samples in percent, means over seeds; gain over the host, paired by seed, with the 95 % bootstrap interval.", ""], {}
+    """results/table.md, table.json, gains.svg and curves.svg of what has been run; returns the Markdown."""
+    runs, found = read_runs(), {}
+    ran = {cell for cell, _ in runs}
+    text = lambda triple: "{:+.1f} ({:+.1f} … {:+.1f})".format(*triple).replace("-", "−")
+
+    def row(label: str, cells: list[str], baselines: list[str], means: bool) -> str:
+        entry, fields = found.setdefault(label, {}), []
+        for name in MEASURES:
+            values = [measure(line, name) for (cell, _), line in runs.items() if cell in cells]
+            gains = [] if cells == baselines else differences(runs, cells, baselines, name)
+            entry[name] = {"mean": statistics.fmean(values), "seeds": len(gains or values), "gain": bootstrap(gains) if gains else None}
+            fields += ([f"{entry[name]['mean']:.1f}"] if means else []) + [text(entry[name]["gain"]) if gains else "–"]
+        bold = "**" if len(cells) > 1 else ""
+        return f"| {bold}{label}{bold} | {entry[name]['seeds']} | " + " | ".join(fields) + " |"
+
+    lines = ["# What DyCo-RL adds on the embedded default", "",
+             "Accuracy on held-out samples in percent: mean over seeds, and gain over the host, paired by seed, with its 95 % bootstrap interval."]
     for part, cells in PARTS.items():
-        present = [cell for cell in cells if any(other == cell for other, _ in runs)]
-        if not present:
-            continue
-        lines += [f"## {part}", "", "| cell | seeds | " + " | ".join(f"{label} | gain" for label in MEASURES.values()) + " |",
-                  "|---|---|" + "---|---|" * len(MEASURES)]
-        pooled: dict[str, dict[str, list[list[float]]]] = {}
-        for cell in present:
-            prefix, rule = cell.rsplit("/", 1)
-            baseline = f"{prefix}/host"
-            fields = []
-            for name in MEASURES:
-                mean, low, high = bootstrap([measure(row, name) for (other, _), row in runs.items() if other == cell])
-                gains = [] if rule == "host" else differences(runs, cell, baseline, name)
-                entry = found.setdefault(cell, {})[name] = {"mean": mean, "low": low, "high": high}  # gain: the same triple
-                fields += [f"{mean:.1f}", "–"]
-                if gains:
-                    pooled.setdefault(rule, {}).setdefault(name, []).append(gains)
-                    entry["gain"] = bootstrap(gains)
-                    fields[-1] = "{:+.1f} ({:+.1f} … {:+.1f})".format(*entry["gain"])
-            lines.append(f"| {cell} | {sum(other == cell for other, _ in runs)} | " + " | ".join(fields) + " |")
-        if len({cell.rsplit("/", 1)[0] for cell in present}) == len(HOSTS):
-            for rule, gains in pooled.items():
-                entry = found[f"all/{rule}"] = {name: {"gain": bootstrap([x for host in gains[name] for x in host])} for name in MEASURES}
-                lines.append(f"| **all/{rule}** | | " + " | ".join("| {:+.1f} ({:+.1f} … {:+.1f})".format(*entry[name]["gain"])
-                                                              for name in MEASURES) + " |")
-        lines.append("")
-    text = "\n".join(lines)
+        cells = [cell for cell in cells if cell in ran]
+        if cells:
+            lines += ["", f"## {part}", "", "| cell | seeds | " + " | ".join(f"{label} | gain" for label in MEASURES.values()) + " |",
+                      "|---|---|" + "---|---|" * len(MEASURES)]
+        lines += [row(cell, [cell], [host_of(cell)], True) for cell in cells]
+        for rule in dict.fromkeys(cell.split("/")[1] for cell in cells):
+            same = [cell for cell in cells if cell.endswith(f"/{rule}")]
+            if len(same) == len(HOSTS) and rule != "host":
+                lines.append(row(f"all/{rule}", same, list(map(host_of, same)), True))
+    lines += ["", "## against each other", "", "Differences, paired by seed.", "",
+              "| | seeds | " + " | ".join(MEASURES.values()) + " |", "|---|---|" + "---|" * len(MEASURES)]
+    prefixes = dict.fromkeys(cell.split("/")[0] for cells in PARTS.values() for cell in cells if cell in ran)
+    for rule, others in AGAINST.items():
+        for other in others:
+            pairs = [(f"{prefix}/{rule}", f"{prefix}/{other}") for prefix in prefixes if {f"{prefix}/{rule}", f"{prefix}/{other}"} <= ran]
+            lines += [row(f"{cell} − {other}", [cell], [baseline], False) for cell, baseline in pairs]
+            pairs = [pair for pair in pairs if pair[0].split("/")[0] in HOSTS]
+            if len(pairs) == len(HOSTS):
+                lines.append(row(f"all/{rule} − {other}", *map(list, zip(*pairs)), False))
+    lines += [row(f"grpo/{variant} − paper", [f"grpo/{variant}"], ["grpo/paper"], False) for variant in VARIANTS if f"grpo/{variant}" in ran]
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "table.md").write_text(text)
+    (RESULTS / "table.md").write_text("\n".join([*lines, ""]))
     (RESULTS / "table.json").write_text(json.dumps(found, indent=1))
-    (RESULTS / "figure.svg").write_text(figure({cell: entry["area"].get("gain") for cell, entry in found.items()}))
-    return text
+    (RESULTS / "gains.svg").write_text(gains_figure(found))
+    (RESULTS / "curves.svg").write_text(curves_figure(runs))
+    return "\n".join(lines)
 
 
-def figure(gains: dict[str, tuple[float, float, float] | None]) -> str:
-    """The gains in the mean height of the curve, with their intervals, as an SVG of its own."""
-    gains = {cell: gain for cell, gain in gains.items() if gain is not None}
-    left, right, row = 190, 620, 20
-    bound = max([1.0, *(abs(x) for gain in gains.values() for x in gain)]) * 1.05
-    x = lambda value: (left + right) / 2 + value / bound * (right - left) / 2
-    height = row * (len(gains) + 3)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 {height}" font-family="sans-serif" font-size="12">',
-           f'<rect width="700" height="{height}" fill="white"/>',
-           f'<text x="{left}" y="16" font-weight="bold">Gain over the host, mean over the curve, percentage points</text>',
-           f'<line x1="{x(0)}" x2="{x(0)}" y1="{row}" y2="{height - row}" stroke="#999"/>']
-    for place, (cell, (mean, low, high)) in enumerate(gains.items()):
-        y, pooled = row * (place + 2), cell.startswith("all/")
-        color = "#999" if low <= 0 <= high else "#0a6b4f" if mean > 0 else "#b3261e"
-        out.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end" font-weight="{"bold" if pooled else "normal"}">{html.escape(cell)}</text>'
-                   f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="2"/>'
-                   f'<circle cx="{x(mean):.1f}" cy="{y}" r="4" fill="{color}"/>'
-                   f'<text x="{right + 10}" y="{y + 4}">{mean:+.1f}</text>')
-    ticks = [round(bound / 1.05 * part, 1) for part in (-1, -0.5, 0, 0.5, 1)]
-    out += [f'<text x="{x(tick):.1f}" y="{height - 4}" text-anchor="middle" fill="#555">{tick:+g}</text>' for tick in ticks]
-    return "\n".join([*out, "</svg>\n"])
+def host_of(cell: str) -> str:
+    return cell.split("/")[0] + "/host"
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def svg(width: int, height: int, title: str, parts: list[str]) -> str:
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" '
+                      f'font-size="12">', f'<rect width="{width}" height="{height}" fill="white"/>',
+                      f'<text x="14" y="20" font-weight="bold" font-size="14">{html.escape(title)}</text>', *parts, "</svg>\n"])
+
+
+def gains_figure(found: dict) -> str:
+    """The gain of every rule over the host in the mean height of the curve: each host's and, bold, all hosts'."""
+    gains = {label: entry["area"]["gain"] for label, entry in found.items() if entry["area"]["gain"] and "−" not in label}
+    rules = {rule: [label for label in gains if label.split("/")[1] == rule and label.split("/")[0] in COLORS]
+             for rule in [*TABLE, *CONTROLS]}
+    rows = [(rule, label) for rule, labels in rules.items() for label in labels]
+    bound = max([2.0, *(abs(x) for _, label in rows for x in gains[label])])
+    x = lambda value: 390 + value / bound * 230
+    parts, y = [], 34
+    for rule, labels in rules.items():
+        if labels:
+            y += 8
+            parts.append(f'<text x="14" y="{y + 7 * len(labels) + 4}">{html.escape(rule)}</text>')
+        for label in labels:
+            host, (mean, low, high) = label.split("/")[0], gains[label]
+            y, wide = y + 14, 3 if host == "all" else 1.5
+            parts.append(f'<g stroke="{COLORS[host]}" fill="{COLORS[host]}"><title>{html.escape(label)} {mean:+.2f} ({low:+.2f} … {high:+.2f})</title>'
+                         f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y}" y2="{y}" stroke-width="{wide}"/>'
+                         f'<circle cx="{x(mean):.1f}" cy="{y}" r="{1.3 * wide:.1f}"/></g>'
+                         f'<text x="140" y="{y + 4}" font-size="11" fill="{COLORS[host]}">{host}</text>')
+    axis = [f'<line x1="{x(v):.1f}" x2="{x(v):.1f}" y1="38" y2="{y + 14}" stroke="{"#888" if v == 0 else "#e4e4e4"}"/>'
+            f'<text x="{x(v):.1f}" y="{y + 30}" text-anchor="middle" fill="#555">{f"{v:+g}".replace("-", "−") if v else 0}</text>' for v in ticks(bound)]
+    return svg(640, y + 40, "Gain over the host, mean over the curve, percentage points", axis + parts)
+
+
+def curves_figure(runs: dict) -> str:
+    """Accuracy at temperature 1 over steps, means over seeds: one panel per host, one curve per rule of CURVES."""
+    parts = []
+    for place, host in enumerate(HOSTS):
+        left, top, wide, high = 44 + 320 * (place % 2), 52 + 226 * (place // 2), 250, 160
+        parts.append(f'<text x="{left}" y="{top - 8}" font-weight="bold">{host}</text>')
+        for share in (0, 25, 50, 75, 100):
+            y = top + high * (1 - share / 100)
+            parts.append(f'<line x1="{left}" x2="{left + wide}" y1="{y}" y2="{y}" stroke="#e4e4e4"/>'
+                         f'<text x="{left - 6}" y="{y + 4}" text-anchor="end" fill="#555">{share}</text>')
+        names = []
+        for rule, color in CURVES.items():
+            rows = [row for (cell, _), row in runs.items() if cell == f"{host}/{rule}"]
+            if rows:
+                steps = rows[0]["steps"]
+                heights = [statistics.fmean(column) for column in zip(*(row["accuracy"] for row in rows))]
+                path = " ".join(f"{left + wide * s / steps[-1]:.1f},{top + high * (1 - h):.1f}" for s, h in zip(steps, heights))
+                parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+                names.append(f'<tspan fill="{color}">{rule}</tspan>')
+                ends = (f'<text x="{left + wide * s / steps[-1]:.1f}" y="{top + high + 16}" text-anchor="middle" fill="#555">{s}</text>' for s in steps)
+        if names:
+            parts += [*ends, f'<text x="{left + 50}" y="{top - 8}">{" · ".join(names)}</text>']
+    return svg(640, 490, "Accuracy at temperature 1 on held-out samples, percent, over steps", parts)
+
+
+def ticks(bound: float) -> list[float]:
+    """Round values from −bound to bound."""
+    step = next(step for step in (0.5, 1, 2, 5, 10, 20, 50) if bound / step < 6)
+    return [i * step for i in range(-int(bound / step), int(bound / step) + 1)]
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """ablate.py: statistics by hand, the grid as configs, a run that is not repeated."""
 import json
+from xml.etree import ElementTree
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_measures_and_paired_differences():
     assert [ablate.measure(row, name) for name in ("final", "greedy", "area")] == pytest.approx([80, 90, 50])
     runs = {(r["cell"], r["seed"]): r for r in (row, line("grpo/host", 0, [0.2, 0.4, 0.7]), line("grpo/paper", 1, [0.2, 0.4, 0.5]),
                                                 line("grpo/host", 1, [0.2, 0.4, 0.6]), line("grpo/paper", 2, [0.0, 0.0, 0.0]))}
-    assert ablate.differences(runs, "grpo/paper", "grpo/host", "final") == pytest.approx([10, -10])  # seed 2 has no partner
+    assert ablate.differences(runs, ["grpo/paper"], ["grpo/host"], "final") == pytest.approx([10, -10])  # seed 2 has no partner
 
 
 def test_bootstrap_covers():
@@ -55,8 +56,29 @@ def test_report_and_missing_runs(tmp_path, monkeypatch, capsys):
     ablate.run_missing(["table"], 3, 1, tmp_path)
     assert len(asked) == 48 and {seed for _, seed in asked[32:]} == {2}
     text = ablate.tabulate()
-    assert "| grpo/paper | 3 | 81.0 | +10.0 (+10.0 … +10.0) | 50.0 | +0.0 (+0.0 … +0.0) |" in text
-    assert "| **all/paper** | | | +10.0 (+10.0 … +10.0) |" in text and "controls" not in text
+    assert "| grpo/paper | 3 | 81.0 | +10.0 (+10.0 … +10.0) | 50.0 | +0.0 (+0.0 … +0.0) |" in text and "| grpo/host | 3 | 71.0 | – |" in text
+    assert "| **all/paper** | 12 | 81.0 | +10.0 (+10.0 … +10.0) |" in text and "controls" not in text
+    assert "| gspo/paper minmax − paper | 3 | −10.0 (−10.0 … −10.0) |" in text and "| **all/paper minmax − paper** | 12 | −10.0" in text
+    assert "uniform" not in text and "all/host" not in text
     found = json.loads((tmp_path / "table.json").read_text())
-    assert found["grpo/paper"]["final"]["gain"] == pytest.approx([10, 10, 10])
-    assert (tmp_path / "figure.svg").read_text().count("<circle") == 12 + 3
+    assert found["grpo/paper"]["final"] == {"mean": pytest.approx(81), "seeds": 3, "gain": pytest.approx([10, 10, 10])}
+    gains, curves = (ElementTree.parse(tmp_path / f"{name}.svg") for name in ("gains", "curves"))
+    svg = "{http://www.w3.org/2000/svg}"
+    assert len(gains.findall(f".//{svg}circle")) == 12 + 3 and len(curves.findall(f".//{svg}polyline")) == 4 * 3  # host, paper, signed
+    places = {g.find(f"{svg}title").text.split()[0]: float(g.find(f"{svg}circle").get("cx")) for g in gains.findall(f".//{svg}g")
+              if "minmax" not in g.find(f"{svg}title").text}
+    assert places["all/paper"] == places["sapo/paper"] > 390  # zero is at 390
+
+
+def test_tables_of_nothing_and_of_half(tmp_path, monkeypatch):
+    """A part without its host's runs yet, and no run at all: tables without gains, figures without marks, no crash."""
+    monkeypatch.setattr(ablate, "RESULTS", tmp_path)
+    assert "seeds" in ablate.tabulate()
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line("level 2: grpo/uniform", 0, [0.3, 0.5, 0.7])) + "\n")
+    assert "| level 2: grpo/uniform | 1 | 70.0 | – |" in ablate.tabulate()
+
+
+@pytest.mark.parametrize("bound", [0.4, 2.0, 9.99, 240])
+def test_ticks_are_round_and_inside(bound):
+    found = ablate.ticks(bound)
+    assert 0 in found and found == [-x for x in found[::-1]] and abs(found[0]) <= bound and len(found) <= 13
