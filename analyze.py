@@ -6,7 +6,8 @@
     python analyze.py gradient  --model toy --data toy --out runs/analysis [section.key=value ...]
     python analyze.py report    RUN_DIR
 
-`roles` compares the tokens of right and wrong responses: roles, alignment, shifts (the paper's observation). `intervene`
+`roles` compares the tokens of right and wrong responses: roles, alignment, shifts (the paper's observation); on the toy, where it is
+known which tokens look and which read, also those, right and wrong. `intervene`
 scales the attention of tokens of one role while they are sampled and measures what becomes of the answers (its
 experiment). `gradient` compares the gradient of a batch under DyCo's rules with the host's. All take what they need from config.yaml:
 eval.samples prompts, rollout.group_size responses to each, rollout.*, dyco.*, toy.*, data.*, train.seed; `gradient` also algo.*
@@ -19,6 +20,7 @@ Shapes: B responses, T response tokens, P prompts, R rows being decoded, K keys,
 import argparse
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -48,6 +50,8 @@ REPLICATES = 2000     # of the bootstrap
 HIGHEST_MASS = 0.99   # an intervention raises no head's mass above this
 ROLES = {"visual": 1, "text": -1}
 SHIFT_BINS = 32       # of the histograms over 0 … π
+TOY_STEP = re.compile(r"([a-z]+) is ([a-z]+) ([0-9]+), total ([0-9]+)\.")  # toy.write_trace
+TOY_DECISIONS = ("colour", f"{toy.SHAPES[0]}'s colour", "value", "total")
 
 
 class AnalysisError(ValueError):
@@ -236,6 +240,71 @@ def describe_roles(seen: Observed, tokenizer) -> dict:
             "shifts": shift_distributions(seen), "strings": token_strings(seen, tokenizer)}
 
 
+def toy_decisions(pieces: list[str], sample: Sample) -> dict[int, tuple[str, bool]]:
+    """Which tokens of a toy response decide what: {place: (kind, is it right)}; `pieces` are the tokens as text.
+
+    A "colour", or that of the shape with the bad habit, is right if it is the picture's; a "value" if it is that of the
+    named colour; a "total" if it is the total before plus the named value: a later step is not wrong because of an earlier one.
+    """
+    ends = np.cumsum([len(piece) for piece in pieces])
+    found, total = {}, 0
+    for step in TOY_STEP.finditer("".join(pieces)):
+        shape, color, value, after = step.groups()
+        kinds = (f"{toy.SHAPES[0]}'s colour" if shape == toy.SHAPES[0] else "colour", "value", "total")
+        right = (color == sample.extra["colors"].get(shape), int(value) == sample.extra["values"].get(color), int(after) == total + int(value))
+        places = (int(np.searchsorted(ends, step.start(group), side="right")) for group in (2, 3, 4))
+        found |= dict(zip(places, zip(kinds, right)))
+        total = int(after)
+    return found
+
+
+def describe_decisions(seen: Observed, samples: Sequence[Sample], tokenizer) -> dict[str, dict[str, dict]]:
+    """{kind: {"right", "wrong", "difference" (wrong − right): {statistic: [estimate, low, high], "tokens": how many}}}.
+
+    The kinds are those of `toy_decisions`, and "other" tokens, which are neither.
+    """
+    marks: dict[tuple[str, str], Tensor] = {(kind, outcome): torch.zeros_like(seen.mask) for kind in TOY_DECISIONS for outcome in ("right", "wrong")}
+    other = seen.mask.clone()
+    for row, (place, tokens, mask) in enumerate(zip(seen.prompt.tolist(), seen.tokens, seen.mask)):
+        pieces = [tokenizer.decode([token]) for token in tokens[mask].tolist()]
+        for token, (kind, right) in toy_decisions(pieces, samples[place]).items():
+            marks[kind, "right" if right else "wrong"][row, token] = True
+            other[row, token] = False
+    signals, weights = seen.signals, dyco.token_weights(seen.scores, seen.mask)
+    image_share = signals.visual_mass / (signals.visual_mass + signals.text_mass).clamp(min=1e-12)
+    values = {"visual, %": 100.0 * (seen.roles > 0), "text, %": 100.0 * (seen.roles < 0), "visual shift": signals.visual_shift,
+              "text shift": signals.text_shift, "image's share": image_share, "alignment": seen.scores, "weight": weights}
+
+    def describe(marked: Tensor, against: Tensor | None = None) -> dict:
+        sums = lambda some: (torch.stack([torch.where(some, value, 0).sum(1) for value in values.values()]),
+                             some.sum(1).double().expand(len(values), -1))
+        found, replicates = bootstrap(*sums(marked), seen.prompt)
+        if against is not None:
+            found, replicates = (x - y for x, y in zip((found, replicates), bootstrap(*sums(against), seen.prompt)))  # the same draws
+        return dict(zip(values, map(estimate, found, replicates)))
+
+    table = {}
+    for kind in TOY_DECISIONS:
+        right, wrong = marks[kind, "right"], marks[kind, "wrong"]
+        table[kind] = {"right": {"tokens": int(right.sum()), **describe(right)}, "wrong": {"tokens": int(wrong.sum()), **describe(wrong)},
+                       "difference": describe(wrong, right)}
+    return {**table, "other": {"right": {"tokens": int(other.sum()), **describe(other)}}}
+
+
+def decisions_text(table: dict) -> str:
+    names = [name for name in table["other"]["right"] if name != "tokens"]
+    line = lambda cells: "".join(f"{cell:<{width}}" for cell, width in zip(cells, (24, 9, *[15] * len(names)))).rstrip()
+    lines = [line(("tokens that decide", "tokens", *names))]
+    for kind, outcomes in table.items():
+        for outcome, row in outcomes.items():
+            if outcome != "difference":
+                cells = [report.interval([row[name][0], None, None]) for name in names]
+                lines.append(line((kind if kind == "other" else f"{kind}, {outcome}", row["tokens"], *cells)))
+    lines += [f"alignment, wrong − right: {kind} {report.interval(outcomes['difference']['alignment'])}"
+              for kind, outcomes in table.items() if "difference" in outcomes]
+    return "\n".join(lines)
+
+
 def roles_text(found: dict) -> str:
     counts = found["counts"]
     heads = [f"{name} ({counts[name]['responses']})" for name in ("correct", "incorrect")] + ["incorrect − correct"]
@@ -249,6 +318,8 @@ def roles_text(found: dict) -> str:
     for name, strings in found["strings"].items():
         shares = [f"{s['token']!r} {100 * s['share']:.0f} % of {s['occurrences']}" for s in strings]
         lines.append(f"most often {name}: " + ", ".join(shares))
+    if "decisions" in found:
+        lines += ["", decisions_text(found["decisions"])]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -272,6 +343,8 @@ def run_roles(arguments) -> None:
         seen = read_responses(policy, samples, recorded, config)
     found = {"model": arguments.model, "data": arguments.data, "responses": arguments.responses, "dyco": asdict(config.dyco),
              **describe_roles(seen, policy.tokenizer)}
+    if arguments.data == "toy":
+        found["decisions"] = describe_decisions(seen, samples, policy.tokenizer)
     write_file(out / "roles.json", json.dumps(found, indent=1).encode())
     print(roles_text(found))
     print(f"wrote {out / 'roles.json'}")

@@ -15,6 +15,7 @@ import report
 import train
 from analyze import Intervention, Observed, bootstrap, estimate, mass_bias, random_plan
 from config import DEFAULTS, load_config
+from data import Sample
 from dyco import Signals
 from model import save_policy
 from rollout import generate
@@ -278,6 +279,46 @@ def test_right_and_wrong_stand_side_by_side(tokenizer):
     assert only["statistics"]["image mass"]["correct"] == [None, None, None] and "–" in analyze.roles_text(only)
 
 
+TRACE = ["<think>", "cross is", " bl", "ue 3", ", total ", "3", ". circle is red 1", ", total 5. square", " is ", "green", " 1, total 6", ".", "</think>"]
+SCENE = Sample("0", (), "", "", {"asked": [], "colors": {"cross": "blue", "circle": "green", "square": "green"},
+                                 "values": {"red": 1, "green": 2, "blue": 3}})
+
+
+def test_decisions_of_a_toy_response_by_hand():
+    """A wrong total does not make the next one wrong; a wrong colour makes neither its value nor its total wrong."""
+    assert analyze.toy_decisions(TRACE, SCENE) == {
+        2: ("colour", True), 3: ("value", True), 5: ("total", True),
+        6: ("value", True), 7: ("total", False),  # the token 6 holds the circle's colour, too: its last decision stays
+        9: ("colour", True), 10: ("total", True)}
+    assert analyze.toy_decisions([" ", *"cross is red 1, total 1."], SCENE)[10] == ("colour", False)
+    for text in ("", "circle is", "cross is \u0661 \u0661, total 1.", "ring is mauve 99, total " + "9" * 60 + "."):
+        assert not any(right for _, right in analyze.toy_decisions([text], SCENE).values())
+
+
+def test_decisions_are_counted_by_hand(tokenizer):
+    """Two responses to one prompt; roles, shares and weights of the tokens at which colours are named."""
+    text = "cross is blue 3, total 3. circle is red 1, total 4."
+    ids = tokenizer(text).input_ids
+    pieces = [tokenizer.decode([token]) for token in ids]
+    blue, red = pieces.index(" blue"), pieces.index(" red")
+    roles = torch.zeros(2, len(ids), dtype=torch.long)
+    scores, visual = torch.zeros(2, len(ids)), torch.full((2, len(ids)), 0.1)
+    roles[0, blue], roles[1, blue], roles[:, red] = 1, -1, -1
+    scores[0, blue], scores[1, blue], scores[:, red] = 0.8, 0.4, 0.3
+    visual[:, blue] = 0.3
+    seen = Observed(torch.zeros(2, dtype=torch.long), torch.tensor([True, False]), torch.tensor([ids, ids]), torch.ones(2, len(ids)).bool(),
+                    Signals(visual, torch.full_like(visual, 0.1), torch.zeros_like(visual), torch.ones_like(visual)), roles, scores)
+    found = analyze.describe_decisions(seen, [SCENE], tokenizer)
+    colour = found["colour"]["right"]
+    assert colour["tokens"] == 2 and colour["visual, %"][0] == colour["text, %"][0] == 50 and colour["alignment"][0] == pytest.approx(0.6)
+    assert colour["image's share"][0] == pytest.approx(0.75) and colour["text shift"][0] == 1
+    assert colour["weight"][0] == pytest.approx(float(dyco.token_weights(scores, seen.mask)[:, blue].mean()), abs=1e-4)
+    assert found["circle's colour"]["wrong"]["tokens"] == 2 and found["circle's colour"]["right"]["alignment"] == [None, None, None]
+    assert found["value"]["right"]["tokens"] == 4 and found["total"]["right"]["tokens"] == 4 and found["colour"]["difference"]["weight"][0] is None
+    assert found["other"]["right"]["tokens"] == 2 * len(ids) - 12 and found["other"]["right"]["text, %"] == [0, 0, 0]
+    assert "circle's colour, wrong" in analyze.decisions_text(found) and json.dumps(found, allow_nan=False)
+
+
 # ------------------------------------------------------------------------------------------------------ commands
 
 
@@ -439,3 +480,12 @@ def test_gradient_refuses(start, tmp_path, more, message):
     with pytest.raises(SystemExit) as caught:
         start("gradient", *more)
     assert message in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_the_toy_has_its_decisions_beside_the_roles(start, tmp_path, capsys):
+    start("roles", data="rows.jsonl", out="plain")
+    assert "decisions" not in json.loads((tmp_path / "plain" / "roles.json").read_text())
+    analyze.main(["roles", "--model", str(tmp_path / "model"), "--data", "toy", "--out", str(tmp_path / "toy"), "eval.samples=3",
+                  "rollout.group_size=2", "rollout.max_new_tokens=6", "train.threads=0"])
+    found = json.loads((tmp_path / "toy" / "roles.json").read_text())["decisions"]
+    assert 6 <= found["other"]["right"]["tokens"] <= 36 and list(found)[0] == "colour" and "tokens that decide" in capsys.readouterr().out
