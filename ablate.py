@@ -7,6 +7,10 @@
 A *cell* is a set of config overrides; every cell is run with the same seeds, so differences are paired. A finished run is
 one line of results/runs.jsonl, appended; what was computed is never computed again. Each run has one thread.
 
+What was asked, before any result: the *primary* figure is paper − shuffled over all four hosts, mean over the held-out curve at
+temperature 1: the same weights on the right and on the wrong tokens. Next are paper − uniform and paper − host. AdamW does not see
+a common factor, so `uniform` is nearly the host once more: its gain shows the noise. All other figures are exploratory.
+
 The regime was chosen on the hosts' curves alone, before any run with DyCo (seed 1000; the table's seeds are 0, 1, …): see REGIME.
 """
 import argparse
@@ -57,8 +61,10 @@ PARTS = {  # in the order in which they are run
     "level2": cells_of("grpo", SMALL, "level 2: ", ["toy.level=2", "rollout.max_new_tokens=96"]),
 }
 # rule: what it is set against besides the host
-AGAINST = {"paper": ("uniform", "shuffled", "response"), "paper minmax": ("paper",), "signed minmax": ("signed uniform", "signed shuffled")}
-MEASURES = {"final": "at the end, temperature 1", "greedy": "at the end, greedy", "area": "mean over the curve"}
+AGAINST = {"paper": ("uniform", "shuffled", "response"), "paper minmax": ("uniform", "paper"), "signed minmax": ("signed uniform", "signed shuffled")}
+MEASURES = {"final": "at the end, temperature 1", "greedy": "at the end, greedy", "area": "mean over the curve", "online": "mean in training"}
+KEPT = {"online": "reward/accuracy", "entropy": "policy/entropy", "clip_fraction": "policy/clip_fraction", "grad_norm": "policy/grad_norm",
+        "length": "response/length", "alignment": "dyco/alignment"}
 COLORS = {"grpo": "#0072b2", "dapo": "#d55e00", "gspo": "#009e73", "sapo": "#aa4499", "all": "#111111"}
 CURVES = {"host": "#888888", "paper": "#0072b2", "shuffled": "#d55e00", "signed minmax": "#009e73"}
 
@@ -67,33 +73,42 @@ CURVES = {"host": "#888888", "paper": "#0072b2", "shuffled": "#d55e00", "signed 
 
 
 def read_runs() -> dict[tuple[str, int], dict]:
+    """{(cell, seed): line}. Raises ValueError for a line that was made with other settings than its cell has now."""
     path = RESULTS / "runs.jsonl"
-    rows = read_jsonl(path, growing=True) if path.exists() else []
-    return {(row["cell"], row["seed"]): row for _, row in rows}
+    settings = {cell: [*REGIME, *overrides] for part in PARTS.values() for cell, overrides in part.items()}
+    found = {}
+    for line, row in read_jsonl(path, growing=True) if path.exists() else []:
+        if row["settings"] != settings.get(row["cell"]):
+            raise ValueError(f"{path}, line {line}: {row['cell']}, seed {row['seed']}, was run with {' '.join(row['settings'])}, which is not what "
+                             "that cell is now; move the file away, or take the line out")
+        found[row["cell"], row["seed"]] = row
+    return found
 
 
 def run_one(cell: str, overrides: list[str], seed: int, scratch: Path) -> dict:
     """Train once, in a process of its own with one thread; returns the run's line."""
     folder = scratch / f"{cell}-{seed}".replace("/", "-").replace(" ", "_").replace(":", "")
+    shutil.rmtree(folder, ignore_errors=True)  # a run that was cut off begins anew
     started = time.perf_counter()
     command = [sys.executable, "train.py", "config.yaml", *REGIME, *overrides, f"train.seed={seed}", f"run.dir={folder}"]
     done = subprocess.run(command, cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{cell}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        raise RuntimeError(f"{cell}, seed {seed}: {(done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]}")
+    rows = [row for _, row in read_jsonl(folder / "metrics.jsonl")]
     evaluations = [row for row in rows if "eval/accuracy" in row]
-    mean = lambda key: statistics.fmean(row[key] for row in rows[1:] if key in row) if any(key in row for row in rows) else None
+    found = {"cell": cell, "seed": seed, "settings": [*REGIME, *overrides], "steps": [row["step"] for row in evaluations],
+             "accuracy": [row["eval/accuracy"] for row in evaluations], "greedy": [row["eval/accuracy_greedy"] for row in evaluations]}
+    for name, key in KEPT.items():  # of every step
+        if any(key in row for row in rows):
+            found[name] = [round(row[key], 5) for row in rows[1:] if key in row]
     shutil.rmtree(folder)
-    return {"cell": cell, "seed": seed, "overrides": overrides, "steps": [row["step"] for row in evaluations],
-            "accuracy": [row["eval/accuracy"] for row in evaluations], "greedy": [row["eval/accuracy_greedy"] for row in evaluations],
-            "entropy": mean("policy/entropy"), "clip_fraction": mean("policy/clip_fraction"), "alignment": mean("dyco/alignment"),
-            "length": mean("response/length"), "seconds": round(time.perf_counter() - started, 1)}
+    return {**found, "seconds": round(time.perf_counter() - started, 1)}
 
 
 def run_missing(parts: list[str], seeds: int, jobs: int, scratch: Path) -> None:
-    """Seed after seed, so that a table of few seeds is complete early."""
+    """Seed after seed, so that tables of few seeds are complete early."""
     have, lock = read_runs(), Lock()
-    wanted = [(cell, overrides, seed) for part in parts for seed in range(seeds) for cell, overrides in PARTS[part].items()
+    wanted = [(cell, overrides, seed) for seed in range(seeds) for part in parts for cell, overrides in PARTS[part].items()
               if (cell, seed) not in have]
     with tqdm(total=len(wanted), desc="runs") as bar, ThreadPoolExecutor(jobs) as pool:
         def work(item) -> None:
@@ -110,9 +125,12 @@ def run_missing(parts: list[str], seeds: int, jobs: int, scratch: Path) -> None:
 
 
 def measure(row: dict, name: str) -> float:
-    """In percent: accuracy at the end, greedy at the end, or the mean height of the curve (trapezoids)."""
+    """In percent: accuracy at the end, greedy at the end, mean height of the curve (trapezoids), or accuracy of all responses sampled in
+    training, each before the update that learns from it and on a prompt not seen before."""
     if name == "greedy":
         return 100 * row["greedy"][-1]
+    if name == "online":
+        return 100 * statistics.fmean(row["online"])
     if name == "final":
         return 100 * row["accuracy"][-1]
     curve, steps = row["accuracy"], row["steps"]
@@ -120,38 +138,56 @@ def measure(row: dict, name: str) -> float:
     return 100 * area / (steps[-1] - steps[0])
 
 
-def bootstrap(values: list[float], draws: int = 10000) -> tuple[float, float, float]:
-    """(mean, low, high): the mean and its 95 % percentile interval, resampling the values; seeded."""
-    x = torch.tensor(values, dtype=torch.float64)
-    picks = torch.randint(len(x), (draws, len(x)), generator=torch.Generator().manual_seed(0))
-    low, high = torch.quantile(x[picks].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(x.mean()), low, high
+def bootstrap(values: list[float], draws: int = 10000) -> tuple[float, float | None, float | None]:
+    """(mean, low, high): the 95 % bootstrap interval of a mean, resampling the values; seeded; none for fewer than four.
+
+    Percentile intervals of few values are too short (8 normals: 89 %). The percentiles are those that would make the interval of
+    normal values Student's: Φ(∓ t √(n/(n−1))), "expanded percentile" in Hesterberg, What Teachers Should Know About the Bootstrap, 2015.
+    """
+    x, n = torch.tensor(values, dtype=torch.float64), len(values)
+    if n < 4:
+        return float(x.mean()), None, None
+    normal, v = statistics.NormalDist(), n - 1
+    z = normal.inv_cdf(0.975)
+    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2) + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    low = normal.cdf(-t * (n / v) ** 0.5)
+    picks = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
+    return float(x.mean()), *torch.quantile(x[picks].mean(1), torch.tensor([low, 1 - low], dtype=torch.float64)).tolist()
+
+
+def shared_seeds(runs: dict, cells: list[str]) -> list[int]:
+    return sorted(set.intersection(*({seed for other, seed in runs if other == cell} for cell in cells)))
 
 
 def differences(runs: dict, cells: list[str], baselines: list[str], name: str) -> list[float]:
-    """Of each cell and the baseline at its place, paired by seed."""
-    return [measure(runs[cell, seed], name) - measure(runs[baseline, seed], name) for cell, baseline in zip(cells, baselines)
-            for seed in sorted(seed for other, seed in runs if other == cell and (baseline, seed) in runs)]
+    """Of cells and the baselines at their places, for each seed that all of them have, the mean over the cells."""
+    return [statistics.fmean(measure(runs[cell, seed], name) - measure(runs[baseline, seed], name) for cell, baseline in zip(cells, baselines))
+            for seed in shared_seeds(runs, [*cells, *baselines])]
 
 
 def tabulate() -> str:
     """results/table.md, table.json, gains.svg and curves.svg of what has been run; returns the Markdown."""
     runs, found = read_runs(), {}
     ran = {cell for cell, _ in runs}
-    text = lambda triple: "{:+.1f} ({:+.1f} … {:+.1f})".format(*triple).replace("-", "−")
+
+    def text(gain: tuple | None) -> str:
+        return "–" if gain is None else ("{:+.1f}" if gain[1] is None else "{:+.1f} ({:+.1f} … {:+.1f})").format(*gain).replace("-", "−")
 
     def row(label: str, cells: list[str], baselines: list[str], means: bool) -> str:
-        entry, fields = found.setdefault(label, {}), []
+        seeds = shared_seeds(runs, [*cells, *baselines]) or shared_seeds(runs, cells)
+        entry = found[label] = {"seeds": len(seeds)}
+        fields = []
         for name in MEASURES:
-            values = [measure(line, name) for (cell, _), line in runs.items() if cell in cells]
             gains = [] if cells == baselines else differences(runs, cells, baselines, name)
-            entry[name] = {"mean": statistics.fmean(values), "seeds": len(gains or values), "gain": bootstrap(gains) if gains else None}
-            fields += ([f"{entry[name]['mean']:.1f}"] if means else []) + [text(entry[name]["gain"]) if gains else "–"]
+            entry[name] = {"mean": statistics.fmean(measure(runs[cell, seed], name) for cell in cells for seed in seeds),
+                           "gain": bootstrap(gains) if gains else None}
+            fields += ([f"{entry[name]['mean']:.1f}"] if means else []) + [text(entry[name]["gain"])]
         bold = "**" if len(cells) > 1 else ""
-        return f"| {bold}{label}{bold} | {entry[name]['seeds']} | " + " | ".join(fields) + " |"
+        return f"| {bold}{label}{bold} | {len(seeds)} | " + " | ".join(fields) + " |"
 
     lines = ["# What DyCo-RL adds on the embedded default", "",
-             "Accuracy on held-out samples in percent: mean over seeds, and gain over the host, paired by seed, with its 95 % bootstrap interval."]
+             "Accuracy in percent, means over seeds, and gains over the host, paired by seed, with 95 % bootstrap intervals. First three: on "
+             "held-out samples; last: of the responses sampled in training. Bold: mean over the four hosts of each seed."]
     for part, cells in PARTS.items():
         cells = [cell for cell in cells if cell in ran]
         if cells:
@@ -160,7 +196,7 @@ def tabulate() -> str:
         lines += [row(cell, [cell], [host_of(cell)], True) for cell in cells]
         for rule in dict.fromkeys(cell.split("/")[1] for cell in cells):
             same = [cell for cell in cells if cell.endswith(f"/{rule}")]
-            if len(same) == len(HOSTS) and rule != "host":
+            if len(same) == len(HOSTS) and rule != "host" and shared_seeds(runs, [*same, *map(host_of, same)]):
                 lines.append(row(f"all/{rule}", same, list(map(host_of, same)), True))
     lines += ["", "## against each other", "", "Differences, paired by seed.", "",
               "| | seeds | " + " | ".join(MEASURES.values()) + " |", "|---|---|" + "---|" * len(MEASURES)]
@@ -168,9 +204,10 @@ def tabulate() -> str:
     for rule, others in AGAINST.items():
         for other in others:
             pairs = [(f"{prefix}/{rule}", f"{prefix}/{other}") for prefix in prefixes if {f"{prefix}/{rule}", f"{prefix}/{other}"} <= ran]
+            pairs = [pair for pair in pairs if shared_seeds(runs, pair)]
             lines += [row(f"{cell} − {other}", [cell], [baseline], False) for cell, baseline in pairs]
             pairs = [pair for pair in pairs if pair[0].split("/")[0] in HOSTS]
-            if len(pairs) == len(HOSTS):
+            if len(pairs) == len(HOSTS) and shared_seeds(runs, [cell for pair in pairs for cell in pair]):
                 lines.append(row(f"all/{rule} − {other}", *map(list, zip(*pairs)), False))
     lines += [row(f"grpo/{variant} − paper", [f"grpo/{variant}"], ["grpo/paper"], False) for variant in VARIANTS if f"grpo/{variant}" in ran]
     RESULTS.mkdir(exist_ok=True)
@@ -195,28 +232,29 @@ def svg(width: int, height: int, title: str, parts: list[str]) -> str:
 
 
 def gains_figure(found: dict) -> str:
-    """The gain of every rule over the host in the mean height of the curve: each host's and, bold, all hosts'."""
-    gains = {label: entry["area"]["gain"] for label, entry in found.items() if entry["area"]["gain"] and "−" not in label}
-    rules = {rule: [label for label in gains if label.split("/")[1] == rule and label.split("/")[0] in COLORS]
-             for rule in [*TABLE, *CONTROLS]}
-    rows = [(rule, label) for rule, labels in rules.items() for label in labels]
-    bound = max([2.0, *(abs(x) for _, label in rows for x in gains[label])])
-    x = lambda value: 390 + value / bound * 230
+    """What the rules gain over the host and over their controls in the mean height of the curve: for each host and, bold, for all."""
+    pairs = [(rule, other) for rule in (*TABLE, *CONTROLS) for other in ("host", *AGAINST.get(rule, ())) if rule != "host"]
+    groups = []
+    for rule, other in pairs:
+        labels = {host: f"{host}/{rule}" + (f" − {other}" if other != "host" else "") for host in COLORS}
+        gains = {host: found[label]["area"]["gain"] for host, label in labels.items() if label in found}
+        groups.append((f"{rule} − {other}", {host: gain for host, gain in gains.items() if gain and gain[1] is not None}))
+    bound = max([2.0, *(abs(x) for _, gains in groups for gain in gains.values() for x in gain)])
+    x = lambda value: 400 + value / bound * 225
     parts, y = [], 34
-    for rule, labels in rules.items():
-        if labels:
+    for title, gains in groups:
+        if gains:
             y += 8
-            parts.append(f'<text x="14" y="{y + 7 * len(labels) + 4}">{html.escape(rule)}</text>')
-        for label in labels:
-            host, (mean, low, high) = label.split("/")[0], gains[label]
+            parts.append(f'<text x="14" y="{y + 7 * len(gains) + 4}">{html.escape(title)}</text>')
+        for host, (mean, low, high) in gains.items():
             y, wide = y + 14, 3 if host == "all" else 1.5
-            parts.append(f'<g stroke="{COLORS[host]}" fill="{COLORS[host]}"><title>{html.escape(label)} {mean:+.2f} ({low:+.2f} … {high:+.2f})</title>'
+            parts.append(f'<g stroke="{COLORS[host]}" fill="{COLORS[host]}"><title>{html.escape(f"{host}: {title}")} {mean:+.2f} ({low:+.2f} … {high:+.2f})</title>'
                          f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y}" y2="{y}" stroke-width="{wide}"/>'
                          f'<circle cx="{x(mean):.1f}" cy="{y}" r="{1.3 * wide:.1f}"/></g>'
-                         f'<text x="140" y="{y + 4}" font-size="11" fill="{COLORS[host]}">{host}</text>')
+                         f'<text x="210" y="{y + 4}" text-anchor="end" font-size="11" fill="{COLORS[host]}" dx="-40">{host}</text>')
     axis = [f'<line x1="{x(v):.1f}" x2="{x(v):.1f}" y1="38" y2="{y + 14}" stroke="{"#888" if v == 0 else "#e4e4e4"}"/>'
             f'<text x="{x(v):.1f}" y="{y + 30}" text-anchor="middle" fill="#555">{f"{v:+g}".replace("-", "−") if v else 0}</text>' for v in ticks(bound)]
-    return svg(640, y + 40, "Gain over the host, mean over the curve, percentage points", axis + parts)
+    return svg(640, y + 40, "Gain, mean over the held-out curve, percentage points (95 % intervals)", axis + parts)
 
 
 def curves_figure(runs: dict) -> str:
@@ -230,8 +268,10 @@ def curves_figure(runs: dict) -> str:
             parts.append(f'<line x1="{left}" x2="{left + wide}" y1="{y}" y2="{y}" stroke="#e4e4e4"/>'
                          f'<text x="{left - 6}" y="{y + 4}" text-anchor="end" fill="#555">{share}</text>')
         names = []
-        for rule, color in CURVES.items():
-            rows = [row for (cell, _), row in runs.items() if cell == f"{host}/{rule}"]
+        curves = {rule: color for rule, color in CURVES.items() if any(cell == f"{host}/{rule}" for cell, _ in runs)}
+        seeds = shared_seeds(runs, [f"{host}/{rule}" for rule in curves]) if curves else []
+        for rule, color in curves.items():
+            rows = [runs[f"{host}/{rule}", seed] for seed in seeds]
             if rows:
                 steps = rows[0]["steps"]
                 heights = [statistics.fmean(column) for column in zip(*(row["accuracy"] for row in rows))]

@@ -557,7 +557,8 @@ class Recorder:
 
 
 def batch_gradient(config: Config, policy: Policy, batch: train.Batch, rule: str, step: int) -> Tensor:
-    """The gradient [parameters] of one optimizer step on the whole batch, its advantages assigned by `rule`; what training would take."""
+    """The gradient [parameters] of one optimizer step on the whole batch, its advantages assigned by `rule`: what train.update
+    hands to the optimizer before any clipping."""
     config = replace(config, dyco=replace(config.dyco, rule=rule))
     train.assign_advantages(config, batch, step)
     recorder = Recorder(policy)
@@ -568,40 +569,41 @@ def batch_gradient(config: Config, policy: Policy, batch: train.Batch, rule: str
 
 
 def describe_gradients(config: Config, policy: Policy, batches: list[train.Batch], rules: list[str]) -> dict[str, dict]:
-    """For each rule, as [estimate, low, high] over batches: `factor` and `spread`, mean and standard deviation over tokens of what
-    the rule multiplies advantages by; `length` of the gradient over the host's on the same batch, `angle` between the two in degrees;
-    `others`, the cosine with the sum of the host's gradients on all other batches, which stands for the gradient that a batch
-    is a sample of; `gain`, how much larger that is than the host's own. Batches whose gradient is zero are left out."""
+    """For each rule, as [estimate, low, high] over the second half of the batches: `factor` and `spread`, mean and standard deviation over
+    tokens of what the rule multiplies advantages by; `length` of the gradient over the host's on the same batch, and the
+    `angle` between the two in degrees; `reference`, the cosine with the sum of the host's gradients on the first half, which stands
+    for the direction that a batch is a noisy sample of; `gain`, how much larger that is than the host's own.
+
+    Intervals hold for that reference. Batches whose gradient is zero are left out.
+    """
     gradient = lambda k, rule: batch_gradient(config, policy, batches[k], rule, k)
-    unit, total, useful, found = (lambda x: x / x.norm()), 0, [], {rule: [] for rule in ["off", *rules]}
-    for k in tqdm(range(len(batches)), desc="host's gradients"):
+    unit, half = lambda x: x / x.norm(), len(batches) // 2
+    reference = sum(gradient(k, "off") for k in tqdm(range(half), desc="reference"))
+    found = {rule: [] for rule in ["off", *rules]}
+    for k in tqdm(range(half, len(batches)), desc="gradients"):
         host = gradient(k, "off")
-        if host.any():
-            total, useful = total + host, [*useful, k]
-    if len(useful) < 2:
-        raise AnalysisError(f"{len(useful)} of {len(batches)} batches have a gradient that is not zero, that is a group with unequal rewards; "
-                            "expected 2 or more; take more samples (eval.samples)")
-    for k in tqdm(useful, desc="gradients"):
-        host = gradient(k, "off")
-        advantages, others = batches[k].advantages, unit(total - host)
+        if not host.any() or not reference.any():
+            continue
+        advantages, towards = batches[k].advantages, unit(reference)
         for rule, rows in found.items():
             mine = host if rule == "off" else gradient(k, rule)
             factors = (batches[k].advantages / advantages)[advantages != 0]
-            half = (unit(mine) - unit(host)).norm() / 2  # of the chord: exact where the cosine rounds to 1
-            away = unit(mine) @ others
-            rows.append([factors.mean(), factors.std(), mine.norm() / host.norm(), 2 * half.asin().rad2deg(), away,
-                         away - unit(host) @ others])
-    names = ("factor", "spread", "length", "angle", "others", "gain")
+            chord = (unit(mine) - unit(host)).norm() / 2  # exact where the cosine rounds to 1
+            rows.append([factors.mean(), factors.std(), mine.norm() / host.norm(), 2 * chord.asin().rad2deg(), unit(mine) @ towards,
+                         (unit(mine) - unit(host)) @ towards])
+    if not found["off"]:
+        raise AnalysisError("all gradients are zero: no group with unequal rewards; take more samples (eval.samples)")
+    names = ("factor", "spread", "length", "angle", "reference", "gain")
     described = {}
     for rule, rows in found.items():
         values = torch.tensor(rows, dtype=torch.float64).T
-        described[rule] = dict(zip(names, map(estimate, *bootstrap(values, torch.ones_like(values), torch.arange(len(useful))))))
+        described[rule] = dict(zip(names, map(estimate, *bootstrap(values, torch.ones_like(values), torch.arange(len(rows))))))
     return described
 
 
 def gradients_text(found: dict[str, dict]) -> str:
     heads = {"factor": ("factor", 1), "spread": ("its spread", 1), "length": ("length / host's", 1), "angle": ("angle to host's, degrees", 1),
-             "others": ("100 · cosine, other batches", 100), "gain": ("minus the host's", 100)}
+             "reference": ("100 · cosine, reference", 100), "gain": ("minus the host's", 100)}
     lines = [f"{'rule':<16}" + "".join(f"{head:<29}" for head, _ in heads.values())]
     lines += [f"{rule:<16}" + "".join(f"{report.interval(row[name], factor):<29}" for name, (_, factor) in heads.items())
               for rule, row in found.items()]
@@ -709,8 +711,8 @@ def main(arguments: list[str] | None = None) -> None:
                            help="λ, separated by commas; 1 is always measured")
     intervene.add_argument("--layers", type=numbers(int), help="decoder layers to change, separated by commas (default: all)")
     intervene.set_defaults(run=run_intervene)
-    gradient = commands.add_parser("gradient", help="how far the rules of DyCo turn the gradient of a batch, and whether that helps")
-    gradient.add_argument("--rules", type=numbers(str), default=["paper", "uniform", "shuffled", "signed", "signed_shuffled", "response"],
+    gradient = commands.add_parser("gradient", help="how far the rules of DyCo turn the gradient of a batch, and whether towards that of others")
+    gradient.add_argument("--rules", type=numbers(str), default=["paper", "uniform", "shuffled", "signed", "signed_uniform", "signed_shuffled", "response"],
                           help="of dyco.RULES, separated by commas")
     gradient.set_defaults(run=run_gradient)
     for command in (roles, intervene, gradient):
