@@ -1,7 +1,7 @@
 """bench.py: the performance of this project, as ratios measured side by side in one run.
 
     python bench.py                  # every row; prints a table and writes bench.json
-    python bench.py update rollout   # some rows
+    python bench.py update rollout   # some rows; bench.json then has these alone
 
 Rounds of the compared ways are interleaved; the ratio is the median over rounds, with the smallest and the largest.
 Peak memory is that of a process of its own. Run nothing else meanwhile.
@@ -456,7 +456,7 @@ def plan(gpus: int, text: dict, tied: bool) -> list[tuple[str, float, str]]:
              (f"update, forward, again, backward: 8 · {tokens} tokens · {trained / 1e9:.2f} B", 8 * tokens * trained / rate)]
     table += [(label, amount, "s") for label, amount in times]
     step = sum(amount for _, amount in times)
-    table.append((f"one epoch of 11 000 prompts: {11000 // (prompts * gpus)} steps", 11000 // (prompts * gpus) * step / 3600, "hours"))
+    table.append((f"one epoch of 11 000 prompts: {-(-11000 // (prompts * gpus))} steps", -(-11000 // (prompts * gpus)) * step / 3600, "hours"))
     return table
 
 

@@ -66,7 +66,8 @@ def swap_images(samples: list[Sample]) -> list[Sample]:
 
 def held_out(policy: Policy, samples: list[Sample], template: str, max_new_tokens: int, seed: int, max_cache_tokens: int = 131072,
              swapped: bool = True, max_prompt_tokens: int | None = None, world: World | None = None) -> dict[str, float]:
-    """Accuracy on samples, as fractions 0 … 1: sampled at temperature 1, greedy, and with images swapped.
+    """Accuracy on samples, as fractions 0 … 1: sampled at temperature 1, greedy, and with images swapped; of the sampled responses also
+    the share that is well formed (`format`) and the tokens (`length`).
 
     The random streams depend on `seed` and the sample's place alone, so evaluations of one run differ by the policy only.
     """

@@ -79,7 +79,8 @@ def _eager_attention(query, key, value, scale, mask) -> Tensor:
 def grouped_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, kernel: str = "sdpa") -> Tensor:
     """Causal attention, the last query aligned with the last key. query [B, H, T, D], key and value [B, H_kv, K, D].
 
-    The H / H_kv query heads that share a key head are folded into the query length, so keys are not repeated per head.
+    The H / H_kv query heads that share a key head meet it without copies of it: by the kernel where it can, else folded into the
+    query length.
     """
     batch, heads, queries, width = query.shape
     key_heads, keys = key.shape[1:3]
@@ -350,7 +351,7 @@ class Policy(nn.Module):
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def tap(self, settings, keep_images: bool = False) -> Tap:
-        """A tap for one forward; `settings` has layers, shift and text_scope."""
+        """A tap for one forward, or for one prefill and its decoding steps; `settings` has layers, shift and text_scope."""
         return Tap(settings.layers, self.depth, settings.shift, settings.text_scope, self.signals, keep_images)
 
     # -- inputs

@@ -28,7 +28,7 @@ COMPACT_BELOW = 0.75  # finished rows leave the batch when at most this share is
 
 @dataclass
 class Rollout:
-    """P prompts and their P·G responses, group-major. Masks are made here and passed on; later stages use them and derive none."""
+    """P prompts and their P·G responses, group-major. `mask` is made here; later stages pass it on."""
     prompts: list[Prompt]
     group_size: int
     tokens: Tensor           # [B, T] long

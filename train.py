@@ -42,7 +42,8 @@ from model import Policy, load_policy, save_policy
 from rollout import Rollout, generate, join, keyed_generator, runs_within
 
 # config keys that decide what a run *is*: a checkpoint of another value cannot be continued
-FIXED_ON_RESUME = ("model.path", "model.freeze_vision", "data.path", "data.image_root", "data.prompt_template", "toy", "train.seed")
+FIXED_ON_RESUME = ("model.path", "model.freeze_vision", "data.path", "data.image_root", "data.prompt_template", "toy", "train.seed",
+                   "algo", "dyco", "reward")
 MAX_FAILURES = 5  # steps in a row with a non-finite loss or gradient before the run stops
 
 
@@ -64,13 +65,13 @@ def memory_for(describe, *arguments):
         raise RunError(f"out of memory at {describe(*arguments)} ({str(error).splitlines()[0]})") from error
 
 
-def sampling(config: Config, prompts: list[Prompt]) -> str:
+def describe_sampling(config: Config, prompts: list[Prompt]) -> str:
     longest = max(prompts, key=lambda prompt: len(prompt.input_ids))
     return (f"sampling {config.rollout.group_size} responses to each of {len(prompts)} prompts, the longest of {len(longest.input_ids)} "
             f"tokens (id {longest.id}); lower rollout.max_cache_tokens, rollout.max_new_tokens or data.max_pixels")
 
 
-def packed_row(config: Config, rollout: Rollout, groups: list[int]) -> str:
+def describe_packed_row(config: Config, rollout: Rollout, groups: list[int]) -> str:
     tokens = sum(len(rollout.prompts[group].input_ids) for group in groups) + int(rollout.mask[rollout.rows(groups)].sum())
     keys = f"train.micro_batch_tokens (now {config.train.micro_batch_tokens})" if len(groups) > 1 else (
         "rollout.group_size, rollout.max_new_tokens or data.max_pixels, or set model.gradient_checkpointing=true")
@@ -114,7 +115,7 @@ def collect(config: Config, policy: Policy, dataset, drawn: list[tuple[int, int]
     prompts = [encode_prompt(sample, position, policy.tokenizer, policy.image_processor, config.data.prompt_template,
                              config.data.max_prompt_tokens) for (position, _), sample in zip(drawn, samples)]
     capture = config.dyco if config.dyco.enabled and config.dyco.capture == "rollout" else None
-    with memory_for(sampling, config, prompts):
+    with memory_for(describe_sampling, config, prompts):
         rollout = generate(policy, prompts, config.rollout.group_size, config.rollout.max_new_tokens, (config.train.seed, step),
                            capture, config.rollout.max_cache_tokens)
 
@@ -183,7 +184,7 @@ def score(config: Config, policy: Policy, rollout: Rollout, world, capture: bool
             policy.idle()
             continue
         part, rows = rollout.select(groups), rollout.rows(groups)
-        with memory_for(packed_row, config, rollout, groups):
+        with memory_for(describe_packed_row, config, rollout, groups):
             output = policy(part.prompts, part.tokens, part.mask, policy.tap(config.dyco) if capture else None)
         width = part.mask.shape[1]
         logprobs[rows, :width] = output.logprobs
@@ -222,7 +223,7 @@ def update(config: Config, policy: Policy, optimizer, batch: Batch, groups: list
             continue
         some, rows = rollout.select(part), rollout.rows(part)
         cut = lambda x: None if x is None else x[rows, :some.mask.shape[1]]
-        with memory_for(packed_row, config, rollout, part):
+        with memory_for(describe_packed_row, config, rollout, part):
             output = policy(some.prompts, some.tokens, some.mask)
             loss, metrics = rl_algos.policy_loss(name, output.logprobs, cut(batch.old_logprobs), cut(batch.advantages),
                                                  cut(batch.loss_mask), settings, cut(batch.ref_logprobs), normalizer)

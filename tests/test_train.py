@@ -118,11 +118,12 @@ def test_a_log_longer_than_the_checkpoint_is_neither_cut_nor_repeated(start, tmp
     assert rows_of(folder) == rows_of(whole) and not partial.exists()
 
 
-def test_another_seed_cannot_resume(start, capsys):
+def test_another_run_cannot_resume(start, capsys):
     start()
-    with pytest.raises(SystemExit):
-        start("train.seed=1", "train.steps=3")
-    assert "holds a run with another train.seed (0, now 1)" in capsys.readouterr().err
+    for key, before, after in [("train.seed", 0, 1), ("algo.kl", 0.04, 0.5), ("dyco.rule", "paper", "uniform"), ("reward.format_weight", 1.0, 0.5)]:
+        with pytest.raises(SystemExit):
+            start(f"{key}={after}", "train.steps=3")
+        assert f"holds a run with another {key} ({before!r}, now {after!r})" in capsys.readouterr().err
     start("optim.lr=1e-4", "train.steps=3")
     assert "changed since the checkpoint: optim.lr 0.001 -> 0.0001" in capsys.readouterr().out
 
