@@ -92,8 +92,8 @@ def run_one(cell: str, overrides: list[str], seed: int, scratch: Path) -> dict:
     started = time.perf_counter()
     command = [sys.executable, "train.py", "config.yaml", *REGIME, *overrides, f"train.seed={seed}", f"run.dir={folder}"]
     done = subprocess.run(command, cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{cell}, seed {seed}: {(done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]}")
+    if done.returncode or not (folder / "final").exists():  # a run that was asked to stop has none, and exits with 0
+        raise RuntimeError(f"{cell}, seed {seed}, did not end: {(done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]}")
     rows = [row for _, row in read_jsonl(folder / "metrics.jsonl")]
     evaluations = [row for row in rows if "eval/accuracy" in row]
     found = {"cell": cell, "seed": seed, "settings": [*REGIME, *overrides], "steps": [row["step"] for row in evaluations],
@@ -301,9 +301,12 @@ def main() -> None:
     if unknown := [part for part in arguments.parts if part not in PARTS]:
         sys.exit(f"error: no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
     RESULTS.mkdir(exist_ok=True)
-    if not arguments.report:
-        run_missing(arguments.parts or list(PARTS), arguments.seeds, arguments.jobs, arguments.scratch.resolve())
-    print(tabulate())
+    try:
+        if not arguments.report:
+            run_missing(arguments.parts or list(PARTS), arguments.seeds, arguments.jobs, arguments.scratch.resolve())
+        print(tabulate())
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -98,3 +98,32 @@ def test_tables_of_nothing_and_of_half(tmp_path, monkeypatch):
 def test_ticks_are_round_and_inside(bound):
     found = ablate.ticks(bound)
     assert 0 in found and found == [-x for x in found[::-1]] and abs(found[0]) <= bound and len(found) <= 13
+
+
+FAKE = """import json, pathlib, sys
+folder = pathlib.Path(next(a for a in sys.argv if a.startswith("run.dir="))[8:])
+assert not folder.exists() and "train.seed=3" in sys.argv and "algo.name=grpo" in sys.argv and "dyco.rule=paper" in sys.argv
+folder.mkdir(parents=True)
+rows = [{"step": s, **({"reward/accuracy": 0.25 * s, "policy/entropy": 1.0} if s else {}), **({"eval/accuracy": 0.5, "eval/accuracy_greedy": 1.0} if s != 1 else {})}
+        for s in range(3)]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
+if ENDS:
+    (folder / "final").mkdir()
+"""
+
+
+def test_one_run_becomes_one_line_and_an_unfinished_one_none(tmp_path, monkeypatch):
+    """A stopped run exits with 0 and has no final/; what it left is thrown away when it is run again."""
+    (tmp_path / "train.py").write_text(FAKE.replace("ENDS", "False"))
+    monkeypatch.setattr(ablate, "__file__", str(tmp_path / "ablate.py"))
+    arguments = "grpo/paper", ablate.PARTS["table"]["grpo/paper"], 3, tmp_path / "scratch"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="grpo/paper, seed 3, did not end"):
+            ablate.run_one(*arguments)
+    (tmp_path / "train.py").write_text(FAKE.replace("ENDS", "True"))
+    found = ablate.run_one(*arguments)
+    assert found["steps"] == [0, 2] and found["accuracy"] == [0.5, 0.5] and found["online"] == [0.25, 0.5] and found["entropy"] == [1, 1]
+    assert "grad_norm" not in found and list((tmp_path / "scratch").iterdir()) == []
+    (tmp_path / "train.py").write_text("import sys; sys.exit('error: no such thing')")
+    with pytest.raises(RuntimeError, match="error: no such thing"):
+        ablate.run_one(*arguments)
