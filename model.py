@@ -60,7 +60,7 @@ def register_attention() -> None:
 
 def float32_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with a float32 result, whatever the inputs: attention scores and logits rounded to bfloat16 would drown
-    shifts of τ = 0.05 and the ratios that GSPO clips at 3e-4."""
+    shifts of τ = 0.05 and the ratios that GSPO clips at 3e-4. Without gradient: CUDA's 16-bit product into float32 has none."""
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.float32 and b.dtype == torch.float32:
             return a @ b
@@ -72,7 +72,8 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _eager_attention(query, key, value, scale, mask) -> Tensor:
-    scores = (float32_product(query, key.transpose(-1, -2)) * scale).masked_fill(~mask, -math.inf)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (query.float() @ key.float().transpose(-1, -2) * scale).masked_fill(~mask, -math.inf)
     return torch.softmax(scores, dim=-1).to(value.dtype) @ value
 
 

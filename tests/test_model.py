@@ -232,6 +232,20 @@ def test_bfloat16_arithmetic_over_float32_weights(make_policy, prompts):
     assert 0 < (rough.logprobs - exact).abs().max() < 0.2
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_products_into_float32_take_no_gradient(make_policy, prompts, kernel, monkeypatch):
+    """CUDA's 16-bit product with a float32 result has no derivative: it must not be met where one is wanted."""
+    policy, plain, calls = make_policy(dtype=torch.bfloat16, kernel=kernel), model.float32_product, []
+
+    def product(a, b):
+        calls.append(torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+        return plain(a, b)
+    monkeypatch.setattr(model, "float32_product", product)
+    tokens, mask = random_responses(prompts, 2, 5, 300)
+    policy(prompts, tokens, mask, policy.tap(DYCO)).logprobs.sum().backward()
+    assert calls and not any(calls)
+
+
 def test_gradient_checkpointing_changes_nothing(make_policy, prompts):
     tokens, mask = random_responses(prompts, 2, 6, 300)
     plain, saving = make_policy(), make_policy()
