@@ -629,7 +629,7 @@ def run_gradient(arguments) -> None:
     for k in tqdm(range(count // size), desc="sampling"):
         batch = train.collect(config, policy, samples, [(place, place) for place in range(k * size, (k + 1) * size)], 0, custom)
         batch.loss_mask = batch.rollout.mask & ~(batch.rollout.truncated[:, None] & config.algo.mask_truncated)
-        batch.old_logprobs, _ = train.score(config, policy, batch.rollout, ALONE)
+        batch.old_logprobs, _ = train.score(config, policy, batch.rollout, [list(range(size))], ALONE)
         batches.append(batch)
     rules = [rule for rule in dict.fromkeys(arguments.rules) if rule != "off"]
     found = {"model": arguments.model, "data": arguments.data, "algo": config.algo.name, "dyco": asdict(config.dyco),

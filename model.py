@@ -31,6 +31,7 @@ from data import Prompt
 from dyco import Signals
 
 ATTENTION = "dyco_layout"
+WINDOWS = "dyco_flash_windows"  # transformers calls what has flash in its name once per layer, with the borders of all windows
 
 
 # ----------------------------------------------------------------------------------- attention: one function, two layouts
@@ -49,12 +50,30 @@ def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, la
     return layout.attend(module.layer_idx, query, key, value, module.scaling), None
 
 
+def attend_windows(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float, cu_seq_lens_q: Tensor, **kwargs):
+    """Attention function of the vision tower: windows of one length are one batch, not one call each. [1, H, N, D] -> [1, N, H, D].
+
+    cu_seq_lens_q [windows + 1]: where the windows begin and the last one ends.
+    """
+    lengths = cu_seq_lens_q.diff()
+    kinds, counts = (x.tolist() for x in lengths.unique(return_counts=True))
+    if several := len(kinds) > 1:
+        order = lengths.repeat_interleave(lengths).argsort(stable=True)  # patches, windows of one length side by side
+        query, key, value = (x.index_select(2, order) for x in (query, key, value))
+    split = lambda x: x[0].split([length * count for length, count in zip(kinds, counts)], dim=1)
+    parts = [F.scaled_dot_product_attention(*(x.unflatten(1, (-1, length)).transpose(0, 1) for x in qkv), scale=scaling)
+             for length, *qkv in zip(kinds, *map(split, (query, key, value)))]                       # [windows, H, length, D] each
+    out = torch.cat([part.transpose(0, 1).flatten(1, 2) for part in parts], dim=1)
+    return (out.index_select(1, order.argsort()) if several else out).transpose(0, 1)[None], None
+
+
 def register_attention() -> None:
-    """Make `attend` known to transformers, with the masks of sdpa."""
+    """Make `attend` and `attend_windows` known to transformers, with the masks of sdpa."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ATTENTION, attend)
+    AttentionInterface.register(WINDOWS, attend_windows)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
@@ -285,9 +304,9 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, suppressed, chunk, forward_chunk, backward_chunk):
-        rounded = weight.to(hidden.dtype)
+        rounded = weight.detach().to(hidden.dtype)  # detached: a compiled function is compiled once for scoring and update
         parts = [forward_chunk(h, rounded, t, temperature, suppressed)
-                 for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+                 for h, t in zip(hidden.detach().split(chunk), targets.split(chunk))]
         logprobs, entropy, log_total = (torch.cat(x) for x in zip(*parts))
         ctx.save_for_backward(hidden, weight, targets, suppressed, log_total)
         ctx.temperature, ctx.chunk, ctx.backward_chunk = temperature, chunk, backward_chunk
@@ -328,7 +347,7 @@ class Policy(nn.Module):
         self.hf, self.tokenizer, self.image_processor = hf, tokenizer, image_processor
         self.temperature, self.kernel, self.dtype = temperature, kernel, dtype
         hf.model.language_model.config._attn_implementation = ATTENTION
-        hf.model.visual.config._attn_implementation = kernel
+        hf.model.visual.config._attn_implementation = WINDOWS if kernel == "sdpa" else kernel
         self.eos_ids = set(_as_list(hf.generation_config.eos_token_id) or [tokenizer.eos_token_id])
         # a sampled image or video placeholder would ask the model for an image that is not there
         placeholders = sorted({hf.config.image_token_id, hf.config.video_token_id})
@@ -475,6 +494,9 @@ def load_policy(path: str | Path, device: torch.device, dtype: str = "auto", ker
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, dtype)
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients for some masked shapes on H100; and it plans each new shape
+        torch.backends.cudnn.allow_tf32 = False      # float32 is float32: the patch embedding is a convolution
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype="auto" if trainable else dtype, attn_implementation="sdpa")
     hf.requires_grad_(trainable)
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)

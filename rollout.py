@@ -208,8 +208,13 @@ def generate(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tok
     the policy's. intervention: changes the attention of chosen tokens (analyze.Intervention); needs `capture`.
     """
     waves = runs_within([len(prompt.input_ids) + group_size * max_new_tokens for prompt in prompts], max_cache_tokens)
-    return join([_decode(policy, [prompts[i] for i in wave], group_size, max_new_tokens, key, capture, temperature, intervention)
-                 for wave in waves])
+    training = policy.training
+    policy.eval()  # in training mode each layer would prepare to be checkpointed
+    try:
+        return join([_decode(policy, [prompts[i] for i in wave], group_size, max_new_tokens, key, capture, temperature, intervention)
+                     for wave in waves])
+    finally:
+        policy.train(training)
 
 
 def _prefill(policy: Policy, prompts: list[Prompt], positions: list[Tensor], tap: Tap | None) -> tuple[Tensor, dict, list]:

@@ -175,11 +175,15 @@ def micro_batches(rollout: Rollout, groups: list[int], budget: int, world) -> li
 
 
 @torch.no_grad()
-def score(config: Config, policy: Policy, rollout: Rollout, world, capture: bool = False) -> tuple[Tensor, dyco.Signals | None]:
-    """Stage 3: log-probabilities [B, T] by the packed forward, and with `capture` DyCo's signals."""
+def score(config: Config, policy: Policy, rollout: Rollout, parts: list[list[int]], world,
+          capture: bool = False) -> tuple[Tensor, dyco.Signals | None]:
+    """Stage 3: log-probabilities [B, T] by the packed forward, and with `capture` DyCo's signals.
+
+    parts: the groups of each mini-batch. Packed as the update will pack them, since a GPU may round another row otherwise.
+    """
     logprobs = torch.zeros_like(rollout.logprobs)
     signals = dyco.Signals(*(torch.zeros_like(logprobs) for _ in range(4))) if capture else None
-    for groups in micro_batches(rollout, list(range(len(rollout.prompts))), config.train.micro_batch_tokens, world):
+    for groups in (row for part in parts for row in micro_batches(rollout, part, config.train.micro_batch_tokens, world)):
         if not groups:
             policy.idle()
             continue
@@ -264,19 +268,19 @@ def train_step(config: Config, policy: Policy, reference: Policy | None, optimiz
     if not sum(map(len, world.gather(batch.positions))):
         return {**row, "policy/skipped_updates": float(config.train.updates_per_rollout), "time/rollout": seconds["rollout"]}, None
 
-    rollout = batch.rollout                                                                          # 3. score
+    rollout, parts = batch.rollout, split(config, batch, step, world)                                # 3. score
     late_capture = config.dyco.enabled and config.dyco.capture == "scoring"
     how = config.train.old_logprobs
     scored = how == "scored" or how == "auto" and policy.dtype != torch.float32
     batch.old_logprobs = rollout.logprobs
     if scored or late_capture:
-        logprobs, signals = score(config, policy, rollout, world, late_capture)
+        logprobs, signals = score(config, policy, rollout, parts, world, late_capture)
         rollout.signals = signals if late_capture else rollout.signals
         gap = (logprobs - rollout.logprobs).abs()
         row["policy/rollout_gap"] = max(world.gather(float(gap.max()) if gap.numel() else 0.0))
         batch.old_logprobs = logprobs if scored else rollout.logprobs
     if reference is not None:
-        batch.ref_logprobs, _ = score(config, reference, rollout, world)
+        batch.ref_logprobs, _ = score(config, reference, rollout, parts, world)
     assign_advantages(config, batch, step)                                                           # 4. advantage, 5. DyCo
     batch.loss_mask = rollout.mask & ~rollout.truncated[:, None] if config.algo.mask_truncated else rollout.mask
     if batch.roles is not None:
@@ -284,7 +288,7 @@ def train_step(config: Config, policy: Policy, reference: Policy | None, optimiz
     seconds["score"] = lap()
 
     logged = []
-    for groups in split(config, batch, step, world):                                                 # 6. update
+    for groups in parts:                                                                             # 6. update
         for group in optimizer.param_groups:
             group["lr"] = config.optim.lr * min(1.0, (updates + len(logged) + 1) / max(config.optim.warmup_steps, 1))
         logged.append(update(config, policy, optimizer, batch, groups, world))

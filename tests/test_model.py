@@ -232,6 +232,31 @@ def test_bfloat16_arithmetic_over_float32_weights(make_policy, prompts):
     assert 0 < (rough.logprobs - exact).abs().max() < 0.2
 
 
+def test_windows_of_the_vision_tower_in_one_call(make_policy, prompts, monkeypatch):
+    """Three pictures, cut into windows of 64 patches and ragged ones: outputs and gradients of one call per window, in fewer calls."""
+    visual, calls, kernel = make_policy().hf.model.visual, [], torch.nn.functional.scaled_dot_product_attention
+    assert visual.config._attn_implementation == model.WINDOWS
+    grid = torch.tensor([[1, 20, 26], [1, 8, 16], [1, 6, 4]])
+    pixels = torch.randn(int(grid.prod(1).sum()), 1176, generator=torch.Generator().manual_seed(0))
+
+    def run(implementation):
+        visual.config._attn_implementation = implementation
+        visual.zero_grad()
+        calls.clear()
+        out = visual(pixels, grid).pooler_output
+        out.square().sum().backward()
+        return torch.cat(tuple(out)) if isinstance(out, (list, tuple)) else out, [p.grad.clone() for p in visual.parameters()], len(calls)
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return kernel(*args, **kwargs)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    (ours, gradients, few), (plain, expected, many) = run(model.WINDOWS), run("sdpa")
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
+    assert few == 5 + 3 and many == 15 + 3  # windows of 64, 32, 24, 16 and 8 patches, then 3 whole pictures
+
+
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_products_into_float32_take_no_gradient(make_policy, prompts, kernel, monkeypatch):
     """CUDA's 16-bit product with a float32 result has no derivative: it must not be met where one is wanted."""
