@@ -242,7 +242,7 @@ def gains_figure(found: dict) -> str:
         gains = {host: found[label]["area"]["gain"] for host, label in labels.items() if label in found}
         groups.append((f"{rule} − {other}", {host: gain for host, gain in gains.items() if gain and gain[1] is not None}))
     bound = max([2.0, *(abs(x) for _, gains in groups for gain in gains.values() for x in gain)])
-    x = lambda value: 400 + value / bound * 225
+    x = lambda value: 436 + value / bound * 190
     parts, y = [], 34
     for title, gains in groups:
         if gains:
@@ -253,7 +253,7 @@ def gains_figure(found: dict) -> str:
             parts.append(f'<g stroke="{COLORS[host]}" fill="{COLORS[host]}"><title>{html.escape(f"{host}: {title}")} {mean:+.2f} ({low:+.2f} … {high:+.2f})</title>'
                          f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y}" y2="{y}" stroke-width="{wide}"/>'
                          f'<circle cx="{x(mean):.1f}" cy="{y}" r="{1.3 * wide:.1f}"/></g>'
-                         f'<text x="210" y="{y + 4}" text-anchor="end" font-size="11" fill="{COLORS[host]}" dx="-40">{host}</text>')
+                         f'<text x="234" y="{y + 4}" text-anchor="end" font-size="11" fill="{COLORS[host]}">{host}</text>')
     axis = [f'<line x1="{x(v):.1f}" x2="{x(v):.1f}" y1="38" y2="{y + 14}" stroke="{"#888" if v == 0 else "#e4e4e4"}"/>'
             f'<text x="{x(v):.1f}" y="{y + 30}" text-anchor="middle" fill="#555">{f"{v:+g}".replace("-", "−") if v else 0}</text>' for v in ticks(bound)]
     return svg(640, y + 40, "Gain, mean over the held-out curve, percentage points (95 % intervals)", axis + parts)

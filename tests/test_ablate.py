@@ -82,8 +82,8 @@ def test_report_and_missing_runs(tmp_path, monkeypatch, capsys):
     svg = "{http://www.w3.org/2000/svg}"
     assert len(gains.findall(f".//{svg}circle")) == 4 * 5 and len(curves.findall(f".//{svg}polyline")) == 4 * 3  # host, paper, signed
     places = {g.find(f"{svg}title").text.rsplit(" ", 4)[0]: float(g.find(f"{svg}circle").get("cx")) for g in gains.findall(f".//{svg}g")}
-    assert places["all: paper − host"] == places["sapo: paper − host"] > places["all: signed minmax − host"] == 400  # where zero is
-    assert places["all: paper minmax − paper"] < 400
+    assert places["all: paper − host"] == places["sapo: paper − host"] > places["all: signed minmax − host"] == 436  # where zero is
+    assert places["all: paper minmax − paper"] < 436
 
 
 def test_tables_of_nothing_and_of_half(tmp_path, monkeypatch):
