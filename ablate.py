@@ -1,6 +1,6 @@
 """ablate.py: does it work? The paper's Table 1 in miniature on the embedded default, with the controls that the paper lacks.
 
-    python ablate.py                     # runs what is missing, in part after part, then writes results/table.md, gains.svg and curves.svg
+    python ablate.py                     # runs what is missing, seed after seed, then writes results/table.md, gains.svg and curves.svg
     python ablate.py table --seeds 4     # some cells, first seeds first
     python ablate.py --report            # only writes the tables of what is there
 
@@ -55,7 +55,7 @@ SMALL = {"host": OFF, "paper": RULE("paper"), "uniform": RULE("uniform"), "shuff
 VARIANTS = {"tau 0": ["dyco.tau=0"], "tau 0.2": ["dyco.tau=0.2"], "alpha 0.05": ["dyco.alpha=0.05"], "alpha 0.8": ["dyco.alpha=0.8"],
             "hellinger": ["dyco.shift=hellinger"], "js": ["dyco.shift=js"], "l1": ["dyco.shift=l1"], "text scope all": ["dyco.text_scope=all"],
             "first layer": ["dyco.layers=[0]"], "all layers": ["dyco.layers=[0,1,2,3]"]}
-PARTS = {  # in the order in which they are run
+PARTS = {  # of each seed, in the order in which they are run
     "table": {k: v for host in HOSTS for k, v in cells_of(host, TABLE).items()},
     "controls": {k: v for host in HOSTS for k, v in cells_of(host, CONTROLS).items()},
     "rate": {k: v for factor, lr in (("half", 5e-5), ("twice", 2e-4)) for k, v in cells_of("grpo", SMALL, f"{factor} rate: ", [f"optim.lr={lr}"]).items()},
@@ -101,8 +101,8 @@ def run_one(cell: str, overrides: list[str], seed: int, scratch: Path) -> dict:
     found = {"cell": cell, "seed": seed, "settings": [*REGIME, *overrides], "steps": [row["step"] for row in evaluations],
              "accuracy": [row["eval/accuracy"] for row in evaluations], "greedy": [row["eval/accuracy_greedy"] for row in evaluations]}
     for name, key in KEPT.items():  # of every step
-        if any(key in row for row in rows):
-            found[name] = [round(row[key], 5) for row in rows[1:] if key in row]
+        if values := [round(row[key], 5) for row in rows[1:] if key in row]:
+            found[name] = values
     shutil.rmtree(folder)
     return {**found, "seconds": round(time.perf_counter() - started, 1)}
 
@@ -205,8 +205,7 @@ def tabulate() -> str:
     prefixes = dict.fromkeys(cell.split("/")[0] for cells in PARTS.values() for cell in cells if cell in ran)
     for rule, others in AGAINST.items():
         for other in others:
-            pairs = [(f"{prefix}/{rule}", f"{prefix}/{other}") for prefix in prefixes if {f"{prefix}/{rule}", f"{prefix}/{other}"} <= ran]
-            pairs = [pair for pair in pairs if shared_seeds(runs, pair)]
+            pairs = [pair for prefix in prefixes if shared_seeds(runs, pair := [f"{prefix}/{rule}", f"{prefix}/{other}"])]
             lines += [row(f"{cell} − {other}", [cell], [baseline], False) for cell, baseline in pairs]
             pairs = [pair for pair in pairs if pair[0].split("/")[0] in HOSTS]
             if len(pairs) == len(HOSTS) and shared_seeds(runs, [cell for pair in pairs for cell in pair]):
@@ -269,20 +268,19 @@ def curves_figure(runs: dict) -> str:
             y = top + high * (1 - share / 100)
             parts.append(f'<line x1="{left}" x2="{left + wide}" y1="{y}" y2="{y}" stroke="#e4e4e4"/>'
                          f'<text x="{left - 6}" y="{y + 4}" text-anchor="end" fill="#555">{share}</text>')
-        names = []
         curves = {rule: color for rule, color in CURVES.items() if any(cell == f"{host}/{rule}" for cell, _ in runs)}
         seeds = shared_seeds(runs, [f"{host}/{rule}" for rule in curves]) if curves else []
+        if not seeds:
+            continue
+        steps = runs[f"{host}/{next(iter(curves))}", seeds[0]]["steps"]
+        x = lambda step: f"{left + wide * step / steps[-1]:.1f}"
         for rule, color in curves.items():
-            rows = [runs[f"{host}/{rule}", seed] for seed in seeds]
-            if rows:
-                steps = rows[0]["steps"]
-                heights = [statistics.fmean(column) for column in zip(*(row["accuracy"] for row in rows))]
-                path = " ".join(f"{left + wide * s / steps[-1]:.1f},{top + high * (1 - h):.1f}" for s, h in zip(steps, heights))
-                parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
-                names.append(f'<tspan fill="{color}">{rule}</tspan>')
-                ends = (f'<text x="{left + wide * s / steps[-1]:.1f}" y="{top + high + 16}" text-anchor="middle" fill="#555">{s}</text>' for s in steps)
-        if names:
-            parts += [*ends, f'<text x="{left + 50}" y="{top - 8}">{" · ".join(names)}</text>']
+            heights = [statistics.fmean(column) for column in zip(*(runs[f"{host}/{rule}", seed]["accuracy"] for seed in seeds))]
+            path = " ".join(f"{x(step)},{top + high * (1 - height):.1f}" for step, height in zip(steps, heights))
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts += [f'<text x="{x(step)}" y="{top + high + 16}" text-anchor="middle" fill="#555">{step}</text>' for step in steps]
+        names = " · ".join(f'<tspan fill="{color}">{rule}</tspan>' for rule, color in curves.items())
+        parts.append(f'<text x="{left + 50}" y="{top - 8}">{names}</text>')
     return svg(640, 490, "Accuracy at temperature 1 on held-out samples, percent, over steps", parts)
 
 

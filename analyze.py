@@ -275,20 +275,18 @@ def describe_decisions(seen: Observed, samples: Sequence[Sample], tokenizer) -> 
     values = {"visual, %": 100.0 * (seen.roles > 0), "text, %": 100.0 * (seen.roles < 0), "visual shift": signals.visual_shift,
               "text shift": signals.text_shift, "image's share": image_share, "alignment": seen.scores, "weight": weights}
 
-    def describe(marked: Tensor, against: Tensor | None = None) -> dict:
-        sums = lambda some: (torch.stack([torch.where(some, value, 0).sum(1) for value in values.values()]),
-                             some.sum(1).double().expand(len(values), -1))
-        found, replicates = bootstrap(*sums(marked), seen.prompt)
-        if against is not None:
-            found, replicates = (x - y for x, y in zip((found, replicates), bootstrap(*sums(against), seen.prompt)))  # the same draws
-        return dict(zip(values, map(estimate, found, replicates)))
-
-    table = {}
+    marks["other", "right"] = other
+    numerators = torch.stack([torch.where(marked, value, 0).sum(1) for marked in marks.values() for value in values.values()])
+    denominators = torch.stack([marked.sum(1) for marked in marks.values() for _ in values])
+    pairs = zip(*(x.split(len(values)) for x in bootstrap(numerators, denominators, seen.prompt)))
+    found = dict(zip(marks, pairs))  # (values [S], replicates [S, replicates])
+    describe = lambda estimates, replicates: dict(zip(values, map(estimate, estimates, replicates)))
+    table: dict[str, dict[str, dict]] = {}
+    for (kind, outcome), pair in found.items():
+        table.setdefault(kind, {})[outcome] = {"tokens": int(marks[kind, outcome].sum()), **describe(*pair)}
     for kind in TOY_DECISIONS:
-        right, wrong = marks[kind, "right"], marks[kind, "wrong"]
-        table[kind] = {"right": {"tokens": int(right.sum()), **describe(right)}, "wrong": {"tokens": int(wrong.sum()), **describe(wrong)},
-                       "difference": describe(wrong, right)}
-    return {**table, "other": {"right": {"tokens": int(other.sum()), **describe(other)}}}
+        table[kind]["difference"] = describe(*(wrong - right for wrong, right in zip(found[kind, "wrong"], found[kind, "right"])))
+    return table
 
 
 def decisions_text(table: dict) -> str:
@@ -579,18 +577,19 @@ def describe_gradients(config: Config, policy: Policy, batches: list[train.Batch
     gradient = lambda k, rule: batch_gradient(config, policy, batches[k], rule, k)
     unit, half = lambda x: x / x.norm(), len(batches) // 2
     reference = sum(gradient(k, "off") for k in tqdm(range(half), desc="reference"))
-    found = {rule: [] for rule in ["off", *rules]}
+    towards, found = unit(reference), {rule: [] for rule in ["off", *rules]}
     for k in tqdm(range(half, len(batches)), desc="gradients"):
         host = gradient(k, "off")
         if not host.any() or not reference.any():
             continue
-        advantages, towards = batches[k].advantages, unit(reference)
+        advantages = batches[k].advantages
         for rule, rows in found.items():
             mine = host if rule == "off" else gradient(k, rule)
             factors = (batches[k].advantages / advantages)[advantages != 0]
-            chord = (unit(mine) - unit(host)).norm() / 2  # exact where the cosine rounds to 1
-            rows.append([factors.mean(), factors.std(), mine.norm() / host.norm(), 2 * chord.asin().rad2deg(), unit(mine) @ towards,
-                         (unit(mine) - unit(host)) @ towards])
+            turn = unit(mine) - unit(host)
+            rows.append([factors.mean(), factors.std(), mine.norm() / host.norm(),
+                         2 * (turn.norm() / 2).asin().rad2deg(),  # of the chord: exact where the cosine rounds to 1
+                         unit(mine) @ towards, turn @ towards])
     if not found["off"]:
         raise AnalysisError("all gradients are zero: no group with unequal rewards; take more samples (eval.samples)")
     names = ("factor", "spread", "length", "angle", "reference", "gain")
@@ -628,7 +627,7 @@ def run_gradient(arguments) -> None:
     batches = []
     for k in tqdm(range(count // size), desc="sampling"):
         batch = train.collect(config, policy, samples, [(place, place) for place in range(k * size, (k + 1) * size)], 0, custom)
-        batch.loss_mask = batch.rollout.mask & ~(batch.rollout.truncated[:, None] & config.algo.mask_truncated)
+        batch.loss_mask = train.loss_mask(config, batch.rollout)
         batch.old_logprobs, _ = train.score(config, policy, batch.rollout, [list(range(size))], ALONE)
         batches.append(batch)
     rules = [rule for rule in dict.fromkeys(arguments.rules) if rule != "off"]

@@ -60,7 +60,8 @@ def attend_windows(module, query: Tensor, key: Tensor, value: Tensor, attention_
     if several := len(kinds) > 1:
         order = lengths.repeat_interleave(lengths).argsort(stable=True)  # patches, windows of one length side by side
         query, key, value = (x.index_select(2, order) for x in (query, key, value))
-    split = lambda x: x[0].split([length * count for length, count in zip(kinds, counts)], dim=1)
+    sizes = [length * count for length, count in zip(kinds, counts)]
+    split = lambda x: x[0].split(sizes, dim=1)
     parts = [F.scaled_dot_product_attention(*(x.unflatten(1, (-1, length)).transpose(0, 1) for x in qkv), scale=scaling)
              for length, *qkv in zip(kinds, *map(split, (query, key, value)))]                       # [windows, H, length, D] each
     out = torch.cat([part.transpose(0, 1).flatten(1, 2) for part in parts], dim=1)

@@ -70,11 +70,12 @@ def read_jsonl(path: str | Path, growing: bool = False) -> list[tuple[int, dict]
 
 def append_jsonl(path: str | Path, rows: list[dict]) -> None:
     """Add rows to a file, over what a crash may have left half-written at its end."""
-    path = Path(path)
-    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.truncate(Path(path).read_bytes().rfind(b"\n") + 1)
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 # ---------------------------------------------------------------------------------------- examples, written in training

@@ -43,7 +43,7 @@ from rollout import Rollout, generate, join, keyed_generator, runs_within
 
 # config keys that decide what a run *is*: a checkpoint of another value cannot be continued
 FIXED_ON_RESUME = ("model.path", "model.freeze_vision", "data.path", "data.image_root", "data.prompt_template", "toy", "train.seed",
-                   "algo", "dyco", "reward")
+                   "algo", "dyco", "reward.accuracy_weight", "reward.format_weight", "reward.custom", "reward.custom_weight")
 MAX_FAILURES = 5  # steps in a row with a non-finite loss or gradient before the run stops
 
 
@@ -214,6 +214,11 @@ def assign_advantages(config: Config, batch: Batch, step: int) -> None:
                                                 settings.rule, generators, rollout.group_size)                     # eq. 7, 8
 
 
+def loss_mask(config: Config, rollout: Rollout) -> Tensor:
+    """[B, T] bool: the response tokens that enter the loss."""
+    return rollout.mask & ~rollout.truncated[:, None] if config.algo.mask_truncated else rollout.mask
+
+
 def update(config: Config, policy: Policy, optimizer, batch: Batch, groups: list[int], world) -> dict[str, float]:
     """Stage 6, one optimizer step on some groups of the batch. Returns what to log of it."""
     rollout, name = batch.rollout, config.algo.name
@@ -282,7 +287,7 @@ def train_step(config: Config, policy: Policy, reference: Policy | None, optimiz
     if reference is not None:
         batch.ref_logprobs, _ = score(config, reference, rollout, parts, world)
     assign_advantages(config, batch, step)                                                           # 4. advantage, 5. DyCo
-    batch.loss_mask = rollout.mask & ~rollout.truncated[:, None] if config.algo.mask_truncated else rollout.mask
+    batch.loss_mask = loss_mask(config, rollout)
     if batch.roles is not None:
         row |= describe_tokens(batch, world)
     seconds["score"] = lap()
@@ -339,8 +344,7 @@ def describe_tokens(batch: Batch, world) -> dict[str, float]:
 def append_rows(path: Path, rows) -> None:
     """Add rows to a JSONL file, without figures that are not finite."""
     finite = lambda row: {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
-    with open(path, "a") as file:
-        file.writelines(json.dumps(finite(row)) + "\n" for row in rows)
+    report.append_jsonl(path, [finite(row) for row in rows])
 
 
 def supersede(path: Path, step: int) -> None:
