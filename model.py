@@ -153,18 +153,18 @@ class PackedGroups:
             outputs.append(grouped_query_attention(q, k, v, scale, self.kernel)[0].transpose(0, 1))
             if self.kept is not None:
                 self.kept.setdefault(layer, []).append((k, v))
-            k, v = (x.expand(max(len(group), 1), -1, -1, -1) for x in (k, v))
-            own_q = q[:, :, :0].expand(len(k), -1, -1, -1)
+            predictors = q[:, :, -1:].expand(max(len(group), 1), -1, -1, -1)                            # of the first tokens
+            k, v = (x.expand(len(predictors), -1, -1, -1) for x in (k, v))
             if any(group):
                 padded, real = self.places[index]
-                own_q, own_k, own_v = (x[2 * index + 1].index_select(0, padded).unflatten(0, (len(group), -1)).transpose(1, 2)
-                                       for x in sections)                                               # [G, H, longest, D]
+                q, own_k, own_v = (x[2 * index + 1].index_select(0, padded).unflatten(0, (len(group), -1)).transpose(1, 2)
+                                   for x in sections)                                                   # the responses, [G, H, longest, D]
                 k, v = torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2)
-                out = grouped_query_attention(own_q, k, v, scale, self.kernel).transpose(1, 2)
+                out = grouped_query_attention(q, k, v, scale, self.kernel).transpose(1, 2)
                 outputs.append(out.flatten(0, 1).index_select(0, real))
+                predictors = torch.cat([predictors, q], dim=2)                                          # and of those after them
             if self.tap is not None and layer in self.tap.layers:
-                last = q[:, :, -1:].expand(len(k), -1, -1, -1)                                          # predicts o_1
-                self.tap.read_group(layer, self.first_group + index, prompt, torch.cat([last, own_q], dim=2), k, scale)
+                self.tap.read_group(layer, self.first_group + index, prompt, predictors, k, scale)
         return torch.cat(outputs)[None]
 
 
@@ -224,6 +224,11 @@ class Tap:
         self._add(group, [torch.cat(x, dim=1) for x in zip(*parts)])
         if queries == 1:
             self.prefill_rows.setdefault(layer, {})[group] = attention[:, 0]
+
+    @property
+    def waiting(self) -> int:
+        """Decoding steps kept by `read_step` and not yet reduced."""
+        return len(self.steps[self.layers[0]]) - 1
 
     def read_step(self, layer: int, attention: Tensor) -> None:
         """Decoding: keep attention [R, K] of this step, over the keys of the step before and one new one."""

@@ -200,19 +200,20 @@ class Decoding:
 
 @torch.no_grad()
 def generate(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key: tuple | None,
-             capture=None, max_cache_tokens: int = 131072, temperature: float | None = None, intervention=None) -> Rollout:
+             capture=None, max_cache_tokens: int = 131072, temperature: float | None = None, intervention=None,
+             greedy_last: bool = False) -> Rollout:
     """Sample G responses to each prompt, in waves of at most `max_cache_tokens` prompt and response tokens.
 
     key: what the random streams depend on besides Prompt.index and the response's place in its group, say (seed, step);
-    None decodes greedily. capture: settings with layers, shift and text_scope, to record DyCo's signals. temperature: by default
+    None decodes greedily, and with `greedy_last` so is the last response of each group. capture: settings with layers, shift and text_scope, to record DyCo's signals. temperature: by default
     the policy's. intervention: changes the attention of chosen tokens (analyze.Intervention); needs `capture`.
     """
     waves = runs_within([len(prompt.input_ids) + group_size * max_new_tokens for prompt in prompts], max_cache_tokens)
     training = policy.training
     policy.eval()  # in training mode each layer would prepare to be checkpointed
     try:
-        return join([_decode(policy, [prompts[i] for i in wave], group_size, max_new_tokens, key, capture, temperature, intervention)
-                     for wave in waves])
+        return join([_decode(policy, [prompts[i] for i in wave], group_size, max_new_tokens, key, capture, temperature, intervention,
+                             greedy_last) for wave in waves])
     finally:
         policy.train(training)
 
@@ -237,7 +238,7 @@ def _prefill(policy: Policy, prompts: list[Prompt], positions: list[Tensor], tap
 
 
 def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key, capture, temperature,
-            intervention=None) -> Rollout:
+            intervention=None, greedy_last: bool = False) -> Rollout:
     rows, device = len(prompts) * group_size, policy.device
     tap = None if capture is None else policy.tap(capture)
     tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
@@ -248,24 +249,29 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
         [torch.rand(max_new_tokens, generator=keyed_generator(*key, prompt.index, response))
          for prompt in prompts for response in range(group_size)]).to(device)
     end_ids = torch.tensor(sorted(policy.eos_ids), device=device)
+    alive = torch.arange(rows, device=device)  # rows of the batch -> rows of the result
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    def record(found: Signals, alive: Tensor, end: int) -> None:
+        """Signals [R, n] of the n tokens before place `end` of each response."""
+        for buffer, values in zip(signals, found):
+            buffer[alive, end - values.shape[1]:end] = values
 
     with policy.autocast():
         positions = [policy.prompt_positions(prompt) for prompt in prompts]
-        hidden, kept, found = _prefill(policy, prompts, positions, tap)
+        hidden, kept, first = _prefill(policy, prompts, positions, tap)
         hidden = hidden.repeat_interleave(group_size, dim=0)
         if tap is not None:
-            for buffer, first in zip(signals, zip(*found)):
-                buffer[:, 0] = torch.cat(first)[:, 0].repeat_interleave(group_size)
-        recorded = 1  # tokens whose signals are in the buffers
+            record(Signals(*(torch.cat(x).repeat_interleave(group_size, dim=0) for x in zip(*first))), alive, 1)
         decoding = Decoding(prompts, kept, group_size, max_new_tokens, tap, device)
         head = policy.hf.lm_head.weight.to(policy.dtype)
         following = torch.tensor([int(p.max()) + 1 for p in positions], device=device).repeat_interleave(group_size)
 
-        alive = torch.arange(rows, device=device)  # rows of the batch -> rows of the result
-        ended = torch.zeros(rows, dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
             logits = policy.next_token_logits(hidden, head, temperature)
             chosen = logits.argmax(-1) if uniforms is None else sample_tokens(logits, uniforms[alive, step])
+            if greedy_last:
+                chosen = torch.where(alive % group_size == group_size - 1, logits.argmax(-1), chosen)
             going = ~ended[alive]
             tokens[alive, step] = torch.where(going, chosen, 0)
             mask[alive, step] = going
@@ -274,10 +280,8 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
             going = ~ended[alive]
             count = int(going.sum())
             last, leave = count == 0 or step + 1 == max_new_tokens, count <= COMPACT_BELOW * len(alive)
-            if tap is not None and step + 1 > recorded and (last or leave or step + 1 - recorded == tap.STEPS):
-                for buffer, found in zip(signals, decoding.signals()):
-                    buffer[alive, recorded:step + 1] = found
-                recorded = step + 1
+            if tap is not None and tap.waiting and (last or leave or tap.waiting == tap.STEPS):
+                record(decoding.signals(), alive, step + 1)
             if last:
                 break
             if leave:
@@ -292,9 +296,7 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
             if intervention is not None:
                 names = [(prompts[row // group_size].index, row % group_size) for row in alive.tolist()]
                 hidden, found = decoding.intervene(intervention, names, step + 1, ~ended[alive], compute)
-                for buffer, value in zip(signals, found):
-                    buffer[alive, step + 1] = value[:, 0]
-                recorded = step + 2
+                record(found, alive, step + 2)
 
     width = int(mask.sum(1).max())
     ids = tokens.tolist()

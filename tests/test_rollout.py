@@ -35,6 +35,17 @@ def test_greedy_equals_generate_of_transformers(make_policy, prompts):
             assert ours.tokens[row][ours.mask[row]].tolist() == theirs.tolist()
 
 
+def test_one_prefill_serves_sampled_and_greedy_responses(make_policy, prompts):
+    """The last response of a group is the greedy one, the others those that are sampled without it."""
+    policy = eager_to_end(make_policy(seed=5))
+    both, sampled, greedy = (generate(policy, prompts, size, 20, key, greedy_last=last)
+                             for size, key, last in ((3, (0, 1), True), (2, (0, 1), False), (1, None, False)))
+    texts = [both.texts[i:i + 3] for i in range(0, len(both.texts), 3)]
+    assert [text for group in texts for text in group[:2]] == sampled.texts
+    assert [group[2] for group in texts] == greedy.texts
+    assert both.texts[2] not in both.texts[:2]
+
+
 @pytest.mark.parametrize("scope", ["after_image", "all"])
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_decoding_equals_scoring(make_policy, prompts, kernel, scope):
