@@ -7,11 +7,11 @@
     python analyze.py report    RUN_DIR
 
 `roles` compares the tokens of right and wrong responses: roles, alignment, shifts (the paper's observation); on the toy, where it is
-known which tokens look and which read, also those, right and wrong. `intervene`
-scales the attention of tokens of one role while they are sampled and measures what becomes of the answers (its
-experiment). `gradient` compares the gradient of a batch under DyCo's rules with the host's. All take what they need from config.yaml:
-eval.samples prompts, rollout.group_size responses to each, rollout.*, dyco.*, toy.*, data.*, train.seed; `gradient` also algo.*
-and reward.*; --config names another file, such as a run's. `report` writes RUN_DIR/report.html (report.py).
+known which tokens look and which read, also those, right and wrong. `intervene` scales the attention of tokens of one role while they
+are sampled and measures what becomes of the answers (its experiment). `gradient` compares the gradient of a batch under DyCo's rules
+with the host's; on the toy also under eq. 7 and 8 with the scores of oracles. All take what they need from config.yaml: eval.samples
+prompts, rollout.group_size responses to each, rollout.*, dyco.*, toy.*, data.*, train.seed; `gradient` also algo.* and reward.*;
+--config names another file, such as a run's. `report` writes RUN_DIR/report.html (report.py).
 
 Intervals are 95 % percentile bootstrap intervals over prompts, since the responses to one prompt are not independent; over batches
 in `gradient`.
@@ -52,6 +52,7 @@ ROLES = {"visual": 1, "text": -1}
 SHIFT_BINS = 32       # of the histograms over 0 … π
 TOY_STEP = re.compile(r"([a-z]+) is ([a-z]+) ([0-9]+), total ([0-9]+)\.")  # toy.write_trace
 TOY_DECISIONS = ("colour", f"{toy.SHAPES[0]}'s colour", "value", "total")
+ORACLES = {"oracle": False, "oracle, blame": True}  # what `oracle_scores` is called with
 
 
 class AnalysisError(ValueError):
@@ -554,11 +555,25 @@ class Recorder:
             parameter.grad = None
 
 
-def batch_gradient(config: Config, policy: Policy, batch: train.Batch, rule: str, step: int) -> Tensor:
-    """The gradient [parameters] of one optimizer step on the whole batch, its advantages assigned by `rule`: what train.update
-    hands to the optimizer before any clipping."""
-    config = replace(config, dyco=replace(config.dyco, rule=rule))
+def oracle_scores(batch: train.Batch, samples: Sequence[Sample], tokenizer, blame: bool) -> Tensor:
+    """Alignment scores [B, T] that only the author of the toy can give: 1 at the tokens that decide something, 0 at the others. With
+    `blame`, in responses worse than the mean of their group 1 only where they decide wrongly."""
+    rollout, scores = batch.rollout, torch.zeros(batch.rollout.mask.shape)
+    worse = (batch.rewards < batch.rewards.mean(1, keepdim=True)).flatten().tolist()
+    for row, (tokens, mask) in enumerate(zip(rollout.tokens, rollout.mask)):
+        pieces = [tokenizer.decode([token]) for token in tokens[mask].tolist()]
+        for place, (_, right) in toy_decisions(pieces, samples[rollout.prompts[row // rollout.group_size].index]).items():
+            scores[row, place] = not (blame and worse[row] and right)
+    return scores.to(rollout.mask.device)
+
+
+def batch_gradient(config: Config, policy: Policy, batch: train.Batch, rule: str, step: int, scores: Tensor | None = None) -> Tensor:
+    """The gradient [parameters] of one optimizer step on the whole batch, its advantages assigned by `rule`, or by eq. 7 and 8 with
+    the given scores: what train.update hands to the optimizer before any clipping."""
+    config = replace(config, dyco=replace(config.dyco, rule=rule if scores is None else "off"))
     train.assign_advantages(config, batch, step)
+    if scores is not None:
+        batch.advantages = dyco.reweight_advantages(batch.advantages, scores, batch.roles, batch.rollout.mask, config.dyco.alpha)
     recorder = Recorder(policy)
     train.update(config, policy, recorder, batch, list(range(len(batch.rollout.prompts))), ALONE)
     if recorder.gradient is None:
@@ -566,18 +581,20 @@ def batch_gradient(config: Config, policy: Policy, batch: train.Batch, rule: str
     return recorder.gradient
 
 
-def describe_gradients(config: Config, policy: Policy, batches: list[train.Batch], rules: list[str]) -> dict[str, dict]:
-    """For each rule, as [estimate, low, high] over the second half of the batches: `factor` and `spread`, mean and standard deviation over
+def describe_gradients(config: Config, policy: Policy, batches: list[train.Batch], rules: list[str],
+                       oracles: dict[str, list[Tensor]] | None = None) -> dict[str, dict]:
+    """For each rule and each oracle (name -> scores of each batch), as [estimate, low, high] over the second half of the batches: `factor` and `spread`, mean and standard deviation over
     tokens of what the rule multiplies advantages by; `length` of the gradient over the host's on the same batch, and the
     `angle` between the two in degrees; `reference`, the cosine with the sum of the host's gradients on the first half, which stands
     for the direction that a batch is a noisy sample of; `gain`, how much larger that is than the host's own.
 
     Intervals hold for that reference. Batches whose gradient is zero are left out.
     """
-    gradient = lambda k, rule: batch_gradient(config, policy, batches[k], rule, k)
+    oracles = oracles or {}
+    gradient = lambda k, rule: batch_gradient(config, policy, batches[k], rule, k, oracles[rule][k] if rule in oracles else None)
     unit, half = lambda x: x / x.norm(), len(batches) // 2
     reference = sum(gradient(k, "off") for k in tqdm(range(half), desc="reference"))
-    towards, found = unit(reference), {rule: [] for rule in ["off", *rules]}
+    towards, found = unit(reference), {rule: [] for rule in ["off", *rules, *oracles]}
     for k in tqdm(range(half, len(batches)), desc="gradients"):
         host = gradient(k, "off")
         if not host.any() or not reference.any():
@@ -631,8 +648,10 @@ def run_gradient(arguments) -> None:
         batch.old_logprobs, _ = train.score(config, policy, batch.rollout, [list(range(size))], ALONE)
         batches.append(batch)
     rules = [rule for rule in dict.fromkeys(arguments.rules) if rule != "off"]
+    oracles = {name: [oracle_scores(batch, samples, policy.tokenizer, blame) for batch in batches]
+               for name, blame in ORACLES.items() if arguments.data == "toy"}
     found = {"model": arguments.model, "data": arguments.data, "algo": config.algo.name, "dyco": asdict(config.dyco),
-             "batches": len(batches), "prompts_per_batch": size, "rules": describe_gradients(config, policy, batches, rules)}
+             "batches": len(batches), "prompts_per_batch": size, "rules": describe_gradients(config, policy, batches, rules, oracles)}
     write_file(out / "gradient.json", json.dumps(found, indent=1).encode())
     print(gradients_text(found["rules"]))
     print(f"wrote {out / 'gradient.json'}")

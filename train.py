@@ -510,6 +510,7 @@ def run(config: Config, world) -> None:
         distributed.write_file(folder / "config.yaml", config.to_yaml().encode())
         if not saved:
             say(config.to_yaml())
+
     def evaluation() -> dict[str, float]:
         if held_out is None:
             return {}

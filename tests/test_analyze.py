@@ -18,7 +18,7 @@ from config import DEFAULTS, load_config
 from data import Sample
 from dyco import Signals
 from model import save_policy
-from rollout import generate
+from rollout import Rollout, generate
 
 DYCO = SimpleNamespace(layers=[-1], shift="fisher_rao", text_scope="after_image", tau=0.05, ratio="relative")
 
@@ -462,6 +462,28 @@ def test_gradients_and_angles_by_autograd(make_policy, prompts):
         analyze.describe_gradients(config, policy, batches[2:4], ["paper"])
 
 
+def test_oracles_know_what_decides_and_whom_to_blame(tokenizer, prompts, monkeypatch):
+    """Two responses with one wrong total: the better one is praised for all that it decides, the worse one blamed for the total."""
+    text = "cross is blue 3, total 3. cross is blue 3, total 7."
+    ids = tokenizer(text).input_ids
+    pieces = [tokenizer.decode([token]) for token in ids]
+    wrong = len(pieces) - 1 - pieces[::-1].index("7")
+    tokens, mask = torch.tensor([ids, ids]), torch.ones(2, len(ids)).bool()
+    zeros = torch.zeros(2, len(ids))
+    batch = train.Batch(Rollout(prompts[:1], 2, tokens, mask, zeros, zeros[:, 0].bool(), Signals(zeros, zeros, zeros, zeros), [text, text]),
+                        *[torch.tensor([[1.0, 0.0]])] * 3, loss_mask=mask)
+    decides = sorted(analyze.toy_decisions(pieces, SCENE))
+    assert len(decides) == 6 and wrong in decides
+    plain, blame = (analyze.oracle_scores(batch, [SCENE], tokenizer, flag) for flag in (False, True))
+    assert [row.nonzero().flatten().tolist() for row in plain] == [decides, decides]
+    assert [row.nonzero().flatten().tolist() for row in blame] == [decides, [wrong]]
+
+    monkeypatch.setattr(train, "update", lambda config, policy, recorder, *rest: setattr(recorder, "gradient", batch.advantages))
+    found = analyze.batch_gradient(load_config(DEFAULTS), SimpleNamespace(parameters=list), batch, "oracle", 0, blame)
+    host = analyze.batch_gradient(load_config(DEFAULTS), SimpleNamespace(parameters=list), batch, "off", 0)
+    torch.testing.assert_close(found, (1 + 0.2 * dyco.token_weights(blame, mask)) * host)
+
+
 def test_gradient_command(start, capsys):
     """The host against itself is 0 degrees away, exactly; `uniform` only makes its gradient 1.2 times as long."""
     out = start("gradient", "--rules", "uniform,paper", "rollout.prompts_per_step=2", "algo.kl=0.5", "optim.grad_clip=0.1")
@@ -470,7 +492,7 @@ def test_gradient_command(start, capsys):
     assert found["batches"] == 3 and off["angle"] == off["gain"] == off["spread"] == [0, 0, 0] and off["length"] == [1, 1, 1]
     assert uniform["length"] == pytest.approx([1.2] * 3, abs=1e-4) and uniform["angle"][2] < 0.01 and abs(uniform["gain"][0]) < 1e-4
     assert paper["angle"][0] > 0.05 and paper["reference"][0] == pytest.approx(off["reference"][0] + paper["gain"][0], abs=2e-5)
-    assert "angle to host's" in capsys.readouterr().out
+    assert "angle to host's" in capsys.readouterr().out and set(found["rules"]) == {"off", "uniform", "paper"}
 
 
 @pytest.mark.parametrize("more, message", [
