@@ -23,7 +23,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -259,6 +259,14 @@ def toy_decisions(pieces: list[str], sample: Sample) -> dict[int, tuple[str, boo
     return found
 
 
+def all_decisions(places: list[int], tokens: Tensor, mask: Tensor, samples: Sequence[Sample], tokenizer) -> Iterator[tuple[int, int, str, bool]]:
+    """(row, token, kind, is it right) of what toy responses [B, T] to the samples at some places [B] decide."""
+    for row, place in enumerate(places):
+        pieces = [tokenizer.decode([token]) for token in tokens[row][mask[row]].tolist()]
+        for token, (kind, right) in toy_decisions(pieces, samples[place]).items():
+            yield row, token, kind, right
+
+
 def describe_decisions(seen: Observed, samples: Sequence[Sample], tokenizer) -> dict[str, dict[str, dict]]:
     """{kind: {"right", "wrong", "difference" (wrong − right): {statistic: [estimate, low, high], "tokens": how many}}}.
 
@@ -266,11 +274,9 @@ def describe_decisions(seen: Observed, samples: Sequence[Sample], tokenizer) -> 
     """
     marks: dict[tuple[str, str], Tensor] = {(kind, outcome): torch.zeros_like(seen.mask) for kind in TOY_DECISIONS for outcome in ("right", "wrong")}
     other = seen.mask.clone()
-    for row, (place, tokens, mask) in enumerate(zip(seen.prompt.tolist(), seen.tokens, seen.mask)):
-        pieces = [tokenizer.decode([token]) for token in tokens[mask].tolist()]
-        for token, (kind, right) in toy_decisions(pieces, samples[place]).items():
-            marks[kind, "right" if right else "wrong"][row, token] = True
-            other[row, token] = False
+    for row, token, kind, right in all_decisions(seen.prompt.tolist(), seen.tokens, seen.mask, samples, tokenizer):
+        marks[kind, "right" if right else "wrong"][row, token] = True
+        other[row, token] = False
     signals, weights = seen.signals, dyco.token_weights(seen.scores, seen.mask)
     image_share = signals.visual_mass / (signals.visual_mass + signals.text_mass).clamp(min=1e-12)
     values = {"visual, %": 100.0 * (seen.roles > 0), "text, %": 100.0 * (seen.roles < 0), "visual shift": signals.visual_shift,
@@ -560,10 +566,9 @@ def oracle_scores(batch: train.Batch, samples: Sequence[Sample], tokenizer, blam
     `blame`, in responses worse than the mean of their group 1 only where they decide wrongly."""
     rollout, scores = batch.rollout, torch.zeros(batch.rollout.mask.shape)
     worse = (batch.rewards < batch.rewards.mean(1, keepdim=True)).flatten().tolist()
-    for row, (tokens, mask) in enumerate(zip(rollout.tokens, rollout.mask)):
-        pieces = [tokenizer.decode([token]) for token in tokens[mask].tolist()]
-        for place, (_, right) in toy_decisions(pieces, samples[rollout.prompts[row // rollout.group_size].index]).items():
-            scores[row, place] = not (blame and worse[row] and right)
+    places = [prompt.index for prompt in rollout.prompts for _ in range(rollout.group_size)]
+    for row, token, _, right in all_decisions(places, rollout.tokens, rollout.mask, samples, tokenizer):
+        scores[row, token] = not (blame and worse[row] and right)
     return scores.to(rollout.mask.device)
 
 
@@ -583,10 +588,11 @@ def batch_gradient(config: Config, policy: Policy, batch: train.Batch, rule: str
 
 def describe_gradients(config: Config, policy: Policy, batches: list[train.Batch], rules: list[str],
                        oracles: dict[str, list[Tensor]] | None = None) -> dict[str, dict]:
-    """For each rule and each oracle (name -> scores of each batch), as [estimate, low, high] over the second half of the batches: `factor` and `spread`, mean and standard deviation over
-    tokens of what the rule multiplies advantages by; `length` of the gradient over the host's on the same batch, and the
-    `angle` between the two in degrees; `reference`, the cosine with the sum of the host's gradients on the first half, which stands
-    for the direction that a batch is a noisy sample of; `gain`, how much larger that is than the host's own.
+    """For each rule and each oracle (name -> scores of each batch), as [estimate, low, high] over the second half of the batches:
+    `factor` and `spread`, mean and standard deviation over tokens of what advantages are multiplied by; `length` of the gradient
+    over the host's on the same batch, and the `angle` between the two in degrees; `reference`, the cosine with the sum of the
+    host's gradients on the first half, which stands for the direction that a batch is a noisy sample of; `gain`, how much larger
+    that is than the host's own.
 
     Intervals hold for that reference. Batches whose gradient is zero are left out.
     """

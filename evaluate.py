@@ -40,7 +40,8 @@ ROWS = 256  # whose pixels are in memory at once
 def respond(policy: Policy, samples: Sequence[Sample] | Mapping[int, Sample], places: Iterable[int], template: str,
             max_new_tokens: int, key: tuple | None, max_cache_tokens: int, temperature: float | None, group_size: int = 1,
             max_prompt_tokens: int | None = None, greedy_last: bool = False) -> Rollout:
-    """Responses to the samples at some places. The random streams depend on `key`, place and response; None decodes greedily."""
+    """Responses to the samples at some places. The random streams depend on `key`, place and response; None decodes greedily, `greedy_last`
+    the last response to each."""
     from data import encode_prompt
     from rollout import generate
 
@@ -80,22 +81,22 @@ def held_out(policy: Policy, samples: list[Sample], template: str, max_new_token
     places = list(range(len(samples)))[world.rank::world.size]
     answers = [samples[place].answer for place in places]
 
-    def answer(of: list[Sample], count: int) -> tuple[list[str], list[int]]:
-        """Texts and lengths of `count` responses to each sample; the second of two is greedy, from the same prefill."""
+    def answer(of: list[Sample], greedy: bool) -> tuple[list[str], list[int]]:
+        """Texts and lengths of a sampled response to each sample, each followed by a `greedy` one from the same prefill."""
         texts, lengths = [], []
         for start in range(0, len(places), ROWS):
             rollout = respond(policy, of, places[start:start + ROWS], template, max_new_tokens, (seed, "held out"), max_cache_tokens, 1.0,
-                              count, max_prompt_tokens, greedy_last=count == 2)
+                              1 + greedy, max_prompt_tokens, greedy)
             texts += rollout.texts
             lengths += rollout.mask.sum(1).tolist()
         return texts, lengths
 
     right = lambda texts: sum(map(rewards.accuracy, texts, answers))
-    texts, lengths = answer(samples, 2)
+    texts, lengths = answer(samples, greedy=True)
     sums = {"accuracy": right(texts[::2]), "format": sum(map(rewards.format, texts[::2])), "length": sum(lengths[::2]),
             "accuracy_greedy": right(texts[1::2])}
     if swapped and any(sample.images for sample in samples):
-        sums["accuracy_swapped"] = right(answer(swap_images(samples), 1)[0])
+        sums["accuracy_swapped"] = right(answer(swap_images(samples), greedy=False)[0])
     totals = world.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
     return {name: total / len(samples) for name, total in zip(sums, totals)}
 

@@ -205,8 +205,9 @@ def generate(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tok
     """Sample G responses to each prompt, in waves of at most `max_cache_tokens` prompt and response tokens.
 
     key: what the random streams depend on besides Prompt.index and the response's place in its group, say (seed, step);
-    None decodes greedily, and with `greedy_last` so is the last response of each group. capture: settings with layers, shift and text_scope, to record DyCo's signals. temperature: by default
-    the policy's. intervention: changes the attention of chosen tokens (analyze.Intervention); needs `capture`.
+    None decodes greedily. greedy_last: the last response of each group is greedy, whatever the key. capture: settings with
+    layers, shift and text_scope, to record DyCo's signals. temperature: by default the policy's. intervention: changes the
+    attention of chosen tokens (analyze.Intervention); needs `capture`.
     """
     waves = runs_within([len(prompt.input_ids) + group_size * max_new_tokens for prompt in prompts], max_cache_tokens)
     training = policy.training
@@ -252,8 +253,8 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
     alive = torch.arange(rows, device=device)  # rows of the batch -> rows of the result
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
 
-    def record(found: Signals, alive: Tensor, end: int) -> None:
-        """Signals [R, n] of the n tokens before place `end` of each response."""
+    def record(found: Signals, end: int) -> None:
+        """Signals [R, n] of the n tokens before place `end` of the rows that are alive."""
         for buffer, values in zip(signals, found):
             buffer[alive, end - values.shape[1]:end] = values
 
@@ -262,7 +263,7 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
         hidden, kept, first = _prefill(policy, prompts, positions, tap)
         hidden = hidden.repeat_interleave(group_size, dim=0)
         if tap is not None:
-            record(Signals(*(torch.cat(x).repeat_interleave(group_size, dim=0) for x in zip(*first))), alive, 1)
+            record(Signals(*(torch.cat(x).repeat_interleave(group_size, dim=0) for x in zip(*first))), 1)
         decoding = Decoding(prompts, kept, group_size, max_new_tokens, tap, device)
         head = policy.hf.lm_head.weight.to(policy.dtype)
         following = torch.tensor([int(p.max()) + 1 for p in positions], device=device).repeat_interleave(group_size)
@@ -281,7 +282,7 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
             count = int(going.sum())
             last, leave = count == 0 or step + 1 == max_new_tokens, count <= COMPACT_BELOW * len(alive)
             if tap is not None and tap.waiting and (last or leave or tap.waiting == tap.STEPS):
-                record(decoding.signals(), alive, step + 1)
+                record(decoding.signals(), step + 1)
             if last:
                 break
             if leave:
@@ -296,7 +297,7 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
             if intervention is not None:
                 names = [(prompts[row // group_size].index, row % group_size) for row in alive.tolist()]
                 hidden, found = decoding.intervene(intervention, names, step + 1, ~ended[alive], compute)
-                record(found, alive, step + 2)
+                record(found, step + 2)
 
     width = int(mask.sum(1).max())
     ids = tokens.tolist()
