@@ -3,18 +3,29 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 train: .venv/ready            ## the main job on the embedded default; pass more as ARGS="algo.name=gspo run.dir=runs/gspo"
-	$(BIN)/torchrun --standalone train.py config.yaml $(ARGS)
+	$(BIN)/python train.py config.yaml $(ARGS)
 
 test: .venv/ready             ## the fast tests, what has to pass before anything lands
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
+test-core: .venv/ready        ## the fast tests of what trains, for forks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --ignore=tests/tools --ignore=tests/benchmarks
+
 test-slow: .venv/ready        ## everything
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow or not slow"
 
-.venv/ready: requirements.txt
+lint: .venv/ready             ## format and a small set of checks; "make format" mends what can be mended
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: .venv/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), f'Python 3.11 or newer is needed, found {sys.version.split()[0]}'"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	touch .venv/ready
 
-.PHONY: train test test-slow
+.PHONY: train test test-core test-slow lint format

@@ -66,7 +66,9 @@ class Sample:
     images: tuple[Image.Image, ...]  # RGB, decoded
     question: str  # one "<image>" per image, where that image stands
     answer: str
-    extra: dict = field(default_factory=dict)  # what else the row held, for custom rewards and reports
+    extra: dict = field(
+        default_factory=dict
+    )  # what else the row held, for custom rewards and reports
 
 
 @dataclass
@@ -79,7 +81,9 @@ class Prompt:
     question: str
     input_ids: Tensor  # [P] int64, image placeholders expanded
     visual_mask: Tensor  # [P] bool, True exactly at the image placeholders
-    pixel_values: Tensor | None  # [N, channels * temporal_patch * patch * patch] float32; None without images
+    pixel_values: (
+        Tensor | None
+    )  # [N, channels * temporal_patch * patch * patch] float32; None without images
     image_grid_thw: Tensor | None  # [images, 3] int64, in patches: time, height, width
 
 
@@ -95,16 +99,26 @@ def load_image(path: str | Path, root: str | Path) -> Image.Image:
     try:
         file = (root / path).resolve()
         if not file.is_relative_to(root):
-            raise DataError(f"{what} lies outside the image root {str(root)!r}; expected a path inside it")
+            raise DataError(
+                f"{what} lies outside the image root {str(root)!r}; expected a path inside it"
+            )
         if not file.is_file():
             raise MissingImageError(f"{what} is not a file under the image root {str(root)!r}")
         with open(file, "rb") as stream:
             return decode_image(stream, what)
     except DataError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:  # no permission, a loop of links, a NUL in the name
-        reason = getattr(error, "strerror", None) or error  # an OSError in full repeats the whole path
-        raise DataError(f"{what} cannot be opened ({reason}); expected a readable file under {str(root)!r}") from error
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # no permission, a loop of links, a NUL in the name
+        reason = (
+            getattr(error, "strerror", None) or error
+        )  # an OSError in full repeats the whole path
+        raise DataError(
+            f"{what} cannot be opened ({reason}); expected a readable file under {str(root)!r}"
+        ) from error
 
 
 def decode_image(stream: BinaryIO, what: str = "image") -> Image.Image:
@@ -119,7 +133,9 @@ def decode_image(stream: BinaryIO, what: str = "image") -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image), what)
     except DataError:
         raise
-    except Exception as error:  # Pillow's decoders let out whatever a broken file makes them stumble over
+    except (
+        Exception
+    ) as error:  # Pillow's decoders let out whatever a broken file makes them stumble over
         raise DataError(
             f"{what} cannot be decoded ({type(error).__name__}: {error}); "
             f"expected a complete {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]} file"
@@ -131,9 +147,13 @@ def _check_header(size: tuple[int, int], what: str) -> None:
     width, height = size
     # Pillow refuses at twice this limit and merely warns at the limit itself.
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        raise DataError(f"{what} has {width} x {height} pixels; expected at most {Image.MAX_IMAGE_PIXELS} in all")
+        raise DataError(
+            f"{what} has {width} x {height} pixels; expected at most {Image.MAX_IMAGE_PIXELS} in all"
+        )
     if min(size) < 1 or max(size) > MAX_ASPECT_RATIO * min(size):
-        raise DataError(f"{what} has {width} x {height} pixels; expected an aspect ratio of at most {MAX_ASPECT_RATIO}")
+        raise DataError(
+            f"{what} has {width} x {height} pixels; expected an aspect ratio of at most {MAX_ASPECT_RATIO}"
+        )
 
 
 def _to_rgb(image: Image.Image, what: str) -> Image.Image:
@@ -141,7 +161,9 @@ def _to_rgb(image: Image.Image, what: str) -> Image.Image:
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise DataError(f"{what} has 32-bit pixels (mode {image.mode}), with no defined white; expected 8 or 16")
+        raise DataError(
+            f"{what} has 32-bit pixels (mode {image.mode}), with no defined white; expected 8 or 16"
+        )
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
@@ -177,15 +199,21 @@ def _parse_row(raw: bytes, line: int) -> _Row:
     row = _parse_json(raw)
     if not isinstance(row, dict):
         raise DataError(f"found {_show(row)}; expected a JSON object")
-    row = {key: value for key, value in row.items() if value is not None}  # null columns of a table export
+    row = {
+        key: value for key, value in row.items() if value is not None
+    }  # null columns of a table export
     if "conversations" in row:
         if "question" in row or "answer" in row:
-            raise DataError('found "conversations" and also "question" or "answer"; expected one form or the other')
+            raise DataError(
+                'found "conversations" and also "question" or "answer"; expected one form or the other'
+            )
         question, answer = _read_conversation(row["conversations"])
     elif "question" in row:
         question, answer = row["question"], row.get("answer")
     else:
-        raise DataError(f'found the keys {_show(", ".join(row))}; expected "question" and "answer", or "conversations"')
+        raise DataError(
+            f'found the keys {_show(", ".join(row))}; expected "question" and "answer", or "conversations"'
+        )
     images = _read_image_paths(row)
     question = _read_question(question, len(images), may_prepend="question" in row)
     extra = {key: value for key, value in row.items() if key not in ROW_KEYS and _is_simple(value)}
@@ -194,13 +222,22 @@ def _parse_row(raw: bytes, line: int) -> _Row:
 
 def _parse_json(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        return json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+        )
     except DataError:
         raise
     except json.JSONDecodeError as error:
-        raise DataError(f"broken JSON at column {error.colno} ({error.msg}); expected one JSON object") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, an integer of thousands of digits, deep nesting
-        raise DataError(f"the line cannot be read ({error}); expected one JSON object in UTF-8") from error
+        raise DataError(
+            f"broken JSON at column {error.colno} ({error.msg}); expected one JSON object"
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, an integer of thousands of digits, deep nesting
+        raise DataError(
+            f"the line cannot be read ({error}); expected one JSON object in UTF-8"
+        ) from error
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -219,12 +256,18 @@ def _refuse_constant(name: str) -> None:
 def _read_conversation(turns: Any) -> tuple[Any, Any]:
     """The values of the human and the gpt turn."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError('"conversations" is not an array of objects; expected one "human" and one "gpt" turn')
+        raise DataError(
+            '"conversations" is not an array of objects; expected one "human" and one "gpt" turn'
+        )
     speakers = [turn.get("from") for turn in turns]
     if speakers != ["human", "gpt"]:
         advice = "; a system text belongs in data.prompt_template" if "system" in speakers else ""
-        found = ", ".join(_show(speaker) for speaker in speakers[:5]) + (", …" if len(speakers) > 5 else "")
-        raise DataError(f'"conversations" has turns from [{found}]; expected exactly ["human", "gpt"]{advice}')
+        found = ", ".join(_show(speaker) for speaker in speakers[:5]) + (
+            ", …" if len(speakers) > 5 else ""
+        )
+        raise DataError(
+            f'"conversations" has turns from [{found}]; expected exactly ["human", "gpt"]{advice}'
+        )
     return turns[0].get("value"), turns[1].get("value")
 
 
@@ -251,13 +294,17 @@ def _read_question(question: Any, images: int, may_prepend: bool) -> str:
     if markers == 0 and may_prepend:
         return IMAGE_MARKER * images + question
     if markers != images:
-        raise DataError(f"the question has {markers} {IMAGE_MARKER} markers but the row has {images} images")
+        raise DataError(
+            f"the question has {markers} {IMAGE_MARKER} markers but the row has {images} images"
+        )
     return question
 
 
 def _read_answer(answer: Any) -> str:
     if isinstance(answer, bool) or not (_is_text(answer) or _is_number(answer)):
-        raise DataError(f"found {_show(answer)} as the answer; expected valid text or a finite number")
+        raise DataError(
+            f"found {_show(answer)} as the answer; expected valid text or a finite number"
+        )
     if not str(answer).strip():
         raise DataError(f"found {_show(answer)} as the answer; expected text that is not empty")
     return str(answer).strip()
@@ -273,7 +320,9 @@ def _read_id(value: Any, line: int) -> str:
 
 def _is_text(value: Any) -> bool:
     r"""A string that can be written as UTF-8; JSON can spell one that cannot: "\ud800"."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str) and not any(
+        "\ud800" <= character <= "\udfff" for character in value
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -307,8 +356,12 @@ class JsonlDataset:
     """
 
     def __init__(
-        self, path: str | Path, image_root: str | Path | None = None, on_error: str = "raise", progress: bool = True,
-        root_key: str = "data.image_root"
+        self,
+        path: str | Path,
+        image_root: str | Path | None = None,
+        on_error: str = "raise",
+        progress: bool = True,
+        root_key: str = "data.image_root",
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise DataError(f'on_error is {on_error!r}; expected "raise" or "skip"')
@@ -343,7 +396,9 @@ class JsonlDataset:
     @property
     def fingerprint(self) -> str:
         """Of the file and of the lines in use, so that a resumed run can tell whether its places still mean the same rows."""
-        return hashlib.sha256(repr((self._content, [row.line for row in self._rows])).encode()).hexdigest()
+        return hashlib.sha256(
+            repr((self._content, [row.line for row in self._rows])).encode()
+        ).hexdigest()
 
     @property
     def ids(self) -> list[str]:
@@ -367,17 +422,23 @@ class JsonlDataset:
             try:
                 return load_image(path, self.image_root).size
             except DataError as error:
-                return type(error)(str(error))  # a fresh one: a traceback would keep half-decoded pixels alive
+                return type(error)(
+                    str(error)
+                )  # a fresh one: a traceback would keep half-decoded pixels alive
 
         quiet = not (self.progress and paths)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            bar = tqdm(pool.map(check, paths), f"{self.name}: checking images", len(paths), disable=quiet)
+            bar = tqdm(
+                pool.map(check, paths), f"{self.name}: checking images", len(paths), disable=quiet
+            )
             results = dict(zip(paths, bar, strict=True))
         for row in self._rows:
             errors = [results[path] for path in row.images if isinstance(results[path], DataError)]
             if errors:
                 problems[row.line] = errors[0]
-        return {path: result for path, result in results.items() if not isinstance(result, DataError)}
+        return {
+            path: result for path, result in results.items() if not isinstance(result, DataError)
+        }
 
     def _settle(self, problems: dict[int, DataError]) -> None:
         """Report `problems` {line: error} together: raise, or warn and drop those rows."""
@@ -389,8 +450,12 @@ class JsonlDataset:
             if len(lines) > MAX_LISTED_PROBLEMS:
                 report.append(f"  … and {len(lines) - MAX_LISTED_PROBLEMS} more")
             first_with_images = [row.line for row in self._rows if row.images][:5]
-            if first_with_images and all(isinstance(problems.get(n), MissingImageError) for n in first_with_images):
-                report.append(f"no image was found; is {self._root_key} ({str(self.image_root)!r}) the right folder?")
+            if first_with_images and all(
+                isinstance(problems.get(n), MissingImageError) for n in first_with_images
+            ):
+                report.append(
+                    f"no image was found; is {self._root_key} ({str(self.image_root)!r}) the right folder?"
+                )
             if self.on_error == "raise" or len(lines) == total:
                 raise DataError("\n".join(report))
             warnings.warn("\n".join([*report, "these rows are skipped"]), stacklevel=3)
@@ -398,7 +463,11 @@ class JsonlDataset:
 
     def _warn_about_late_images(self) -> None:
         """DyCo's text scope starts at the first image, past the attention sink, and would leave out such a question."""
-        late = [row.line for row in self._rows if row.images and row.question.split(IMAGE_MARKER)[0].strip()]
+        late = [
+            row.line
+            for row in self._rows
+            if row.images and row.question.split(IMAGE_MARKER)[0].strip()
+        ]
         if late:
             warnings.warn(
                 f"{self.path}: in {len(late)} rows (first: line {late[0]}) text stands before the first image; "
@@ -413,17 +482,27 @@ def _read_file(path: Path) -> bytes:
     except (OSError, ValueError) as error:
         try:
             near = difflib.get_close_matches(path.name, os.listdir(path.parent))
-            advice = f"near names in its folder: {', '.join(near)}" if near else "its folder holds no similar name"
+            advice = (
+                f"near names in its folder: {', '.join(near)}"
+                if near
+                else "its folder holds no similar name"
+            )
         except (OSError, ValueError):
             advice = "its folder cannot be read either"
-        raise DataError(f"{path} cannot be read ({error}); expected a JSONL file; {advice}") from error
+        raise DataError(
+            f"{path} cannot be read ({error}); expected a JSONL file; {advice}"
+        ) from error
 
 
 # ---------------------------------------------------------------- prompts
 
 
 def encode_prompt(
-    sample: Sample, index: int, tokenizer: Any, image_processor: Any, template: str,
+    sample: Sample,
+    index: int,
+    tokenizer: Any,
+    image_processor: Any,
+    template: str,
     max_prompt_tokens: int | None = None,
 ) -> Prompt:
     """Tokens and pixels of one prompt: the chat template around `template`, with the question for its {question}.
@@ -435,7 +514,9 @@ def encode_prompt(
         # One image per call: what an odd image makes of a batch must not depend on its neighbours.
         encoded = [_encode_image(image, image_processor) for image in sample.images]
         grids = torch.cat([grid for _, grid in encoded]) if encoded else None
-        image_tokens = [] if grids is None else (grids.prod(dim=1) // image_processor.merge_size**2).tolist()
+        image_tokens = (
+            [] if grids is None else (grids.prod(dim=1) // image_processor.merge_size**2).tolist()
+        )
         ids = _prompt_ids(sample.question, image_tokens, tokenizer, template)
         _check_length(len(ids), max_prompt_tokens)
     except DataError as error:
@@ -443,11 +524,17 @@ def encode_prompt(
     input_ids = torch.tensor(ids)
     visual_mask = input_ids == _image_token_id(tokenizer)
     pixels = torch.cat([pixels for pixels, _ in encoded]) if encoded else None
-    return Prompt(index, sample.id, sample.answer, sample.question, input_ids, visual_mask, pixels, grids)
+    return Prompt(
+        index, sample.id, sample.answer, sample.question, input_ids, visual_mask, pixels, grids
+    )
 
 
 def count_prompt_tokens(
-    question: str, sizes: Sequence[tuple[int, int]], tokenizer: Any, image_processor: Any, template: str
+    question: str,
+    sizes: Sequence[tuple[int, int]],
+    tokenizer: Any,
+    image_processor: Any,
+    template: str,
 ) -> int:
     """The length encode_prompt would give, from the images' (width, height) in pixels alone. Raises DataError."""
     patch, merge = image_processor.patch_size, image_processor.merge_size
@@ -459,7 +546,11 @@ def count_prompt_tokens(
 
 
 def check_lengths(
-    dataset: JsonlDataset, tokenizer: Any, image_processor: Any, template: str, max_prompt_tokens: int | None
+    dataset: JsonlDataset,
+    tokenizer: Any,
+    image_processor: Any,
+    template: str,
+    max_prompt_tokens: int | None,
 ) -> None:
     """Find every row that encode_prompt would refuse; report them like other bad rows, by the dataset's `on_error`.
 
@@ -467,7 +558,9 @@ def check_lengths(
     """
     _check_template(template, tokenizer)
     problems: dict[int, DataError] = {}
-    for row in tqdm(dataset._rows, f"{dataset.name}: checking lengths", disable=not dataset.progress):
+    for row in tqdm(
+        dataset._rows, f"{dataset.name}: checking lengths", disable=not dataset.progress
+    ):
         sizes = [dataset._sizes[path] for path in row.images]
         try:
             found = count_prompt_tokens(row.question, sizes, tokenizer, image_processor, template)
@@ -481,11 +574,15 @@ def _encode_image(image: Image.Image, image_processor: Any) -> tuple[Tensor, Ten
     """Patches [N, channels * temporal_patch * patch * patch] and their grid [1, 3]."""
     _check_header(image.size, "an image")
     size = enlarged_size(image.size, image_processor.patch_size * image_processor.merge_size)
-    encoded = image_processor(images=[image.resize(size, Image.Resampling.BICUBIC)], return_tensors="pt")
+    encoded = image_processor(
+        images=[image.resize(size, Image.Resampling.BICUBIC)], return_tensors="pt"
+    )
     return encoded["pixel_values"], encoded["image_grid_thw"]
 
 
-def _prompt_ids(question: str, image_tokens: Sequence[int], tokenizer: Any, template: str) -> list[int]:
+def _prompt_ids(
+    question: str, image_tokens: Sequence[int], tokenizer: Any, template: str
+) -> list[int]:
     """Token ids of the prompt, with image_tokens[i] placeholders for image i. Raises DataError."""
     _check_template(template, tokenizer)
     _check_special_tokens(question, "the question", tokenizer)
@@ -512,21 +609,27 @@ def _prompt_ids(question: str, image_tokens: Sequence[int], tokenizer: Any, temp
 def _image_token_id(tokenizer: Any) -> int:
     token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
     token_id = tokenizer.convert_tokens_to_ids(token)
-    if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != token:  # an unknown token becomes another one
+    if (
+        token_id is None or tokenizer.convert_ids_to_tokens(token_id) != token
+    ):  # an unknown token becomes another one
         raise DataError(f"the tokenizer has no token {token}; expected that of a Qwen2.5-VL model")
     return token_id
 
 
 def _check_template(template: str, tokenizer: Any) -> None:
     if (found := template.count(QUESTION_MARKER)) != 1:
-        raise DataError(f"data.prompt_template {_show(template)} has {found} {QUESTION_MARKER}; expected exactly one")
+        raise DataError(
+            f"data.prompt_template {_show(template)} has {found} {QUESTION_MARKER}; expected exactly one"
+        )
     _check_special_tokens(template, "data.prompt_template", tokenizer)
 
 
 def _check_special_tokens(text: str, what: str, tokenizer: Any = None) -> None:
     for token in (*QWEN_SPECIAL_TOKENS, *(tokenizer.all_special_tokens if tokenizer else ())):
         if token in text:
-            raise DataError(f"{what} contains {token}, which would be read as that special token; remove it")
+            raise DataError(
+                f"{what} contains {token}, which would be read as that special token; remove it"
+            )
 
 
 def _check_length(found: int, limit: int | None) -> None:
@@ -571,10 +674,14 @@ class Sampler:
     def load_state_dict(self, state: dict[str, int]) -> None:
         consumed = state.get("consumed")
         if type(consumed) is not int or consumed < 0:
-            raise DataError(f'sampler state "consumed" is {consumed!r}; expected an integer of 0 or more')
+            raise DataError(
+                f'sampler state "consumed" is {consumed!r}; expected an integer of 0 or more'
+            )
         self.consumed = consumed
 
     def _permutation(self, epoch: int) -> list[int]:
         order = list(range(self.size))
-        random.Random(f"{self.seed}/{epoch}").shuffle(order)  # a string: seed + epoch would repeat orders across seeds
+        random.Random(f"{self.seed}/{epoch}").shuffle(
+            order
+        )  # a string: seed + epoch would repeat orders across seeds
         return order

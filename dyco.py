@@ -10,6 +10,7 @@ Shapes: B responses, T response tokens, K keys. The *query* of token o_t is the 
 token for t = 1), and its row is the softmaxed attention of that query, averaged over heads. Everything is computed in
 the dtype of its input, at least float32, and without gradient: the weights are constants to the policy loss.
 """
+
 import math
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 class Signals(NamedTuple):
     """What DyCo reads off the attention, each [B, T]: masses as fractions 0 … 1, shifts in radians 0 … π."""
+
     visual_mass: Tensor
     text_mass: Tensor
     visual_shift: Tensor
@@ -53,7 +55,9 @@ def _hellinger(p: Tensor, q: Tensor) -> Tensor:
 def _jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     middle = (p + q) / 2
     # Σ p·log(p/m) with the log of each quotient: exactly 0 where p equals q
-    log_ratio = lambda x: torch.where(x > 0, x / middle.clamp(min=torch.finfo(x.dtype).tiny), 1).log2()
+    log_ratio = lambda x: torch.where(
+        x > 0, x / middle.clamp(min=torch.finfo(x.dtype).tiny), 1
+    ).log2()
     divergence = (p * log_ratio(p) + q * log_ratio(q)).sum(-1) / 2
     return divergence.clamp(0, 1).sqrt() * math.pi
 
@@ -63,7 +67,12 @@ def _total_variation(p: Tensor, q: Tensor) -> Tensor:
 
 
 # each scaled to 0 … π, so that τ keeps its meaning; l1 is the total variation
-SHIFTS = {"fisher_rao": fisher_rao_distance, "hellinger": _hellinger, "js": _jensen_shannon, "l1": _total_variation}
+SHIFTS = {
+    "fisher_rao": fisher_rao_distance,
+    "hellinger": _hellinger,
+    "js": _jensen_shannon,
+    "l1": _total_variation,
+}
 
 
 def _choose(table, name: str, what: str):
@@ -76,7 +85,9 @@ def _choose(table, name: str, what: str):
 
 
 @torch.no_grad()
-def attention_signals(attention: Tensor, visual_mask: Tensor, text_mask: Tensor, shift: str = "fisher_rao") -> Signals:
+def attention_signals(
+    attention: Tensor, visual_mask: Tensor, text_mask: Tensor, shift: str = "fisher_rao"
+) -> Signals:
     """Mass on each modality and its movement since the previous token (eq. 1–3).
 
     attention [B, T, K] head-averaged rows; visual_mask [B, K] bool; text_mask [B, T, K] bool, the text keys visible to
@@ -96,10 +107,12 @@ def attention_signals(attention: Tensor, visual_mask: Tensor, text_mask: Tensor,
 
     def mass_and_shift(members: Tensor) -> tuple[Tensor, Tensor]:
         selected = torch.where(members, attention, 0)
-        mass = selected.sum(-1)                                                             # eq. 1
-        within = selected / torch.where(mass > 0, mass, 1)[..., None]                       # eq. 2
-        moved = torch.where((mass[:, 1:] > 0) & (mass[:, :-1] > 0), distance(within[:, :-1], within[:, 1:]), 0)
-        return mass, torch.nn.functional.pad(moved, (1, 0))                                 # eq. 3
+        mass = selected.sum(-1)  # eq. 1
+        within = selected / torch.where(mass > 0, mass, 1)[..., None]  # eq. 2
+        moved = torch.where(
+            (mass[:, 1:] > 0) & (mass[:, :-1] > 0), distance(within[:, :-1], within[:, 1:]), 0
+        )
+        return mass, torch.nn.functional.pad(moved, (1, 0))  # eq. 3
 
     visual_mass, visual_shift = mass_and_shift(visual_mask[:, None, :])
     text_mass, text_shift = mass_and_shift(text_mask)
@@ -110,7 +123,9 @@ def attention_signals(attention: Tensor, visual_mask: Tensor, text_mask: Tensor,
 
 
 @torch.no_grad()
-def assign_roles(visual_shift: Tensor, text_shift: Tensor, mask: Tensor, tau: float = 0.05) -> Tensor:
+def assign_roles(
+    visual_shift: Tensor, text_shift: Tensor, mask: Tensor, tau: float = 0.05
+) -> Tensor:
     """The modality whose attention moved more, by over τ radians, gives the token its role (eq. 5).
 
     [B, T] float, float and bool -> [B, T] int8: +1 visual, −1 text, 0 neutral or padding.
@@ -124,7 +139,7 @@ def assign_roles(visual_shift: Tensor, text_shift: Tensor, mask: Tensor, tau: fl
 
 def _relative_mass(visual_mass: Tensor, text_mass: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     total = visual_mass + text_mass
-    visual = torch.where(total > 0, visual_mass / torch.where(total > 0, total, 1), 0)      # eq. 4
+    visual = torch.where(total > 0, visual_mass / torch.where(total > 0, total, 1), 0)  # eq. 4
     return visual, torch.where(total > 0, 1 - visual, 0)
 
 
@@ -133,6 +148,7 @@ def _minmax_mass(visual_mass: Tensor, text_mass: Tensor, mask: Tensor) -> tuple[
         low = torch.where(mask, mass, math.inf).amin(-1, keepdim=True)
         high = torch.where(mask, mass, -math.inf).amax(-1, keepdim=True)
         return torch.where(high > low, (mass - low) / torch.where(high > low, high - low, 1), 0)
+
     return normalise(visual_mass), normalise(text_mass)
 
 
@@ -140,8 +156,9 @@ RATIOS = {"relative": _relative_mass, "minmax": _minmax_mass}
 
 
 @torch.no_grad()
-def alignment_scores(visual_mass: Tensor, text_mass: Tensor, roles: Tensor, mask: Tensor,
-                     ratio: str = "relative") -> Tensor:
+def alignment_scores(
+    visual_mass: Tensor, text_mass: Tensor, roles: Tensor, mask: Tensor, ratio: str = "relative"
+) -> Tensor:
     """How much of its attention a token spends on the modality of its role, s_t in 0 … 1 (eq. 4 and 6).
 
     All [B, T]; 0 on neutral tokens and padding. `ratio` "relative" is eq. 4; "minmax" scales each modality's mass over
@@ -153,7 +170,16 @@ def alignment_scores(visual_mass: Tensor, text_mass: Tensor, roles: Tensor, mask
     """
     normalise = _choose(RATIOS, ratio, "dyco.ratio")
     visual, text = normalise(_at_least_float32(visual_mass), _at_least_float32(text_mass), mask)
-    return torch.where(mask & (roles > 0), visual, 0) + torch.where(mask & (roles < 0), text, 0)  # eq. 6
+    return torch.where(mask & (roles > 0), visual, 0) + torch.where(
+        mask & (roles < 0), text, 0
+    )  # eq. 6
+
+
+def roles_and_scores(signals: Signals, mask: Tensor, settings) -> tuple[Tensor, Tensor]:
+    """Role and alignment score of every token, [B, T] each (eq. 4 to 6); `settings` has tau and ratio."""
+    roles = assign_roles(signals.visual_shift, signals.text_shift, mask, settings.tau)
+    scores = alignment_scores(signals.visual_mass, signals.text_mass, roles, mask, settings.ratio)
+    return roles, scores
 
 
 @torch.no_grad()
@@ -167,7 +193,9 @@ def token_weights(scores: Tensor, mask: Tensor) -> Tensor:
     """
     scores = _at_least_float32(scores).masked_fill(~mask, -math.inf)
     weights = torch.softmax(scores, dim=-1) * mask.sum(-1, keepdim=True)
-    return torch.where(mask.any(-1, keepdim=True), weights, 0)  # the softmax of a row without tokens is NaN
+    return torch.where(
+        mask.any(-1, keepdim=True), weights, 0
+    )  # the softmax of a row without tokens is NaN
 
 
 # ------------------------------------------------------------------------------------ eq. 8: the token advantage
@@ -176,12 +204,16 @@ def token_weights(scores: Tensor, mask: Tensor) -> Tensor:
 def _shuffle(scores: Tensor, among: Tensor, generator) -> Tensor:
     """Permute the scores of the marked tokens within each response; one generator, or one per response."""
     if generator is None:
-        raise ValueError("a shuffled rule needs a generator: a torch.Generator, or a sequence with one per response")
+        raise ValueError(
+            "a shuffled rule needs a generator: a torch.Generator, or a sequence with one per response"
+        )
     shuffled = scores.clone()
     for row in range(len(scores)):
         places = among[row].nonzero().squeeze(-1)
         source = generator if isinstance(generator, torch.Generator) else generator[row]
-        order = torch.randperm(len(places), generator=source, device=source.device).to(places.device)
+        order = torch.randperm(len(places), generator=source, device=source.device).to(
+            places.device
+        )
         shuffled[row, places] = scores[row, places[order]]
     return shuffled
 
@@ -191,36 +223,43 @@ def _response_factor(scores: Tensor, roles: Tensor, alpha: float, group_size: in
     if group_size is None:
         raise ValueError("rule 'response' needs group_size")
     if len(scores) % group_size:
-        raise ValueError(f"rule 'response': {len(scores)} responses are not whole groups of {group_size}")
+        raise ValueError(
+            f"rule 'response': {len(scores)} responses are not whole groups of {group_size}"
+        )
     acting = roles != 0
     mean = torch.where(acting, scores, 0).sum(-1) / acting.sum(-1).clamp(min=1)
     grouped = mean.view(len(mean) // group_size, group_size)
     spread = grouped.amax(-1, keepdim=True) - grouped.amin(-1, keepdim=True)
     std = grouped.std(-1, keepdim=True, unbiased=group_size > 1)
     # scores are in 0 … 1: means that differ by rounding alone must not be standardised into ±1
-    z = torch.where(spread > 1e-6, (grouped - grouped.mean(-1, keepdim=True)) / std.clamp(min=1e-12), 0)
+    z = torch.where(
+        spread > 1e-6, (grouped - grouped.mean(-1, keepdim=True)) / std.clamp(min=1e-12), 0
+    )
     return (1 + alpha * torch.tanh(z)).view(-1, 1)
 
 
 class Tokens(NamedTuple):
     """What a rule sees."""
-    advantages: Tensor       # [B, T], Â of the token's response
-    scores: Tensor           # [B, T], s_t, 0 on padding
-    roles: Tensor            # [B, T], +1 visual, −1 text, 0 neutral or padding
-    mask: Tensor             # [B, T]
+
+    advantages: Tensor  # [B, T], Â of the token's response
+    scores: Tensor  # [B, T], s_t, 0 on padding
+    roles: Tensor  # [B, T], +1 visual, −1 text, 0 neutral or padding
+    mask: Tensor  # [B, T]
     alpha: float
-    generator: object        # a torch.Generator, one per response, or None
+    generator: object  # a torch.Generator, one per response, or None
     group_size: int | None
 
 
 def _paper(t: Tokens) -> Tensor:
-    return (1 + t.alpha * token_weights(t.scores, t.mask)) * t.advantages                    # eq. 8
+    return (1 + t.alpha * token_weights(t.scores, t.mask)) * t.advantages  # eq. 8
 
 
 def _signed(t: Tokens, offset: float = 0.0) -> Tensor:
     acting = t.roles != 0
     weights = token_weights(t.scores, acting) - offset
-    return torch.where(acting, (1 + t.alpha * t.advantages.sign() * weights) * t.advantages, t.advantages)
+    return torch.where(
+        acting, (1 + t.alpha * t.advantages.sign() * weights) * t.advantages, t.advantages
+    )
 
 
 def _flat(t: Tokens) -> Tokens:
@@ -235,14 +274,24 @@ RULES = {
     "uniform": lambda t: _paper(_flat(t)),
     "shuffled": lambda t: _paper(t._replace(scores=_shuffle(t.scores, t.mask, t.generator))),
     "signed_uniform": lambda t: _signed(_flat(t)),
-    "signed_shuffled": lambda t: _signed(t._replace(scores=_shuffle(t.scores, t.roles != 0, t.generator))),
+    "signed_shuffled": lambda t: _signed(
+        t._replace(scores=_shuffle(t.scores, t.roles != 0, t.generator))
+    ),
     "response": lambda t: _response_factor(t.scores, t.roles, t.alpha, t.group_size) * t.advantages,
 }
 
 
 @torch.no_grad()
-def reweight_advantages(advantages: Tensor, scores: Tensor, roles: Tensor, mask: Tensor, alpha: float = 0.2,
-                        rule: str = "paper", generator=None, group_size: int | None = None) -> Tensor:
+def reweight_advantages(
+    advantages: Tensor,
+    scores: Tensor,
+    roles: Tensor,
+    mask: Tensor,
+    alpha: float = 0.2,
+    rule: str = "paper",
+    generator=None,
+    group_size: int | None = None,
+) -> Tensor:
     """The advantage of every token (eq. 8) or of one of its variants and controls.
 
     advantages [B] or [B, T], scores, roles and mask [B, T] -> [B, T], 0 on padding. Rows are group-major.
@@ -263,4 +312,6 @@ def reweight_advantages(advantages: Tensor, scores: Tensor, roles: Tensor, mask:
         advantages = advantages[:, None]
     advantages = advantages.expand(mask.shape)
     scores, roles = torch.where(mask, _at_least_float32(scores), 0), torch.where(mask, roles, 0)
-    return torch.where(mask, compute(Tokens(advantages, scores, roles, mask, alpha, generator, group_size)), 0)
+    return torch.where(
+        mask, compute(Tokens(advantages, scores, roles, mask, alpha, generator, group_size)), 0
+    )

@@ -42,21 +42,24 @@ import threading
 import time
 import traceback
 import unicodedata
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Callable, Iterable, NamedTuple
+from typing import Any, NamedTuple
 
-MAX_TEXT = 4096          # characters; a longer answer is compared as it stands
-MAX_MATH = 512           # characters; a longer answer is compared as text
-MAX_TOKENS = 200         # of an expression
-MAX_DEPTH = 40           # nested operations
-MAX_ITEMS = 32           # of a list or tuple
-MAX_BITS = 4096          # of a numerator or denominator
-SAMPLES = 5              # points at which expressions with variables are evaluated
-PROOF_LIMIT = 0.6        # seconds of one proof, then it ends
-SYMBOLIC_LIMIT = 0.8     # seconds of all proofs in one call of `accuracy`, then the worker is killed and replaced
-START_LIMIT = 60.0       # seconds for the worker to import SymPy, not part of the limits above
+MAX_TEXT = 4096  # characters; a longer answer is compared as it stands
+MAX_MATH = 512  # characters; a longer answer is compared as text
+MAX_TOKENS = 200  # of an expression
+MAX_DEPTH = 40  # nested operations
+MAX_ITEMS = 32  # of a list or tuple
+MAX_BITS = 4096  # of a numerator or denominator
+SAMPLES = 5  # points at which expressions with variables are evaluated
+PROOF_LIMIT = 0.6  # seconds of one proof, then it ends
+SYMBOLIC_LIMIT = (
+    0.8  # seconds of all proofs in one call of `accuracy`, then the worker is killed and replaced
+)
+START_LIMIT = 60.0  # seconds for the worker to import SymPy, not part of the limits above
 WORKER_MEMORY = 2 << 30  # bytes
 
 
@@ -80,13 +83,19 @@ def format(response: str) -> float:
     thought, _, rest = text.partition("</think>")
     gap, _, rest = rest.partition("<answer>")
     content, _, tail = rest.partition("</answer>")
-    return float(thought.startswith("<think>") and not gap.strip() and bool(content.strip()) and not tail)
+    return float(
+        thought.startswith("<think>") and not gap.strip() and bool(content.strip()) and not tail
+    )
 
 
 def extract_answer(response: str) -> str | None:
     """The content of the last complete ``<answer>…</answer>`` block, None without one. Linear time."""
     start = response.rfind("<answer>", 0, max(response.rfind("</answer>"), 0))
-    return None if start < 0 else response[start + len("<answer>"):response.index("</answer>", start)]
+    return (
+        None
+        if start < 0
+        else response[start + len("<answer>") : response.index("</answer>", start)]
+    )
 
 
 def load_custom(spec: str, what: str = "custom reward") -> Callable[[str, str, Any], Any]:
@@ -99,17 +108,29 @@ def load_custom(spec: str, what: str = "custom reward") -> Callable[[str, str, A
         raise ValueError(f"{what} {spec!r}: expected path/to/file.py:function")
     file = Path(path)
     if not file.is_file():
-        near = difflib.get_close_matches(file.name, [other.name for other in file.parent.glob("*.py")])
-        raise ValueError(f"{what} {spec!r}: no file {path!r}; nearest there: {', '.join(near) or 'none'}")
+        near = difflib.get_close_matches(
+            file.name, [other.name for other in file.parent.glob("*.py")]
+        )
+        raise ValueError(
+            f"{what} {spec!r}: no file {path!r}; nearest there: {', '.join(near) or 'none'}"
+        )
     module_spec = importlib.util.spec_from_file_location(f"custom_reward_{file.stem}", file)
     module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        found = f"{type(function).__name__} {name}" if hasattr(module, name) else "nothing of that name"
+        names = [
+            key
+            for key, value in vars(module).items()
+            if callable(value) and not key.startswith("_")
+        ]
+        found = (
+            f"{type(function).__name__} {name}" if hasattr(module, name) else "nothing of that name"
+        )
         near = ", ".join(difflib.get_close_matches(name, names) or names) or "none"
-        raise ValueError(f"{what} {spec!r}: found {found}, expected a function; nearest in the file: {near}")
+        raise ValueError(
+            f"{what} {spec!r}: found {found}, expected a function; nearest in the file: {near}"
+        )
     return function
 
 
@@ -121,12 +142,15 @@ class _TooLong(BaseException):  # not an Exception: a reward that catches those 
     pass
 
 
-def call_custom(function: Callable[[str, str, Any], float], response: str, answer: str, sample, limit: float) -> float:
+def call_custom(
+    function: Callable[[str, str, Any], float], response: str, answer: str, sample, limit: float
+) -> float:
     """What a custom reward gives, within `limit` seconds. In the main thread only: the limit is an alarm signal, which Python
     looks at between its own instructions and in `re`, and other C code when it returns.
 
     Raises RewardError.
     """
+
     def ring(*_):
         raise _TooLong
 
@@ -134,7 +158,9 @@ def call_custom(function: Callable[[str, str, Any], float], response: str, answe
     before = signal.signal(signal.SIGALRM, ring)
     try:
         try:
-            signal.setitimer(signal.ITIMER_REAL, limit, 1.0)  # and again every second, should it be caught
+            signal.setitimer(
+                signal.ITIMER_REAL, limit, 1.0
+            )  # and again every second, should it be caught
             value = function(response, answer, sample)
             number = math.nan if value is None or isinstance(value, str) else float(value)
         finally:
@@ -143,11 +169,15 @@ def call_custom(function: Callable[[str, str, Any], float], response: str, answe
         raise RewardError(f"custom reward {name}: no result after {limit} s") from None
     except (Exception, SystemExit) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        raise RewardError(f"custom reward {name}: {type(error).__name__}: {error} ({where.filename}, line {where.lineno})") from error
+        raise RewardError(
+            f"custom reward {name}: {type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
+        ) from error
     finally:
         signal.signal(signal.SIGALRM, before)
     if not abs(number) < 1e38:
-        raise RewardError(f"custom reward {name}: expected a finite number that float32 holds, found {reprlib.repr(value)}")
+        raise RewardError(
+            f"custom reward {name}: expected a finite number that float32 holds, found {reprlib.repr(value)}"
+        )
     return number
 
 
@@ -168,35 +198,67 @@ def equivalent(prediction: str, reference: str) -> bool:
     target, budget = _read(reference), Budget(SYMBOLIC_LIMIT)
     grouped = bool(_THOUSANDS.search(prediction))
     return _same(_read(prediction), target, budget) or (
-        grouped and target.kind in _ORDERED and _same(_read(prediction, grouped=False), target, budget))
+        grouped
+        and target.kind in _ORDERED
+        and _same(_read(prediction, grouped=False), target, budget)
+    )
 
 
 # ---- 1. One spelling for unicode and LaTeX -------------------------------------------------------------------------
 
-_GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda μ nu xi omicron pi rho ς "
-          "sigma tau upsilon phi chi psi omega").split()
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda μ nu xi omicron pi rho ς "
+    "sigma tau upsilon phi chi psi omega"
+).split()
 _SPELLING = str.maketrans(
     {chr(945 + i): f"\\{name} " for i, name in enumerate(_GREEK) if len(name) > 1}
-    | dict(zip("−–—‐‑⁄∕÷×✕·⋅∗≈∈’“”", "-----///*****=='\"\""))
-    | {"√": r"\sqrt ", "∞": r"\infty ", "±": r"\pm ", "∪": r"\cup ", "∠": r"\angle "})
-_RAISED, _LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n"), str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-_REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"[\x00-\x08\x0e-\x1f\x7f\u200b-\u200f\u2060\ufeff]", ""),
-    (r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
-    (r"\{,\}|\\,(?=[0-9]{3})", ","),
-    (r"\\[,;:! ]|\\q?quad(?![A-Za-z])|~", " "),
-    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degrees?(?![A-Za-z])|°", " deg "),
-    (r"(?i)(?<=[0-9])(?:\s*([ap])\.m\b\.?|\s+([ap])m\b|(?<=:[0-9]{2})([ap])m\b)",
-     lambda m: f" {m[m.lastindex].lower()}m"),  # 8:00 A.M.
-    (r"(?i)(?<![a-z])deg(?:rees?)?\s*(c|f)(?:elsius|ahrenheit)?(?![a-z])", lambda m: " deg" + m[1].upper()),
-    (r"\\leq?(?:slant)?(?![A-Za-z])|<=", "≤"), (r"\\geq?(?:slant)?(?![A-Za-z])|>=", "≥"), (r"\\neq?(?![A-Za-z])|!=", "≠"),
-    (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"), (r"\\(?:approx|in)(?![A-Za-z])", "="),
-    (r"\\(?:times|cdot)(?![A-Za-z])", "*"), (r"\\div(?![A-Za-z])", "/"),
-    (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"\\[()\[\]]|`", ""), (r"\\([%_#&])", r"\1"), (r"(?:US)?\\\$", " USD "))]
-_ANSWER_IS = re.compile(r"(?i)(?:so|thus|hence|therefore)?,?\s*(?:the\s+)?(?:final\s+|correct\s+)?"
-                        r"(?:(?:answer|option|choice)\s*(?:is\b|:|=)\s*:?|(?:option|choice)\s)\s*(?=\S)")
+    | dict(zip("−–—‐‑⁄∕÷×✕·⋅∗≈∈’“”", '-----///*****==\'""'))
+    | {"√": r"\sqrt ", "∞": r"\infty ", "±": r"\pm ", "∪": r"\cup ", "∠": r"\angle "}
+)
+_RAISED, _LOWERED = (
+    str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n"),
+    str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789"),
+)
+_REWRITES = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"[\x00-\x08\x0e-\x1f\x7f\u200b-\u200f\u2060\ufeff]", ""),
+        (
+            r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}",
+            r" \1 ",
+        ),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
+        (r"\{,\}|\\,(?=[0-9]{3})", ","),
+        (r"\\[,;:! ]|\\q?quad(?![A-Za-z])|~", " "),
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degrees?(?![A-Za-z])|°", " deg "),
+        (
+            r"(?i)(?<=[0-9])(?:\s*([ap])\.m\b\.?|\s+([ap])m\b|(?<=:[0-9]{2})([ap])m\b)",
+            lambda m: f" {m[m.lastindex].lower()}m",
+        ),  # 8:00 A.M.
+        (
+            r"(?i)(?<![a-z])deg(?:rees?)?\s*(c|f)(?:elsius|ahrenheit)?(?![a-z])",
+            lambda m: " deg" + m[1].upper(),
+        ),
+        (r"\\leq?(?:slant)?(?![A-Za-z])|<=", "≤"),
+        (r"\\geq?(?:slant)?(?![A-Za-z])|>=", "≥"),
+        (r"\\neq?(?![A-Za-z])|!=", "≠"),
+        (r"\\lt(?![A-Za-z])", "<"),
+        (r"\\gt(?![A-Za-z])", ">"),
+        (r"\\(?:approx|in)(?![A-Za-z])", "="),
+        (r"\\(?:times|cdot)(?![A-Za-z])", "*"),
+        (r"\\div(?![A-Za-z])", "/"),
+        (r"\\\{", "⦃"),
+        (r"\\\}", "⦄"),
+        (r"\\[()\[\]]|`", ""),
+        (r"\\([%_#&])", r"\1"),
+        (r"(?:US)?\\\$", " USD "),
+    )
+]
+_ANSWER_IS = re.compile(
+    r"(?i)(?:so|thus|hence|therefore)?,?\s*(?:the\s+)?(?:final\s+|correct\s+)?"
+    r"(?:(?:answer|option|choice)\s*(?:is\b|:|=)\s*:?|(?:option|choice)\s)\s*(?=\S)"
+)
 
 
 def _clean(text: str) -> str:
@@ -210,10 +272,12 @@ def _clean(text: str) -> str:
         text = pattern.sub(new, text)
     text = re.sub(r"(?:US)?\$", " USD ", text) if text.count("$") == 1 else text.replace("$", "")
     text = " ".join(text.split())
-    text = re.sub(r"(?<![\w)\]}*])\*\*(?=\S)([^*]*[^*\s])\*\*(?![\w(*])", r"\1", text)  # Markdown bold; 2**3**2 is a power
+    text = re.sub(
+        r"(?<![\w)\]}*])\*\*(?=\S)([^*]*[^*\s])\*\*(?![\w(*])", r"\1", text
+    )  # Markdown bold; 2**3**2 is a power
     text = re.sub(r"^(__|[\"'])(.+)\1$", r"\2", text)
     for _ in range(2):  # "The answer is option B"
-        text = text[match.end():] if (match := _ANSWER_IS.match(text)) else text
+        text = text[match.end() :] if (match := _ANSWER_IS.match(text)) else text
     return text
 
 
@@ -229,36 +293,61 @@ def _unbox(text: str) -> str:
 
 def _choice(text: str) -> str | None:
     """The letter of "B", "(b)", "B.", "B) 12 cm", upper case; None for a word, or if another choice follows."""
-    match = re.match(r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])(?:\)|[.:](?=\s|$)|,?$))[.:]?\s*", text)
+    match = re.match(
+        r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])(?:\)|[.:](?=\s|$)|,?$))[.:]?\s*", text
+    )
     another = r"(?<![A-Za-z])[A-Z](?:\)|[.:]\s+\S)|^(?:(?:or|and)\b|[,/&])|^[A-Z]\W*$"
-    return None if not match or re.search(another, text[match.end():]) else match[match.lastindex].upper()
+    return (
+        None
+        if not match or re.search(another, text[match.end() :])
+        else match[match.lastindex].upper()
+    )
 
 
 # ---- 2. Text to values ---------------------------------------------------------------------------------------------
 
+
 class Value(NamedTuple):
-    kind: str          # "number", "expression", "relation", "text", or a key of _ORDERED: a sequence
-    key: str           # the words, without case
+    kind: str  # "number", "expression", "relation", "text", or a key of _ORDERED: a sequence
+    key: str  # the words, without case
     content: Any = ()  # number, expression: (tree, values at sample points); relation: (signs, sides); sequence: items
-    unit: Any = None   # of a number: ((symbol, power), …)
+    unit: Any = None  # of a number: ((symbol, power), …)
 
 
-_ORDERED = {"list": False, "{}": False, "∪": False, ":": True, "()": True, "[]": True, "(]": True, "[)": True}
+_ORDERED = {
+    "list": False,
+    "{}": False,
+    "∪": False,
+    ":": True,
+    "()": True,
+    "[]": True,
+    "(]": True,
+    "[)": True,
+}
 _OPEN, _CLOSE = "([{⦃", ")]}⦄"
-_THOUSANDS = re.compile(r"(?<![0-9.,(\[⦃])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9)\]⦄]|,[0-9])|"
-                        r"(?<![0-9.,/^])(?<![0-9] )[0-9]{1,3}(?: [0-9]{3})+(?![0-9/]| [0-9])")
-_MATH = [(re.compile(pattern), new) for pattern, new in (
-    (r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|ln|log|exp)(?![A-Za-z])", r"\\\1 "),
-    (r"(?<![\\A-Za-z])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
-    (r"\\frac\s*([0-9])\s*(?=[0-9{])", r"\\frac{\1}"),                                              # \frac34
-    (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-    (r"(?<![0-9.])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([+-]?[0-9]{1,4})(?![0-9A-Za-z.])", r"(\1*10^{\2})"),
-    (r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", "*"),                                                      # 2 x 10^3
-    (r"(?<![0-9.^_/])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9.])", r"(\1+\2/\3)"),                  # 1 1/2
-    (r"(?<![0-9.^_/])([0-9]+)\s*\\frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}", r"(\1+\2/\3)"),
-    (r"\*\*", "^"),
-    (r"^([+-]?)\s*(USD|[€£¥₹])\s*(.+)$", r"\1\3 \2"),
-    (r"([)\]])\s*U\s*([(\[])", r"\1\\cup \2"))]
+_THOUSANDS = re.compile(
+    r"(?<![0-9.,(\[⦃])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9)\]⦄]|,[0-9])|"
+    r"(?<![0-9.,/^])(?<![0-9] )[0-9]{1,3}(?: [0-9]{3})+(?![0-9/]| [0-9])"
+)
+_MATH = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|ln|log|exp)(?![A-Za-z])", r"\\\1 "),
+        (r"(?<![\\A-Za-z])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
+        (r"\\frac\s*([0-9])\s*(?=[0-9{])", r"\\frac{\1}"),  # \frac34
+        (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
+        (
+            r"(?<![0-9.])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([+-]?[0-9]{1,4})(?![0-9A-Za-z.])",
+            r"(\1*10^{\2})",
+        ),
+        (r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", "*"),  # 2 x 10^3
+        (r"(?<![0-9.^_/])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9.])", r"(\1+\2/\3)"),  # 1 1/2
+        (r"(?<![0-9.^_/])([0-9]+)\s*\\frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}", r"(\1+\2/\3)"),
+        (r"\*\*", "^"),
+        (r"^([+-]?)\s*(USD|[€£¥₹])\s*(.+)$", r"\1\3 \2"),
+        (r"([)\]])\s*U\s*([(\[])", r"\1\\cup \2"),
+    )
+]
 
 
 def _read(text: str, depth: int = 0, grouped: bool = True) -> Value:
@@ -277,14 +366,22 @@ def _read(text: str, depth: int = 0, grouped: bool = True) -> Value:
             return words
         return Value(kind, words.key, tuple(_read(piece, depth + 1) for piece in pieces))
 
-    for kind, separator in (("list", r",\s*(?:and|or)\b|[,;]|\b(?:and|or)\b"), ("relation", "[=<>≤≥≠]"),
-                            ("∪", r"\\cup(?![A-Za-z])"), (":", ":")):
+    for kind, separator in (
+        ("list", r",\s*(?:and|or)\b|[,;]|\b(?:and|or)\b"),
+        ("relation", "[=<>≤≥≠]"),
+        ("∪", r"\\cup(?![A-Za-z])"),
+        (":", ":"),
+    ):
         pieces, signs = _split(text, separator)
         if set(signs) <= {">", "≥"}:  # turned round: x > 3 and 3 < x read the same
             pieces, signs = pieces[::-1], ["<" if sign == ">" else "≤" for sign in signs[::-1]]
         if len(pieces) > 1:
             value = items(kind, pieces)
-            return value._replace(content=(signs, value.content)) if value.kind == "relation" else value
+            return (
+                value._replace(content=(signs, value.content))
+                if value.kind == "relation"
+                else value
+            )
     if _enclosed(text):
         pieces, _ = _split(text[1:-1], "[,;]")
         if len(pieces) == 1:
@@ -301,7 +398,7 @@ def _scalar(text: str, words: Value) -> Value:
     if re.search(r"\\(?:sin|cos|tan)", text):
         text = re.sub(r"([0-9.]+) deg", r"(\1\\pi/180)", text)
     start = re.search(r"(?<![A-Za-z\\])[A-Za-zμΩ%€£¥₹]", text)
-    head, tail = (text[:start.start()], text[start.start():]) if start else ("", "")
+    head, tail = (text[: start.start()], text[start.start() :]) if start else ("", "")
     unit = _unit(tail, spaced=head.endswith(" ")) if head else None
     value = _expression(head, words, unit) if unit else words
     return value if value.kind == "number" else _expression(text, words)
@@ -314,7 +411,11 @@ def _expression(text: str, words: Value, unit: tuple | None = None) -> Value:
     except ValueError:
         return words
     if parser.names:
-        return Value("expression", words.key, (tree, [_evaluate(tree, parser.names, seed) for seed in range(SAMPLES)]))
+        return Value(
+            "expression",
+            words.key,
+            (tree, [_evaluate(tree, parser.names, seed) for seed in range(SAMPLES)]),
+        )
     value = _evaluate(tree)
     return words if value is None else Value("number", words.key, (tree, [value] * SAMPLES), unit)
 
@@ -333,7 +434,7 @@ def _split(text: str, separator: str) -> tuple[list[str], list[str]]:
     for match in re.finditer(rf"([(\[{{⦃])|([)\]}}⦄])|(?:{separator})", text):
         depth += bool(match[1]) - bool(match[2])
         if depth == 0 and not match[2]:
-            pieces.append(text[start:match.start()])
+            pieces.append(text[start : match.start()])
             found.append(match[0])
             start = match.end()
     return [*pieces, text[start:]], found
@@ -349,27 +450,64 @@ def _enclosed(text: str) -> bool:
     return False
 
 
-_METRIC = dict(meter="m", metre="m", gram="g", liter="L", litre="L", second="s", watt="W", volt="V", newton="N",
-               joule="J", pascal="Pa", hertz="Hz", ampere="A", amp="A", ohm="Ω", calorie="cal", mole="mol")
-_PREFIXES = dict(kilo="k", centi="c", milli="m", micro="μ", nano="n", deci="d", mega="M", giga="G") | {"": ""}
-_UNITS = {long + name: short + symbol for long, short in _PREFIXES.items() for spelled, symbol in _METRIC.items()
-          for name in (spelled, spelled + "s")}
-_UNITS |= {symbol: symbol for symbol in _UNITS.values()} | {name: names.split()[0] for names in (
-    "in inch inches|ft foot feet|yd yard yards|mi mile miles|lb lbs pound pounds|oz ounce ounces|min minute minutes|"
-    "h hr hrs hour hours|s sec secs|day days|week weeks|month months|year years yr yrs|deg degree degrees|degC|degF|"
-    "rad radian radians|% percent|USD dollar dollars|€ euro euros EUR|£ GBP|¥ yen yuan|₹ rupee rupees|cent cents|"
-    "unit units|L l|mL ml|am|pm").split("|") for name in names.split()}
-_UNIT_TOKEN = re.compile(r"([A-Za-zμΩ%€£¥₹]+)|\^\s*\{?\s*(-?[0-9]{1,2})\s*\}?|(/)|[*\s()]|(.)", re.S)
-_NO_NOUN = set("""and not more less than least most plus minus over under about but between from negative squared cubed
+_METRIC = dict(
+    meter="m",
+    metre="m",
+    gram="g",
+    liter="L",
+    litre="L",
+    second="s",
+    watt="W",
+    volt="V",
+    newton="N",
+    joule="J",
+    pascal="Pa",
+    hertz="Hz",
+    ampere="A",
+    amp="A",
+    ohm="Ω",
+    calorie="cal",
+    mole="mol",
+)
+_PREFIXES = dict(
+    kilo="k", centi="c", milli="m", micro="μ", nano="n", deci="d", mega="M", giga="G"
+) | {"": ""}
+_UNITS = {
+    long + name: short + symbol
+    for long, short in _PREFIXES.items()
+    for spelled, symbol in _METRIC.items()
+    for name in (spelled, spelled + "s")
+}
+_UNITS |= {symbol: symbol for symbol in _UNITS.values()} | {
+    name: names.split()[0]
+    for names in (
+        "in inch inches|ft foot feet|yd yard yards|mi mile miles|lb lbs pound pounds|oz ounce ounces|min minute minutes|"
+        "h hr hrs hour hours|s sec secs|day days|week weeks|month months|year years yr yrs|deg degree degrees|degC|degF|"
+        "rad radian radians|% percent|USD dollar dollars|€ euro euros EUR|£ GBP|¥ yen yuan|₹ rupee rupees|cent cents|"
+        "unit units|L l|mL ml|am|pm"
+    ).split("|")
+    for name in names.split()
+}
+_UNIT_TOKEN = re.compile(
+    r"([A-Za-zμΩ%€£¥₹]+)|\^\s*\{?\s*(-?[0-9]{1,2})\s*\}?|(/)|[*\s()]|(.)", re.S
+)
+_NO_NOUN = set(
+    """and not more less than least most plus minus over under about but between from negative squared cubed
 factorial point half halve quarter third fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth zero one two
-three four five six seven eight nine ten dozen hundred thousand lakh million crore billion trillion""".split())
+three four five six seven eight nine ten dozen hundred thousand lakh million crore billion trillion""".split()
+)
 
 
 def _unit(text: str, spaced: bool) -> tuple | None:
     """Powers of units, sorted: "m/s^2" -> (("m", 1), ("s", -2)). After a space other words are one, too: "apples"."""
     powers: dict[str, int] = {}
     sign, power, last = 1, 1, ""
-    for short, long in (("per cent", "percent"), ("sq.", "sq "), ("mph", "mi per h"), ("kph", "km per h")):
+    for short, long in (
+        ("per cent", "percent"),
+        ("sq.", "sq "),
+        ("mph", "mi per h"),
+        ("kph", "km per h"),
+    ):
         text = re.sub(rf"\b{re.escape(short)}(?![A-Za-z])", long, text)
     for word, exponent, slash, other in _UNIT_TOKEN.findall(text):
         if other or (exponent and not last):
@@ -391,17 +529,36 @@ def _unit(text: str, spaced: bool) -> tuple | None:
 
 def _noun(text: str) -> tuple | None:
     words = text.lower().split()
-    if len(words) > 3 or any(not re.fullmatch("[a-z-]{3,}", word) or {word, word.removesuffix("s")} & _NO_NOUN for word in words):
+    if len(words) > 3 or any(
+        not re.fullmatch("[a-z-]{3,}", word) or {word, word.removesuffix("s")} & _NO_NOUN
+        for word in words
+    ):
         return None
     return ((" ".join(word.removesuffix("s") for word in words), 1),)
 
 
 # ---- 3. Expressions: trees (operation, operand, …) -----------------------------------------------------------------
 
-_TOKEN = re.compile(r"\s*(?:([0-9]+\.?[0-9]*|\.[0-9]+)|(\\[A-Za-z]+)|"
-                    r"([A-Za-z](?:_[A-Za-z0-9]|_\{[A-Za-z0-9]+\})?)|(\S))")
-_BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "": 2, "^": 4}  # "": a product without a sign; 3: the minus of a number
-_FUNCTIONS = {r"\sin": "sin", r"\cos": "cos", r"\tan": "tan", r"\ln": "log", r"\log": "log", r"\exp": "exp"}
+_TOKEN = re.compile(
+    r"\s*(?:([0-9]+\.?[0-9]*|\.[0-9]+)|(\\[A-Za-z]+)|"
+    r"([A-Za-z](?:_[A-Za-z0-9]|_\{[A-Za-z0-9]+\})?)|(\S))"
+)
+_BINDING = {
+    "+": 1,
+    "-": 1,
+    "*": 2,
+    "/": 2,
+    "": 2,
+    "^": 4,
+}  # "": a product without a sign; 3: the minus of a number
+_FUNCTIONS = {
+    r"\sin": "sin",
+    r"\cos": "cos",
+    r"\tan": "tan",
+    r"\ln": "log",
+    r"\log": "log",
+    r"\exp": "exp",
+}
 _CONSTANTS = {r"\pi": ("pi",), r"\infty": ("oo",), "e": ("E",)}
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
@@ -415,7 +572,9 @@ class Parser:
     def __init__(self, text: str) -> None:
         self.tokens = [match[match.lastindex] for match in _TOKEN.finditer(text)] + ["end"]
         self.at, self.depth, self.names = 0, 0, set()
-        words = re.search(r"(?<![A-Za-z\\])(?<!_\{)[A-Za-z]{4,}", text) or re.fullmatch(r"[A-Za-z\s]{2,}", text)
+        words = re.search(r"(?<![A-Za-z\\])(?<!_\{)[A-Za-z]{4,}", text) or re.fullmatch(
+            r"[A-Za-z\s]{2,}", text
+        )
         if words or len(self.tokens) > MAX_TOKENS:  # words: "no" is not n·o, which would equal "on"
             raise ValueError("no expression")
 
@@ -435,7 +594,13 @@ class Parser:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise ValueError("nested too deeply")
-        left = ("-", self.operation(3)) if self.take("-") else self.operation(3) if self.take("+") else self.operand()
+        left = (
+            ("-", self.operation(3))
+            if self.take("-")
+            else self.operation(3)
+            if self.take("+")
+            else self.operand()
+        )
         while True:
             sign = self.tokens[self.at]
             if re.match(r"[A-Za-z\\({\[]", sign) and sign != "end":
@@ -476,7 +641,9 @@ class Parser:
         exponent = self.operation(5) if self.take("^") else None
         bracketed = self.tokens[self.at] in ("(", "{")
         argument = self.operation(5 if bracketed else 3)
-        while not bracketed and re.match(r"[A-Za-z]$|\\pi", self.tokens[self.at]):  # sin 2x is sin(2x)
+        while not bracketed and re.match(
+            r"[A-Za-z]$|\\pi", self.tokens[self.at]
+        ):  # sin 2x is sin(2x)
             argument = ("*", argument, self.operation(3))
         tree = (_FUNCTIONS[function], argument)
         tree = ("/", tree, ("log", base)) if base else tree
@@ -492,7 +659,11 @@ def _fold(tree: Any, operations: dict[str, Callable]) -> Any:
 
 
 def _bounded(value: Any, power: Any = 1) -> Any:
-    bits = max(value.numerator.bit_length(), value.denominator.bit_length()) if isinstance(value, Fraction) else 0
+    bits = (
+        max(value.numerator.bit_length(), value.denominator.bit_length())
+        if isinstance(value, Fraction)
+        else 0
+    )
     if bits * power > MAX_BITS:
         raise ValueError("number too large")
     return value
@@ -504,15 +675,25 @@ def _power(base: Any, exponent: Any) -> Any:
 
 
 _NUMBERS = {
-    "num": Fraction, "pi": lambda: math.pi, "E": lambda: math.e, "oo": lambda: math.inf, "-": operator.neg, "^": _power,
-    "+": lambda a, b: _bounded(a + b), "*": lambda a, b: _bounded(a * b), "/": lambda a, b: _bounded(a / b),
-    **{name: getattr(cmath, name) for name in ("sqrt", "sin", "cos", "tan", "log", "exp")}}
+    "num": Fraction,
+    "pi": lambda: math.pi,
+    "E": lambda: math.e,
+    "oo": lambda: math.inf,
+    "-": operator.neg,
+    "^": _power,
+    "+": lambda a, b: _bounded(a + b),
+    "*": lambda a, b: _bounded(a * b),
+    "/": lambda a, b: _bounded(a / b),
+    **{name: getattr(cmath, name) for name in ("sqrt", "sin", "cos", "tan", "log", "exp")},
+}
 
 
 def _evaluate(tree: tuple, names: Iterable[str] = (), seed: int = 0) -> Any:
     """Value at a rational point made from the names and the seed: a Fraction as long as it is rational, else a float or
     complex; None where it is undefined or too large."""
-    point = {name: Fraction(random.Random(f"{name} {seed}").randrange(-39, 40, 2), 14) for name in names}
+    point = {
+        name: Fraction(random.Random(f"{name} {seed}").randrange(-39, 40, 2), 14) for name in names
+    }
     try:
         value = _fold(tree, _NUMBERS | {"var": point.__getitem__})
     except (ArithmeticError, TypeError, ValueError):
@@ -541,6 +722,7 @@ def rational(text: str) -> Fraction | None:
 
 # ---- 4. Comparison -------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Budget:
     seconds: float  # left for proofs in this call
@@ -550,22 +732,33 @@ def _same(a: Value, b: Value, budget: Budget) -> bool:
     """Whether the prediction a equals the reference b."""
     kinds = {a.kind, b.kind}
     if kinds == {"number"}:
-        return (not a.unit or not b.unit or a.unit == b.unit) and _close(a.content[1][0], b.content[1][0])
+        return (not a.unit or not b.unit or a.unit == b.unit) and _close(
+            a.content[1][0], b.content[1][0]
+        )
     if a.key and a.key == b.key:
         return True
     if kinds == {"relation"}:
         (signs, sides), (other_signs, others) = a.content, b.content
-        return signs == other_signs and (_all_same(sides, others, budget) or (
-            signs == ["="] and _all_same(sides[::-1], others, budget)))
+        return signs == other_signs and (
+            _all_same(sides, others, budget)
+            or (signs == ["="] and _all_same(sides[::-1], others, budget))
+        )
     if "relation" in kinds:
         a, b = _assigned(a), _assigned(b)
         return "relation" not in (a.kind, b.kind) and _same(a, b, budget)
     if kinds <= {"number", "expression"} and not a.unit and not b.unit:
         (tree, samples), (other, others) = a.content, b.content
         pairs = [(x, y) for x, y in zip(samples, others) if x is not None and y is not None]
-        return (len(pairs) > 1 and all(_close(x, y, _ROUNDING, _ROUNDING) for x, y in pairs)
-                and (tree == other or _PROVER.equal(tree, other, budget)))
-    if not kinds <= set(_ORDERED) or len(kinds) == 2 and kinds not in ({"list", "{}"}, {"list", "()"}, {"list", "[]"}):
+        return (
+            len(pairs) > 1
+            and all(_close(x, y, _ROUNDING, _ROUNDING) for x, y in pairs)
+            and (tree == other or _PROVER.equal(tree, other, budget))
+        )
+    if (
+        not kinds <= set(_ORDERED)
+        or len(kinds) == 2
+        and kinds not in ({"list", "{}"}, {"list", "()"}, {"list", "[]"})
+    ):
         return False
     ordered = _ORDERED[a.kind] or _ORDERED[b.kind]
     return (_all_same if ordered else _same_set)(a.content, b.content, budget)
@@ -591,12 +784,17 @@ def _assigned(value: Value) -> Value:
     if value.kind != "relation" or set(value.content[0]) != {"="}:
         return value
     *sides, last = value.content[1]
-    computed = all(side.kind == last.kind == "number" and _close(side.content[1][0], last.content[1][0]) for side in sides)
+    computed = all(
+        side.kind == last.kind == "number" and _close(side.content[1][0], last.content[1][0])
+        for side in sides
+    )
     name = r"(?:[a-z]|\\(?!frac|sqrt|sin|cos|tan|ln|log|exp))[a-z0-9\\ _'{}()]*"
     return last if computed or re.fullmatch(name, sides[0].key) else value
 
 
-def _close(a: Any, b: Any, absolute: Fraction = Fraction(1, 10**6), relative: Fraction = Fraction(1, 10**5)) -> bool:
+def _close(
+    a: Any, b: Any, absolute: Fraction = Fraction(1, 10**6), relative: Fraction = Fraction(1, 10**5)
+) -> bool:
     """|a − b| ≤ max(absolute, relative·|b|), exact for fractions; an infinity equals only itself."""
     try:
         return bool(a == b or abs(a - b) <= max(absolute, relative * abs(b)) < math.inf)
@@ -608,6 +806,7 @@ _ROUNDING = Fraction(1, 10**7)  # of float arithmetic, on samples; the proof dec
 
 
 # ---- 5. Proofs in a worker process ---------------------------------------------------------------------------------
+
 
 class Prover:
     """One worker (this file with --worker), started by the first question and replaced when it overruns or dies.
@@ -621,12 +820,18 @@ class Prover:
     def start(self) -> None:
         """Raises RuntimeError if the worker does not come up: an answer must not score 0 for that."""
         # PYTHONSAFEPATH: what the worker imports must not be shadowed by the files beside this one
-        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], bufsize=0,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"})
+        self.process = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), "--worker"],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+        )
         atexit.register(self.stop)
         if self.reply(START_LIMIT) != b"R":
-            raise RuntimeError(f"the symbolic worker did not start; does {sys.executable} -c 'import sympy' work?")
+            raise RuntimeError(
+                f"the symbolic worker did not start; does {sys.executable} -c 'import sympy' work?"
+            )
 
     def stop(self) -> None:
         process, self.process = self.process, None
@@ -677,10 +882,19 @@ def _work() -> None:
 
     import sympy
 
-    operations = {"num": sympy.Rational, "var": lambda name: sympy.Symbol(name, real=True), "-": operator.neg,
-                  "pi": lambda: sympy.pi, "E": lambda: sympy.E, "oo": lambda: sympy.oo, "+": operator.add,
-                  "*": operator.mul, "/": operator.truediv, "^": operator.pow,
-                  **{name: getattr(sympy, name) for name in ("sqrt", "sin", "cos", "tan", "log", "exp")}}
+    operations = {
+        "num": sympy.Rational,
+        "var": lambda name: sympy.Symbol(name, real=True),
+        "-": operator.neg,
+        "pi": lambda: sympy.pi,
+        "E": lambda: sympy.E,
+        "oo": lambda: sympy.oo,
+        "+": operator.add,
+        "*": operator.mul,
+        "/": operator.truediv,
+        "^": operator.pow,
+        **{name: getattr(sympy, name) for name in ("sqrt", "sin", "cos", "tan", "log", "exp")},
+    }
 
     def prove(pair: list) -> bool:
         difference = _fold(pair[0], operations) - _fold(pair[1], operations)
@@ -688,7 +902,9 @@ def _work() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
-    prove([("sqrt", ("var", "x")), ("sin", ("var", "x"))])  # SymPy imports more at first use: before the clock runs
+    prove(
+        [("sqrt", ("var", "x")), ("sin", ("var", "x"))]
+    )  # SymPy imports more at first use: before the clock runs
     os.write(1, b"R")
     for line in sys.stdin.buffer:
         # Each proof is a fork, which the alarm ends whatever it is doing: SymPy stays loaded, and its caches clean.

@@ -9,7 +9,9 @@ Shapes: P prompts, G responses per prompt, B = P·G responses, T response tokens
     grpo  GRPO 2402.03300   dapo  DAPO 2503.14476      gspo   GSPO 2507.18071
     sapo  SAPO 2511.20347   dr_grpo  Dr. GRPO 2503.20783   cispo  CISPO 2506.13585
 """
-from typing import Callable, NamedTuple
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,8 +64,8 @@ def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tenso
 
 class Algorithm(NamedTuple):
     objective: Callable  # (logprobs, log_ratio, advantages, mask, settings) -> (maximised, ratio, clipped), each [B, T]
-    average: str         # "response": over a response's tokens, then over responses · "token": over all tokens ·
-                         # "budget": the sum over a response's tokens / max_new_tokens, then over responses
+    average: str  # "response": over a response's tokens, then over responses · "token": over all tokens ·
+    # "budget": the sum over a response's tokens / max_new_tokens, then over responses
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
@@ -73,6 +75,7 @@ def register(name: str, average: str):
     def add(objective: Callable) -> Callable:
         ALGORITHMS[name] = Algorithm(objective, average)
         return objective
+
     return add
 
 
@@ -83,7 +86,11 @@ def _ratio(log_ratio: Tensor) -> Tensor:
 def _pessimistic(ratio: Tensor, advantages: Tensor, settings) -> tuple[Tensor, Tensor, Tensor]:
     """PPO's surrogate min(r·A, clip(r, 1 − ε_low, 1 + ε_high)·A); a token is clipped where that zeroes its gradient."""
     bounded = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
-    return torch.min(ratio * advantages, bounded * advantages), ratio, bounded * advantages < ratio * advantages
+    return (
+        torch.min(ratio * advantages, bounded * advantages),
+        ratio,
+        bounded * advantages < ratio * advantages,
+    )
 
 
 @register("grpo", average="response")
@@ -97,7 +104,9 @@ def clipped_objective(logprobs, log_ratio, advantages, mask, settings):
 @register("gspo", average="response")
 def gspo_objective(logprobs, log_ratio, advantages, mask, settings):
     """GSPO in its token form: the value of the sequence ratio s_i = exp(mean log r), the gradient of the token's π."""
-    log_sequence_ratio = log_ratio.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    log_sequence_ratio = log_ratio.detach().sum(-1, keepdim=True) / mask.sum(
+        -1, keepdim=True
+    ).clamp(min=1)
     ratio = _ratio(log_sequence_ratio) * (logprobs - logprobs.detach()).exp()
     return _pessimistic(ratio, advantages, settings)
 
@@ -105,9 +114,15 @@ def gspo_objective(logprobs, log_ratio, advantages, mask, settings):
 @register("sapo", average="response")
 def sapo_objective(logprobs, log_ratio, advantages, mask, settings):
     """SAPO: a sigmoid gate of the token ratio in place of the clip, steeper for tokens that are punished (temperature 1.05)."""
-    temperature = torch.full_like(advantages, settings.temperature_neg).masked_fill(advantages > 0, settings.temperature_pos)
+    temperature = torch.full_like(advantages, settings.temperature_neg).masked_fill(
+        advantages > 0, settings.temperature_pos
+    )
     ratio = _ratio(log_ratio)
-    return 4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * advantages, ratio, torch.zeros_like(mask)
+    return (
+        4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * advantages,
+        ratio,
+        torch.zeros_like(mask),
+    )
 
 
 @register("cispo", average="token")
@@ -127,8 +142,16 @@ def loss_normalizer(algorithm: str, mask: Tensor) -> Tensor:
     return mask.sum() if tokens else torch.tensor(mask.shape[0], device=mask.device)
 
 
-def policy_loss(algorithm: str, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, settings,
-                ref_logprobs: Tensor | None = None, normalizer=None) -> tuple[Tensor, dict[str, Tensor]]:
+def policy_loss(
+    algorithm: str,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    settings,
+    ref_logprobs: Tensor | None = None,
+    normalizer=None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of some responses, and what to log of it.
 
     logprobs, old_logprobs, advantages, ref_logprobs [B, T]; mask [B, T] bool, the loss mask. Only `logprobs` gets a
@@ -143,18 +166,28 @@ def policy_loss(algorithm: str, logprobs: Tensor, old_logprobs: Tensor, advantag
     Raises ValueError for an unknown algorithm, or β > 0 without ref_logprobs.
     """
     if algorithm not in ALGORITHMS:
-        raise ValueError(f"unknown algo.name {algorithm!r}; expected one of {', '.join(ALGORITHMS)}")
+        raise ValueError(
+            f"unknown algo.name {algorithm!r}; expected one of {', '.join(ALGORITHMS)}"
+        )
     if settings.kl > 0 and ref_logprobs is None:
         raise ValueError(f"algo.kl is {settings.kl}, which needs ref_logprobs; got None")
     objective, average = ALGORITHMS[algorithm]
     if normalizer is None:
         normalizer = loss_normalizer(algorithm, mask)
 
-    def clean(x: Tensor) -> Tensor:  # padding may hold anything: NaN · 0 would still be NaN in the backward pass
+    def clean(
+        x: Tensor,
+    ) -> Tensor:  # padding may hold anything: NaN · 0 would still be NaN in the backward pass
         return torch.where(mask, x, 0).to(x.dtype if x.dtype == torch.float64 else torch.float32)
 
-    logprobs, old_logprobs, advantages = clean(logprobs), clean(old_logprobs).detach(), clean(advantages).detach()
-    token_objective, ratio, clipped = objective(logprobs, logprobs - old_logprobs, advantages, mask, settings)
+    logprobs, old_logprobs, advantages = (
+        clean(logprobs),
+        clean(old_logprobs).detach(),
+        clean(advantages).detach(),
+    )
+    token_objective, ratio, clipped = objective(
+        logprobs, logprobs - old_logprobs, advantages, mask, settings
+    )
 
     def reduce(per_token: Tensor, average: str = average) -> Tensor:
         per_token = torch.where(mask, per_token, 0)
@@ -165,7 +198,9 @@ def policy_loss(algorithm: str, logprobs: Tensor, old_logprobs: Tensor, advantag
         return per_token.sum() / max(float(normalizer), 1.0)
 
     # what is logged is a mean over tokens or over responses, also where the loss is divided by a budget
-    log = lambda per_token: reduce(per_token.detach(), "token" if average == "token" else "response")
+    log = lambda per_token: reduce(
+        per_token.detach(), "token" if average == "token" else "response"
+    )
 
     loss, metrics = -reduce(token_objective), {}
     if ref_logprobs is not None:

@@ -11,6 +11,7 @@ the step, response): neither batch composition nor the number of processes nor r
 
 Shapes: P prompts, G responses per prompt, B = P·G, T response tokens, R rows still decoding, K keys, H heads, D width.
 """
+
 import hashlib
 from dataclasses import dataclass
 
@@ -18,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention import Decoding, PackedGroups, Tap
 from data import Prompt
 from dyco import Signals
-from model import PackedGroups, Policy, Tap, float32_product
+from model import Policy
 
 PREFILL_TOKENS = 16384  # prompt tokens in one prefill
 COMPACT_BELOW = 0.75  # finished rows leave the batch when at most this share is alive: each leaving copies the cache
@@ -29,14 +31,15 @@ COMPACT_BELOW = 0.75  # finished rows leave the batch when at most this share is
 @dataclass
 class Rollout:
     """P prompts and their P·G responses, group-major. `mask` is made here; later stages pass it on."""
+
     prompts: list[Prompt]
     group_size: int
-    tokens: Tensor           # [B, T] long
-    mask: Tensor             # [B, T] bool: the response's tokens, end token included
-    logprobs: Tensor         # [B, T] float32: behaviour log-probabilities, 0 on padding
-    truncated: Tensor        # [B] bool: no end token within max_new_tokens
+    tokens: Tensor  # [B, T] long
+    mask: Tensor  # [B, T] bool: the response's tokens, end token included
+    logprobs: Tensor  # [B, T] float32: behaviour log-probabilities, 0 on padding
+    truncated: Tensor  # [B] bool: no end token within max_new_tokens
     signals: Signals | None  # [B, T] each, 0 on padding
-    texts: list[str]         # decoded, without the end token
+    texts: list[str]  # decoded, without the end token
 
     def rows(self, prompts: list[int]) -> list[int]:
         """The rows of some prompts' groups."""
@@ -47,9 +50,16 @@ class Rollout:
         rows = self.rows(prompts)
         width = max([1, *self.mask[rows].sum(1).tolist()])
         cut = lambda x: x[rows, :width]
-        return Rollout([self.prompts[i] for i in prompts], self.group_size, cut(self.tokens), cut(self.mask),
-                       cut(self.logprobs), self.truncated[rows],
-                       None if self.signals is None else Signals(*map(cut, self.signals)), [self.texts[i] for i in rows])
+        return Rollout(
+            [self.prompts[i] for i in prompts],
+            self.group_size,
+            cut(self.tokens),
+            cut(self.mask),
+            cut(self.logprobs),
+            self.truncated[rows],
+            None if self.signals is None else Signals(*map(cut, self.signals)),
+            [self.texts[i] for i in rows],
+        )
 
 
 def join(rollouts: list[Rollout]) -> Rollout:
@@ -59,9 +69,16 @@ def join(rollouts: list[Rollout]) -> Rollout:
     signals = None
     if rollouts[0].signals is not None:
         signals = Signals(*(stack(field) for field in zip(*(r.signals for r in rollouts))))
-    return Rollout([p for r in rollouts for p in r.prompts], rollouts[0].group_size, stack([r.tokens for r in rollouts]),
-                   stack([r.mask for r in rollouts]), stack([r.logprobs for r in rollouts]),
-                   torch.cat([r.truncated for r in rollouts]), signals, [text for r in rollouts for text in r.texts])
+    return Rollout(
+        [p for r in rollouts for p in r.prompts],
+        rollouts[0].group_size,
+        stack([r.tokens for r in rollouts]),
+        stack([r.mask for r in rollouts]),
+        stack([r.logprobs for r in rollouts]),
+        torch.cat([r.truncated for r in rollouts]),
+        signals,
+        [text for r in rollouts for text in r.texts],
+    )
 
 
 def runs_within(sizes: list[int], budget: int) -> list[list[int]]:
@@ -90,118 +107,26 @@ def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse-CDF sampling: [R, V] logits, [R] uniforms in [0, 1) -> [R] ids. Ids of probability 0 are never drawn."""
     cumulative = torch.softmax(logits.double(), dim=-1).cumsum(-1)
     threshold = uniforms.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
-
-
-class Decoding:
-    """The layout of decoding: every row sees its prompt's keys, shared by the group, and its own."""
-
-    def __init__(self, prompts: list[Prompt], kept: dict, group_size: int, capacity: int, tap: Tap | None, device):
-        """kept: layer -> (keys, values) of each prompt, [1, H_kv, P, D] each; emptied here."""
-        self.tap, self.capacity, self.length = tap, capacity, 0
-        self.intervention = None  # while a step is computed for the second time: its `shift` changes the attention scores
-        count, lengths = len(prompts), torch.tensor([len(p.input_ids) for p in prompts], device=device)
-        self.prompt_width = int(lengths.max())
-        pad = lambda x: F.pad(x, (0, 0, 0, self.prompt_width - x.shape[2]))
-        # layer -> keys and values of the prompts [P, H_kv, prompt_width, D]; of the rows' own tokens [R, H_kv, capacity, D]
-        self.shared = {layer: tuple(torch.cat([pad(x) for x in part]) for part in zip(*kept.pop(layer))) for layer in list(kept)}
-        self.own: dict[int, tuple[Tensor, Tensor]] = {}
-        self.count, self.padding = count, None
-        if int(lengths.min()) < self.prompt_width:
-            self.padding = (torch.arange(self.prompt_width, device=device) >= lengths[:, None])[:, None, None]  # [P, 1, 1, prompt_width]
-        self.prompt_of = torch.arange(count, device=device).repeat_interleave(group_size)
-        self._place()
-        if tap is not None:
-            members = [tap.prompt_members(p, device) for p in prompts]
-            fit = lambda x: F.pad(x, (0, self.prompt_width - x.shape[-1]))
-            self.visual, self.text = (torch.stack([fit(m[i]) for m in members])[self.prompt_of] for i in (0, 1))
-            tap.steps = {layer: [torch.cat([fit(rows[i]) for i in range(count)])[self.prompt_of]]
-                         for layer, rows in tap.prefill_rows.items()}
-
-    def _place(self) -> None:
-        """Where each row stands in the grid [P, slots] in which the rows of a prompt meet its keys together."""
-        counts = torch.bincount(self.prompt_of, minlength=self.count)
-        first = counts.cumsum(0) - counts
-        self.slots = int(counts.max())
-        slot = torch.arange(len(self.prompt_of), device=counts.device) - first[self.prompt_of]
-        self.place = self.prompt_of * self.slots + slot
-        self.full = len(self.prompt_of) == self.count * self.slots
-
-    def _to_grid(self, x: Tensor) -> Tensor:
-        """[R, H_kv, n, D] -> [P, H_kv, slots·n, D], zeros where a slot is empty."""
-        if not self.full:
-            x = x.new_zeros(self.count * self.slots, *x.shape[1:]).index_copy_(0, self.place, x)
-        x = x.unflatten(0, (self.count, self.slots)).transpose(1, 2)
-        return x.flatten(2, 3)
-
-    def _from_grid(self, x: Tensor) -> Tensor:
-        x = x.unflatten(2, (self.slots, -1)).transpose(1, 2).flatten(0, 1)
-        return x if self.full else x[self.place]
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        rows, heads, _, dim = query.shape
-        key_heads = key.shape[1]
-        if layer not in self.own:
-            self.own[layer] = tuple(x.new_empty(rows, key_heads, self.capacity, dim) for x in (key, value))
-        for cache, new in zip(self.own[layer], (key, value)):
-            cache[:, :, self.length] = new[:, :, 0]
-        own_keys, own_values = (cache[:, :, :self.length + 1] for cache in self.own[layer])
-        shared_keys, shared_values = self.shared[layer]
-
-        query = query.reshape(rows, key_heads, heads // key_heads, dim)
-        shared_scores = float32_product(self._to_grid(query), shared_keys.transpose(-1, -2))
-        if self.padding is not None:
-            shared_scores.masked_fill_(self.padding, float("-inf"))
-        scores = torch.cat([self._from_grid(shared_scores), float32_product(query, own_keys.transpose(-1, -2))], dim=-1).mul_(scale)
-        if self.intervention is not None:
-            scores = self.intervention.shift(layer, scores, *self._members(self.length + 1))
-        attention = torch.softmax(scores, dim=-1)                                   # [R, H_kv, H/H_kv, K]
-        if self.tap is not None and layer in self.tap.layers:
-            self.tap.read_step(layer, attention.mean(dim=(1, 2)))
-        attention = attention.to(value.dtype)
-        out = self._from_grid(self._to_grid(attention[..., :self.prompt_width]) @ shared_values)
-        out = out + attention[..., self.prompt_width:] @ own_values
-        return out.reshape(rows, 1, heads, dim)
-
-    def keep(self, rows: Tensor) -> None:
-        """Only these rows go on, [rows] positions in the present batch."""
-        for layer, pair in self.own.items():
-            self.own[layer] = tuple(x[rows] for x in pair)
-        self.prompt_of = self.prompt_of[rows]
-        self._place()
-        if self.tap is not None:
-            self.visual, self.text = self.visual[rows], self.text[rows]
-            self.tap.steps = {layer: [x[rows] for x in steps] for layer, steps in self.tap.steps.items()}
-
-    def _members(self, own: int) -> tuple[Tensor, Tensor]:
-        """[R, K] bool each: visual keys and text keys in scope, of the prompts and `own` tokens of the rows."""
-        return F.pad(self.visual, (0, own)), F.pad(self.text, (0, own), value=True)
-
-    def signals(self) -> Signals:
-        """The tap's signals [R, steps] of the steps since the last call."""
-        return self.tap.reduce_steps(*self._members(self.length))
-
-    def intervene(self, intervention, names: list[tuple[int, int]], step: int, going: Tensor, compute) -> tuple[Tensor, Signals]:
-        """The last step once more, as `intervention` would have it: it has seen the signals of the first computation and chosen rows.
-
-        compute() repeats the decoder's pass; its keys and values overwrite the first ones, and stay. Returns its result and the
-        signals [R, 1]: masses as they are now, shifts, and with them the roles, between rows of first computations.
-        """
-        natural = self.signals()
-        intervention.choose(names, step, Signals(*(x[:, 0] for x in natural)), going)
-        rows = {layer: list(steps) for layer, steps in self.tap.steps.items()}
-        self.intervention, self.length = intervention, self.length - 1
-        result = compute()
-        self.intervention, self.length = None, self.length + 1
-        changed = self.signals()
-        self.tap.steps = rows
-        return result, Signals(*changed[:2], *natural[2:])
+    return (
+        torch.searchsorted(cumulative, threshold, right=True)
+        .squeeze(-1)
+        .clamp(max=logits.shape[-1] - 1)
+    )
 
 
 @torch.no_grad()
-def generate(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key: tuple | None,
-             capture=None, max_cache_tokens: int = 131072, temperature: float | None = None, intervention=None,
-             greedy_last: bool = False) -> Rollout:
+def generate(
+    policy: Policy,
+    prompts: list[Prompt],
+    group_size: int,
+    max_new_tokens: int,
+    key: tuple | None,
+    capture=None,
+    max_cache_tokens: int = 131072,
+    temperature: float | None = None,
+    intervention=None,
+    greedy_last: bool = False,
+) -> Rollout:
     """Sample G responses to each prompt, in waves of at most `max_cache_tokens` prompt and response tokens.
 
     key: what the random streams depend on besides Prompt.index and the response's place in its group, say (seed, step);
@@ -209,17 +134,36 @@ def generate(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tok
     layers, shift and text_scope, to record DyCo's signals. temperature: by default the policy's. intervention: changes the
     attention of chosen tokens (analyze.Intervention); needs `capture`.
     """
-    waves = runs_within([len(prompt.input_ids) + group_size * max_new_tokens for prompt in prompts], max_cache_tokens)
+    waves = runs_within(
+        [len(prompt.input_ids) + group_size * max_new_tokens for prompt in prompts],
+        max_cache_tokens,
+    )
     training = policy.training
     policy.eval()  # in training mode each layer would prepare to be checkpointed
     try:
-        return join([_decode(policy, [prompts[i] for i in wave], group_size, max_new_tokens, key, capture, temperature, intervention,
-                             greedy_last) for wave in waves])
+        return join(
+            [
+                _decode(
+                    policy,
+                    [prompts[i] for i in wave],
+                    group_size,
+                    max_new_tokens,
+                    key,
+                    capture,
+                    temperature,
+                    intervention,
+                    greedy_last,
+                )
+                for wave in waves
+            ]
+        )
     finally:
         policy.train(training)
 
 
-def _prefill(policy: Policy, prompts: list[Prompt], positions: list[Tensor], tap: Tap | None) -> tuple[Tensor, dict, list]:
+def _prefill(
+    policy: Policy, prompts: list[Prompt], positions: list[Tensor], tap: Tap | None
+) -> tuple[Tensor, dict, list]:
     """Every prompt once, as many in a row as PREFILL_TOKENS allow.
 
     Returns the last hidden state of each prompt [P, D], layer -> keys and values of each prompt, and their first signals.
@@ -227,8 +171,12 @@ def _prefill(policy: Policy, prompts: list[Prompt], positions: list[Tensor], tap
     hidden, kept, signals = [], {}, []
     for run in runs_within([len(p.input_ids) for p in prompts], PREFILL_TOKENS):
         part = [prompts[i] for i in run]
-        layout = PackedGroups(part, [[] for _ in part], policy.kernel, tap, keep_keys=True, first_group=run[0])
-        row = policy.decoder(policy.embed(part)[None], torch.cat([positions[i] for i in run], dim=1)[:, None], layout)[0]
+        layout = PackedGroups(
+            part, [[] for _ in part], policy.kernel, tap, keep_keys=True, first_group=run[0]
+        )
+        row = policy.decoder(
+            policy.embed(part)[None], torch.cat([positions[i] for i in run], dim=1)[:, None], layout
+        )[0]
         last = torch.tensor([len(p.input_ids) for p in part]).cumsum(0) - 1
         hidden.append(row[last.to(policy.device)])
         for layer, pairs in layout.kept.items():
@@ -238,17 +186,38 @@ def _prefill(policy: Policy, prompts: list[Prompt], positions: list[Tensor], tap
     return torch.cat(hidden), kept, signals
 
 
-def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_tokens: int, key, capture, temperature,
-            intervention=None, greedy_last: bool = False) -> Rollout:
+def _decode(
+    policy: Policy,
+    prompts: list[Prompt],
+    group_size: int,
+    max_new_tokens: int,
+    key,
+    capture,
+    temperature,
+    intervention=None,
+    greedy_last: bool = False,
+) -> Rollout:
     rows, device = len(prompts) * group_size, policy.device
     tap = None if capture is None else policy.tap(capture)
     tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
     mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
     logprobs = torch.zeros(rows, max_new_tokens, device=device)
-    signals = None if tap is None else Signals(*(torch.zeros(rows, max_new_tokens, device=device) for _ in range(4)))
-    uniforms = None if key is None else torch.stack(
-        [torch.rand(max_new_tokens, generator=keyed_generator(*key, prompt.index, response))
-         for prompt in prompts for response in range(group_size)]).to(device)
+    signals = (
+        None
+        if tap is None
+        else Signals(*(torch.zeros(rows, max_new_tokens, device=device) for _ in range(4)))
+    )
+    uniforms = (
+        None
+        if key is None
+        else torch.stack(
+            [
+                torch.rand(max_new_tokens, generator=keyed_generator(*key, prompt.index, response))
+                for prompt in prompts
+                for response in range(group_size)
+            ]
+        ).to(device)
+    )
     end_ids = torch.tensor(sorted(policy.eos_ids), device=device)
     alive = torch.arange(rows, device=device)  # rows of the batch -> rows of the result
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -256,31 +225,47 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
     def record(found: Signals, end: int) -> None:
         """Signals [R, n] of the n tokens before place `end` of the rows that are alive."""
         for buffer, values in zip(signals, found):
-            buffer[alive, end - values.shape[1]:end] = values
+            buffer[alive, end - values.shape[1] : end] = values
 
     with policy.autocast():
         positions = [policy.prompt_positions(prompt) for prompt in prompts]
         hidden, kept, first = _prefill(policy, prompts, positions, tap)
         hidden = hidden.repeat_interleave(group_size, dim=0)
         if tap is not None:
-            record(Signals(*(torch.cat(x).repeat_interleave(group_size, dim=0) for x in zip(*first))), 1)
+            record(
+                Signals(*(torch.cat(x).repeat_interleave(group_size, dim=0) for x in zip(*first))),
+                1,
+            )
         decoding = Decoding(prompts, kept, group_size, max_new_tokens, tap, device)
         head = policy.hf.lm_head.weight.to(policy.dtype)
-        following = torch.tensor([int(p.max()) + 1 for p in positions], device=device).repeat_interleave(group_size)
+        following = torch.tensor(
+            [int(p.max()) + 1 for p in positions], device=device
+        ).repeat_interleave(group_size)
 
         for step in range(max_new_tokens):
             logits = policy.next_token_logits(hidden, head, temperature)
-            chosen = logits.argmax(-1) if uniforms is None else sample_tokens(logits, uniforms[alive, step])
+            chosen = (
+                logits.argmax(-1)
+                if uniforms is None
+                else sample_tokens(logits, uniforms[alive, step])
+            )
             if greedy_last:
-                chosen = torch.where(alive % group_size == group_size - 1, logits.argmax(-1), chosen)
+                chosen = torch.where(
+                    alive % group_size == group_size - 1, logits.argmax(-1), chosen
+                )
             going = ~ended[alive]
             tokens[alive, step] = torch.where(going, chosen, 0)
             mask[alive, step] = going
-            logprobs[alive, step] = torch.where(going, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0], 0)
+            logprobs[alive, step] = torch.where(
+                going, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0], 0
+            )
             ended[alive] |= torch.isin(chosen, end_ids)
             going = ~ended[alive]
             count = int(going.sum())
-            last, leave = count == 0 or step + 1 == max_new_tokens, count <= COMPACT_BELOW * len(alive)
+            last, leave = (
+                count == 0 or step + 1 == max_new_tokens,
+                count <= COMPACT_BELOW * len(alive),
+            )
             if tap is not None and tap.waiting and (last or leave or tap.waiting == tap.STEPS):
                 record(decoding.signals(), step + 1)
             if last:
@@ -295,15 +280,29 @@ def _decode(policy: Policy, prompts: list[Prompt], group_size: int, max_new_toke
             hidden = compute()
             decoding.length += 1
             if intervention is not None:
-                names = [(prompts[row // group_size].index, row % group_size) for row in alive.tolist()]
-                hidden, found = decoding.intervene(intervention, names, step + 1, ~ended[alive], compute)
+                names = [
+                    (prompts[row // group_size].index, row % group_size) for row in alive.tolist()
+                ]
+                hidden, found = decoding.intervene(
+                    intervention, names, step + 1, ~ended[alive], compute
+                )
                 record(found, step + 2)
 
     width = int(mask.sum(1).max())
     ids = tokens.tolist()
     lengths, truncated = mask.sum(1), ~ended
     content = (lengths - ended.long()).tolist()
-    texts = [policy.tokenizer.decode(row[:n], skip_special_tokens=False) for row, n in zip(ids, content)]
+    texts = [
+        policy.tokenizer.decode(row[:n], skip_special_tokens=False) for row, n in zip(ids, content)
+    ]
     cut = lambda x: x[:, :width]
-    return Rollout(prompts, group_size, cut(tokens), cut(mask), cut(logprobs), truncated,
-                   None if signals is None else Signals(*(torch.where(cut(mask), cut(x), 0) for x in signals)), texts)
+    return Rollout(
+        prompts,
+        group_size,
+        cut(tokens),
+        cut(mask),
+        cut(logprobs),
+        truncated,
+        None if signals is None else Signals(*(torch.where(cut(mask), cut(x), 0) for x in signals)),
+        texts,
+    )

@@ -13,6 +13,7 @@ Both are decisions that reinforcement learning can undo, and the two rates tell 
 
     python toy.py            # build the warm start that config.yaml asks for, and print its folder
 """
+
 import hashlib
 import json
 import os
@@ -29,7 +30,12 @@ from tqdm import tqdm
 from data import Prompt, Sample, encode_prompt
 
 SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
-COLORS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 90, 200), "yellow": (240, 200, 20)}
+COLORS = {
+    "red": (214, 39, 40),
+    "green": (44, 160, 44),
+    "blue": (31, 90, 200),
+    "yellow": (240, 200, 20),
+}
 FIXED_VALUES = {"red": 1, "green": 2, "blue": 3, "yellow": 4}
 CELL = 28  # pixels: one visual token of Qwen2.5-VL
 BATCH = 32  # of the warm start
@@ -38,37 +44,74 @@ BATCH = 32  # of the warm start
 @dataclass(frozen=True)
 class Level:
     """One difficulty. Slip rates are probabilities per decision of the last warm-start stage."""
-    grid: int                # cells per side; grid² visual tokens at cell_size 1
-    cell_size: int           # visual tokens per side of a cell
-    shapes: int              # shapes in the picture, all different
-    operands: int            # shapes in the question
-    legend: bool             # colours are worth what a legend in the question says, else FIXED_VALUES
-    visual_slip: float       # a shape is given the colour of the next shape in SHAPES
-    habit_slip: float        # the same, for the first shape of SHAPES: above one half it fools greedy decoding too
-    textual_slip: float      # a running total comes out one too high
-    stages: tuple            # warm start: (kind of trace, batches, learning rate) in order
+
+    grid: int  # cells per side; grid² visual tokens at cell_size 1
+    cell_size: int  # visual tokens per side of a cell
+    shapes: int  # shapes in the picture, all different
+    operands: int  # shapes in the question
+    legend: bool  # colours are worth what a legend in the question says, else FIXED_VALUES
+    visual_slip: float  # a shape is given the colour of the next shape in SHAPES
+    habit_slip: float  # the same, for the first shape of SHAPES: above one half it fools greedy decoding too
+    textual_slip: float  # a running total comes out one too high
+    stages: tuple  # warm start: (kind of trace, batches, learning rate) in order
 
 
 LEVELS = {
     # the default: 16 visual tokens, fixed values
-    1: Level(grid=4, cell_size=1, shapes=4, operands=3, legend=False, visual_slip=0.2, habit_slip=0.82, textual_slip=0.12,
-             stages=(("colors", 150, 6e-3), ("traces", 110, 4e-3), ("slips", 80, 1e-3))),
+    1: Level(
+        grid=4,
+        cell_size=1,
+        shapes=4,
+        operands=3,
+        legend=False,
+        visual_slip=0.2,
+        habit_slip=0.82,
+        textual_slip=0.12,
+        stages=(("colors", 150, 6e-3), ("traces", 110, 4e-3), ("slips", 80, 1e-3)),
+    ),
     # longer and larger: 25 visual tokens, six shapes, four operands
-    2: Level(grid=5, cell_size=1, shapes=6, operands=4, legend=False, visual_slip=0.2, habit_slip=0.82, textual_slip=0.2,
-             stages=(("colors", 250, 6e-3), ("traces", 150, 4e-3), ("slips", 80, 1e-3))),
+    2: Level(
+        grid=5,
+        cell_size=1,
+        shapes=6,
+        operands=4,
+        legend=False,
+        visual_slip=0.2,
+        habit_slip=0.82,
+        textual_slip=0.2,
+        stages=(("colors", 250, 6e-3), ("traces", 150, 4e-3), ("slips", 80, 1e-3)),
+    ),
     # what a colour is worth must be read: a legend in each question, totals up to 27
-    3: Level(grid=4, cell_size=1, shapes=4, operands=3, legend=True, visual_slip=0.2, habit_slip=0.82, textual_slip=0.12,
-             stages=(("colors", 150, 6e-3), ("traces", 600, 4e-3), ("slips", 80, 1e-3))),
+    3: Level(
+        grid=4,
+        cell_size=1,
+        shapes=4,
+        operands=3,
+        legend=True,
+        visual_slip=0.2,
+        habit_slip=0.82,
+        textual_slip=0.12,
+        stages=(("colors", 150, 6e-3), ("traces", 600, 4e-3), ("slips", 80, 1e-3)),
+    ),
 }
 
 
 # ---------------------------------------------------------------------------------------------------- the task
 
 
-def draw_shape(draw: ImageDraw.ImageDraw, shape: str, color: tuple, x: int, y: int, size: int) -> None:
+def draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, color: tuple, x: int, y: int, size: int
+) -> None:
     """Draw one shape into the square cell whose upper left corner is (x, y), in pixels."""
     m = size // 7
-    left, top, right, bottom, cx, cy = x + m, y + m, x + size - m - 1, y + size - m - 1, x + size // 2, y + size // 2
+    left, top, right, bottom, cx, cy = (
+        x + m,
+        y + m,
+        x + size - m - 1,
+        y + size - m - 1,
+        x + size // 2,
+        y + size // 2,
+    )
     if shape == "circle":
         draw.ellipse((left, top, right, bottom), fill=color)
     elif shape == "square":
@@ -89,22 +132,39 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, color: tuple, x: int, y: i
 def make_sample(level: Level, seed: int, split: str, index: int) -> Sample:
     """Sample number `index` of a split: the same arguments give the same picture and question, on any machine."""
     rng = random.Random(f"{seed}/{split}/{index}")
-    shapes = SHAPES[:level.shapes]
+    shapes = SHAPES[: level.shapes]
     colors = {shape: rng.choice(list(COLORS)) for shape in shapes}
     cells = dict(zip(shapes, rng.sample(range(level.grid**2), level.shapes)))
     asked = rng.sample(shapes, level.operands)
-    values = dict(zip(COLORS, rng.sample(range(1, 10), len(COLORS)))) if level.legend else FIXED_VALUES
+    values = (
+        dict(zip(COLORS, rng.sample(range(1, 10), len(COLORS)))) if level.legend else FIXED_VALUES
+    )
 
     size = CELL * level.cell_size
     image = Image.new("RGB", (size * level.grid, size * level.grid), (245, 245, 245))
     draw = ImageDraw.Draw(image)
     for shape, cell in cells.items():
-        draw_shape(draw, shape, COLORS[colors[shape]], cell % level.grid * size, cell // level.grid * size, size)
+        draw_shape(
+            draw,
+            shape,
+            COLORS[colors[shape]],
+            cell % level.grid * size,
+            cell // level.grid * size,
+            size,
+        )
 
-    legend = "".join(f"{color} is {value}, " for color, value in values.items())[:-2] + ". " if level.legend else ""
-    return Sample(id=f"{split}-{index}", images=(image,), question=f"<image>{legend}Sum {', '.join(asked)}.",
-                  answer=str(sum(values[colors[shape]] for shape in asked)),
-                  extra={"asked": asked, "colors": colors, "values": values})
+    legend = (
+        "".join(f"{color} is {value}, " for color, value in values.items())[:-2] + ". "
+        if level.legend
+        else ""
+    )
+    return Sample(
+        id=f"{split}-{index}",
+        images=(image,),
+        question=f"<image>{legend}Sum {', '.join(asked)}.",
+        answer=str(sum(values[colors[shape]] for shape in asked)),
+        extra={"asked": asked, "colors": colors, "values": values},
+    )
 
 
 class ToyDataset:
@@ -113,7 +173,9 @@ class ToyDataset:
     def __init__(self, level: Level, seed: int, split: str, size: int):
         self.level, self.seed, self.split, self.size = level, seed, split, size
         self.name = f"toy/{split}"
-        self.fingerprint = hashlib.sha256(repr((asdict(level), seed, split, size)).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(
+            repr((asdict(level), seed, split, size)).encode()
+        ).hexdigest()
 
     def __len__(self) -> int:
         return self.size
@@ -159,8 +221,16 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-                  "<|image_pad|>", "<|video_pad|>"]
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 
 
 def build_tokenizer(level: Level, template: str):
@@ -175,12 +245,23 @@ def build_tokenizer(level: Level, template: str):
     trained = Tokenizer(models.BPE())
     # the pre-tokenizer that Qwen2Tokenizer will apply: merges across its borders would never be reached
     trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
-    trained.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=1000, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    trained.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=1000,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     learned = json.loads(trained.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]],
-                               extra_special_tokens=SPECIAL_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                               unk_token="<|endoftext|>")
+    tokenizer = Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(m) for m in learned["merges"]],
+        extra_special_tokens=SPECIAL_TOKENS,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -188,10 +269,14 @@ def build_tokenizer(level: Level, template: str):
 def build_image_processor():
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    return Qwen2VLImageProcessorPil(size={"shortest_edge": 2 * CELL * 2 * CELL, "longest_edge": 40 * CELL * 40 * CELL})
+    return Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 2 * CELL * 2 * CELL, "longest_edge": 40 * CELL * 40 * CELL}
+    )
 
 
-def build_model(tokenizer, hidden: int = 128, layers: int = 4, vocabulary: int | None = None, seed: int = 0):
+def build_model(
+    tokenizer, hidden: int = 128, layers: int = 4, vocabulary: int | None = None, seed: int = 0
+):
     """A randomly initialised Qwen2_5_VLForConditionalGeneration, about 1.4 M parameters at the default width.
 
     initializer_range 0.08 instead of 0.02 decides whether so narrow a model learns within minutes.
@@ -202,21 +287,39 @@ def build_model(tokenizer, hidden: int = 128, layers: int = 4, vocabulary: int |
     head_dim = 32
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=vocabulary or len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-            num_attention_heads=hidden // head_dim, num_key_value_heads=hidden // head_dim // 2,
-            max_position_embeddings=4096, initializer_range=0.08,
+            vocab_size=vocabulary or len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // head_dim,
+            num_key_value_heads=hidden // head_dim // 2,
+            max_position_embeddings=4096,
+            initializer_range=0.08,
             rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-            bos_token_id=token_id("<|endoftext|>"), eos_token_id=token_id("<|im_end|>"), pad_token_id=token_id("<|endoftext|>"),
+            bos_token_id=token_id("<|endoftext|>"),
+            eos_token_id=token_id("<|im_end|>"),
+            pad_token_id=token_id("<|endoftext|>"),
         ),
-        vision_config=dict(depth=2, hidden_size=96, intermediate_size=256, num_heads=3, out_hidden_size=hidden,
-                           fullatt_block_indexes=[1], initializer_range=0.08),
-        image_token_id=token_id("<|image_pad|>"), video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"), vision_end_token_id=token_id("<|vision_end|>"),
+        vision_config=dict(
+            depth=2,
+            hidden_size=96,
+            intermediate_size=256,
+            num_heads=3,
+            out_hidden_size=hidden,
+            fullatt_block_indexes=[1],
+            initializer_range=0.08,
+        ),
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
         tie_word_embeddings=True,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        model = Qwen2_5_VLForConditionalGeneration._from_config(
+            config, attn_implementation="sdpa", dtype=torch.float32
+        )
     model.generation_config.eos_token_id = [token_id("<|im_end|>"), token_id("<|endoftext|>")]
     model.generation_config.pad_token_id = token_id("<|endoftext|>")
     return model
@@ -225,15 +328,31 @@ def build_model(tokenizer, hidden: int = 128, layers: int = 4, vocabulary: int |
 # ------------------------------------------------------------------------------------------------- warm start
 
 
-def collate(prompts: list[Prompt], traces: list[list[int]], pad_id: int) -> tuple[dict, torch.Tensor]:
+def collate(
+    prompts: list[Prompt], traces: list[list[int]], pad_id: int
+) -> tuple[dict, torch.Tensor]:
     """Right-padded rows [prompt | trace | <|im_end|>] for the stock forward; labels -100 outside the traces."""
-    rows = [torch.cat([prompt.input_ids, torch.tensor(trace)]) for prompt, trace in zip(prompts, traces)]
-    pad = lambda tensors, value: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-    labels = [torch.cat([torch.full_like(p.input_ids, -100), torch.tensor(t)]) for p, t in zip(prompts, traces)]
-    image = [torch.nn.functional.pad(p.visual_mask.long(), (0, len(row) - len(p.visual_mask))) for p, row in zip(prompts, rows)]
-    batch = {"input_ids": pad(rows, pad_id), "attention_mask": pad([torch.ones_like(row) for row in rows], 0),
-             "mm_token_type_ids": pad(image, 0), "pixel_values": torch.cat([p.pixel_values for p in prompts]),
-             "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts])}
+    rows = [
+        torch.cat([prompt.input_ids, torch.tensor(trace)]) for prompt, trace in zip(prompts, traces)
+    ]
+    pad = lambda tensors, value: torch.nn.utils.rnn.pad_sequence(
+        tensors, batch_first=True, padding_value=value
+    )
+    labels = [
+        torch.cat([torch.full_like(p.input_ids, -100), torch.tensor(t)])
+        for p, t in zip(prompts, traces)
+    ]
+    image = [
+        torch.nn.functional.pad(p.visual_mask.long(), (0, len(row) - len(p.visual_mask)))
+        for p, row in zip(prompts, rows)
+    ]
+    batch = {
+        "input_ids": pad(rows, pad_id),
+        "attention_mask": pad([torch.ones_like(row) for row in rows], 0),
+        "mm_token_type_ids": pad(image, 0),
+        "pixel_values": torch.cat([p.pixel_values for p in prompts]),
+        "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts]),
+    }
     return batch, pad(labels, -100)
 
 
@@ -245,15 +364,21 @@ def train_stage(model, draw_batch, batches: int, lr: float, bar) -> None:
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     inner_ids = {id(p) for p in inner}
     outer = [p for p in model.parameters() if id(p) not in inner_ids]
-    optimizers = [torch.optim.Muon(inner, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(outer, lr=lr / 2, weight_decay=0.0, betas=(0.9, 0.95))]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i + 1) / 20, 1.05 - i / batches))
-                 for o in optimizers]
+    optimizers = [
+        torch.optim.Muon(inner, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, lr=lr / 2, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i + 1) / 20, 1.05 - i / batches))
+        for o in optimizers
+    ]
     for i in range(batches):
         batch, labels = draw_batch(i)
         hidden = model.model(**batch, use_cache=False).last_hidden_state
         keep = labels[:, 1:] != -100  # only response positions reach the language-model head
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][keep]), labels[:, 1:][keep])
+        loss = torch.nn.functional.cross_entropy(
+            model.lm_head(hidden[:, :-1][keep]), labels[:, 1:][keep]
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for step in (*optimizers, *schedules):
@@ -270,15 +395,27 @@ def warm_start(level: Level, seed: int, template: str, progress: bool = True):
     pad_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     bar = tqdm(total=sum(batches for _, batches, _ in level.stages), disable=not progress)
     for kind, batches, lr in level.stages:
+
         def draw_batch(i: int, kind=kind):
-            samples = [make_sample(level, seed, f"warm-{kind}", i * BATCH + j) for j in range(BATCH)]
+            samples = [
+                make_sample(level, seed, f"warm-{kind}", i * BATCH + j) for j in range(BATCH)
+            ]
             if kind == "colors":  # the question alone: a third fewer tokens
                 texts, wording = [write_colors(sample) for sample in samples], "{question}"
             else:
-                slips = lambda sample: random.Random(f"{seed}/{sample.id}") if kind == "slips" else None
-                texts, wording = [write_trace(sample, level, slips(sample)) for sample in samples], template
-            prompts = [encode_prompt(sample, 0, tokenizer, image_processor, wording) for sample in samples]
-            return collate(prompts, [tokenizer(text + "<|im_end|>").input_ids for text in texts], pad_id)
+                slips = lambda sample: (
+                    random.Random(f"{seed}/{sample.id}") if kind == "slips" else None
+                )
+                texts, wording = (
+                    [write_trace(sample, level, slips(sample)) for sample in samples],
+                    template,
+                )
+            prompts = [
+                encode_prompt(sample, 0, tokenizer, image_processor, wording) for sample in samples
+            ]
+            return collate(
+                prompts, [tokenizer(text + "<|im_end|>").input_ids for text in texts], pad_id
+            )
 
         bar.set_description(f"warm start: {kind}")
         train_stage(model, draw_batch, batches, lr, bar)
@@ -286,7 +423,9 @@ def warm_start(level: Level, seed: int, template: str, progress: bool = True):
     return model, tokenizer, image_processor
 
 
-def prepare(level: int, seed: int, template: str, cache_dir: str | Path, progress: bool = True) -> Path:
+def prepare(
+    level: int, seed: int, template: str, cache_dir: str | Path, progress: bool = True
+) -> Path:
     """The folder of the warm start, a Hugging Face directory; built if the cache does not hold it.
 
     The folder's name is a hash of this file's text, level, seed and prompt template.
@@ -311,8 +450,23 @@ def prepare(level: int, seed: int, template: str, cache_dir: str | Path, progres
     return folder
 
 
+def warm_start_folder(config, progress: bool = True) -> Path:
+    """`prepare` with what a Config asks for."""
+    settings = config.toy
+    return prepare(
+        settings.level, settings.seed, config.data.prompt_template, settings.cache_dir, progress
+    )
+
+
+def splits(config) -> tuple[ToyDataset, ToyDataset]:
+    """The training and the test split that a Config asks for."""
+    level = LEVELS[config.toy.level]
+    train = ToyDataset(level, config.toy.seed, "train", config.toy.train_size)
+    test = ToyDataset(level, config.toy.seed, "test", config.toy.eval_size)
+    return train, test
+
+
 if __name__ == "__main__":
     from config import load_config
 
-    config = load_config()
-    print(prepare(config.toy.level, config.toy.seed, config.data.prompt_template, config.toy.cache_dir))
+    print(warm_start_folder(load_config()))

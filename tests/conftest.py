@@ -1,4 +1,5 @@
 """Tiny real Qwen2.5-VL policies for the tests: random weights, the toy's tokenizer, seconds on a CPU."""
+
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,24 +38,38 @@ def image_processor():
 @pytest.fixture
 def make_policy(tokenizer, image_processor):
     """make_policy(seed=0, temperature=1.0, ...) -> a fresh two-layer Policy with two query heads per key head."""
+
     def make(seed: int = 0, **options) -> Policy:
         hf = toy.build_model(tokenizer, hidden=128, layers=2, seed=seed)
         return Policy(hf, tokenizer, image_processor, **options)
+
     return make
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     return Image.fromarray(pixels.numpy())
 
 
 @pytest.fixture(scope="session")
 def prompts(tokenizer, image_processor):
     """Prompts with one, no and two images, of different lengths, the second image of the third inside the text."""
-    samples = [Sample("one", (picture(112, 84, 0),), "<image>Sum circle, cross.", "3"),
-               Sample("none", (), "Sum circle, square, triangle.", "5"),
-               Sample("two", (picture(56, 84, 1), picture(140, 56, 2)), "<image>Sum cross.<image>And circle.", "7")]
-    return [encode_prompt(sample, index, tokenizer, image_processor, TEMPLATE) for index, sample in enumerate(samples)]
+    samples = [
+        Sample("one", (picture(112, 84, 0),), "<image>Sum circle, cross.", "3"),
+        Sample("none", (), "Sum circle, square, triangle.", "5"),
+        Sample(
+            "two",
+            (picture(56, 84, 1), picture(140, 56, 2)),
+            "<image>Sum cross.<image>And circle.",
+            "7",
+        ),
+    ]
+    return [
+        encode_prompt(sample, index, tokenizer, image_processor, TEMPLATE)
+        for index, sample in enumerate(samples)
+    ]
 
 
 def random_responses(prompts, group_size: int, longest: int, vocabulary: int, seed: int = 0):

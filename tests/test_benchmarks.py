@@ -2,11 +2,11 @@
 
 The expectations were written from the description of VLMEvalKit's behaviour, not from its code or ours.
 """
+
 import base64
 import csv
 import io
 import json
-import math
 import struct
 import subprocess
 import sys
@@ -22,8 +22,22 @@ from PIL import Image
 
 import benchmarks
 import rewards
-from benchmarks import (BENCHMARKS, Benchmark, BenchmarkError, Row, answer_letters, final_answer, find, is_equal,
-                        letter_after_answer, match_option, read_responses, read_tsv, score, yes_or_no)
+from benchmarks import (
+    BENCHMARKS,
+    Benchmark,
+    BenchmarkError,
+    Row,
+    answer_letters,
+    final_answer,
+    find,
+    is_equal,
+    letter_after_answer,
+    match_option,
+    read_responses,
+    read_tsv,
+    score,
+    yes_or_no,
+)
 
 
 def encode(color, size=(56, 56), form="PNG", mode="RGB") -> str:
@@ -47,13 +61,19 @@ def write_tsv(path: Path, rows: list[dict], columns: list[str] | None = None) ->
 @pytest.fixture
 def scored(tmp_path):
     """scored(name, rows with the key "response", mode) -> what `score` returns; a row without a response has none."""
+
     def run(name, rows, mode="raw", **options):
-        path = write_tsv(tmp_path / f"{name}.tsv", [{"image": RED, "question": "?"}
-                                                    | {k: v for k, v in row.items() if k != "response"}
-                                                    for row in rows])
+        path = write_tsv(
+            tmp_path / f"{name}.tsv",
+            [
+                {"image": RED, "question": "?"} | {k: v for k, v in row.items() if k != "response"}
+                for row in rows
+            ],
+        )
         loaded, dropped = find(name).load(path)
         responses = {str(row["index"]): {0: row["response"]} for row in rows if "response" in row}
         return score(find(name), loaded, responses, mode, dropped, **options)
+
     return run
 
 
@@ -69,29 +89,77 @@ def load(tmp_path, rows, pictures=True, columns=None, needed=()):
 
 def test_exactly_what_pandas_takes_for_missing_is_missing(tmp_path):
     """An option called "None" does not exist; " None", "none" and "-" do."""
-    texts = ["", "None", "NA", "N/A", "n/a", "null", "NULL", "nan", "NaN", "-nan", "-NaN", "#N/A", "#NA", "#N/A N/A", "<NA>",
-             "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"]
+    texts = [
+        "",
+        "None",
+        "NA",
+        "N/A",
+        "n/a",
+        "null",
+        "NULL",
+        "nan",
+        "NaN",
+        "-nan",
+        "-NaN",
+        "#N/A",
+        "#NA",
+        "#N/A N/A",
+        "<NA>",
+        "1.#IND",
+        "-1.#IND",
+        "1.#QNAN",
+        "-1.#QNAN",
+    ]
     others = ["none", " None", "Nan", "-", "0"]
-    rows, _ = load(tmp_path, [dict(index=i, image=RED, A=text, B="b") for i, text in enumerate(texts + others)])
-    assert [row.options() for row in rows] == [{"B": "b"}] * len(texts) + [{"A": text, "B": "b"} for text in others]
+    rows, _ = load(
+        tmp_path, [dict(index=i, image=RED, A=text, B="b") for i, text in enumerate(texts + others)]
+    )
+    assert [row.options() for row in rows] == [{"B": "b"}] * len(texts) + [
+        {"A": text, "B": "b"} for text in others
+    ]
     with pytest.raises(BenchmarkError, match="x.tsv, line 2: 'A' is empty"):
         rows[0]["A"]
 
 
 def test_rows_without_image_are_dropped_and_pointers_are_followed_once(tmp_path):
     """A cell of 1 to 64 characters is the index of a row with a picture; a pointer to several pictures gets them all."""
-    rows, dropped = load(tmp_path, [
-        dict(index="a_1", image=RED), dict(index="7", image="a_1"), dict(index="8", image=""),
-        dict(index="9", image=str([RED, BLUE])), dict(index="10", image="9"),
-        dict(index="11", image=str([BLUE])), dict(index="12", image="NA")])
+    rows, dropped = load(
+        tmp_path,
+        [
+            dict(index="a_1", image=RED),
+            dict(index="7", image="a_1"),
+            dict(index="8", image=""),
+            dict(index="9", image=str([RED, BLUE])),
+            dict(index="10", image="9"),
+            dict(index="11", image=str([BLUE])),
+            dict(index="12", image="NA"),
+        ],
+    )
     assert dropped == {"8", "12"}
-    assert {row.index: row.images for row in rows} == {"a_1": (RED,), "7": (RED,), "9": (RED, BLUE), "10": (RED, BLUE), "11": (BLUE,)}
+    assert {row.index: row.images for row in rows} == {
+        "a_1": (RED,),
+        "7": (RED,),
+        "9": (RED, BLUE),
+        "10": (RED, BLUE),
+        "11": (BLUE,),
+    }
     rows, _ = load(tmp_path, [dict(index="i" * 64, image="A" * 65), dict(index=2, image="i" * 64)])
     assert rows[1].images == ("A" * 65,)
-    assert [row.index for row in load(tmp_path, [dict(index=1, image="zz"), dict(index=2, image="")], pictures=False)[0]] == ["1"]
-    for cells, message in (([("1", "2"), ("2", "3"), ("3", RED)], "line 2: the image is '2'.*not the index of a row that holds one"),
-                           ([("1", "2"), ("2", "3" * 64), ("3" * 64, RED)], "line 2: the image is '2'"),
-                           ([("1", "2"), ("2", ""), ("3", RED)], "line 2: the image is '2'"), ([("1", "4"), ("3", RED)], "'4'")):
+    assert [
+        row.index
+        for row in load(
+            tmp_path, [dict(index=1, image="zz"), dict(index=2, image="")], pictures=False
+        )[0]
+    ] == ["1"]
+    for cells, message in (
+        (
+            [("1", "2"), ("2", "3"), ("3", RED)],
+            "line 2: the image is '2'.*not the index of a row that holds one",
+        ),
+        ([("1", "2"), ("2", "3" * 64), ("3" * 64, RED)], "line 2: the image is '2'"),
+        ([("1", "2"), ("2", ""), ("3", RED)], "line 2: the image is '2'"),
+        ([("1", "4"), ("3", RED)], "'4'"),
+    ):
         with pytest.raises(BenchmarkError, match=message):
             load(tmp_path, [dict(index=index, image=image) for index, image in cells])
 
@@ -99,23 +167,40 @@ def test_rows_without_image_are_dropped_and_pointers_are_followed_once(tmp_path)
 def test_image_paths_serve_where_there_is_no_image_column(tmp_path):
     Image.new("RGB", (40, 50)).save(tmp_path / "a.png")
     Image.new("RGB", (60, 50)).save(tmp_path / "b.png")
-    path = write_tsv(tmp_path / "x.tsv", [dict(index=1, image_path="['a.png', 'b.png']"),
-                                          dict(index=2, image_path=tmp_path / "a.png"),
-                                          dict(index=3, image_path="../a.png")])
+    path = write_tsv(
+        tmp_path / "x.tsv",
+        [
+            dict(index=1, image_path="['a.png', 'b.png']"),
+            dict(index=2, image_path=tmp_path / "a.png"),
+            dict(index=3, image_path="../a.png"),
+        ],
+    )
     rows, _ = read_tsv(path, (), True)
     size = lambda row: [image.size for image in find("MME").pictures(row, tmp_path)]
     assert size(rows[0]) == [(40, 50), (60, 50)] and size(rows[1]) == [(40, 50)]
-    with pytest.raises(BenchmarkError, match="line 4: image '../a.png' lies outside the image root"):
+    with pytest.raises(
+        BenchmarkError, match="line 4: image '../a.png' lies outside the image root"
+    ):
         size(rows[2])
 
 
 def test_cells_with_tabs_quotes_lines_and_megabytes(tmp_path):
     """Python's csv module stops at 131072 characters by default, and the limit is left as it was."""
     limit, question = csv.field_size_limit(), 'a "quoted"\ttab,\r\nline — 圖 \U0001f600'
-    rows, _ = load(tmp_path, [dict(index=1, image="A" * 3_000_000, question=question), dict(index=2, image="B" * 65, question='"')])
-    assert rows[0]["question"] == question and rows[1]["question"] == '"' and len(rows[0].images[0]) == 3_000_000
+    rows, _ = load(
+        tmp_path,
+        [
+            dict(index=1, image="A" * 3_000_000, question=question),
+            dict(index=2, image="B" * 65, question='"'),
+        ],
+    )
+    assert (
+        rows[0]["question"] == question
+        and rows[1]["question"] == '"'
+        and len(rows[0].images[0]) == 3_000_000
+    )
     assert csv.field_size_limit() == limit
-    text = "\ufeffindex\timage\tquestion\r\n\r\n1\t" + RED + "\ta \"b\" c\r\n"
+    text = "\ufeffindex\timage\tquestion\r\n\r\n1\t" + RED + '\ta "b" c\r\n'
     (tmp_path / "y.tsv").write_bytes(text.encode())
     rows, _ = read_tsv(tmp_path / "y.tsv", ("question",), True)
     assert rows[0]["question"] == 'a "b" c' and len(rows) == 1
@@ -159,9 +244,15 @@ def test_a_file_that_is_not_there_is_named_with_its_neighbours(tmp_path):
 
 def bomb(size) -> str:
     """A PNG of many pixels in a few hundred bytes."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0))
-                            + chunk(b"IDAT", zlib.compress(b"\0" * 100000)) + chunk(b"IEND", b"")).decode()
+    chunk = lambda kind, data: (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
+    return base64.b64encode(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100000))
+        + chunk(b"IEND", b"")
+    ).decode()
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -183,16 +274,30 @@ def test_a_bad_picture_is_an_error_that_names_the_row(tmp_path, image, message):
 
 
 def test_pictures_become_rgb_in_order(tmp_path):
-    cell = str([encode(3, mode="P"), encode((255, 0, 0, 255), mode="RGBA"), encode((7, 255), mode="LA"),
-                "\n".join([RED[:40], RED[40:]])])
+    cell = str(
+        [
+            encode(3, mode="P"),
+            encode((255, 0, 0, 255), mode="RGBA"),
+            encode((7, 255), mode="LA"),
+            "\n".join([RED[:40], RED[40:]]),
+        ]
+    )
     rows, _ = load(tmp_path, [dict(index=1, image=cell)])
     images = find("MMBench").pictures(rows[0], tmp_path)
-    assert [image.mode for image in images] == ["RGB"] * 4 and images[1].getpixel((5, 5)) == (255, 0, 0)
+    assert [image.mode for image in images] == ["RGB"] * 4 and images[1].getpixel((5, 5)) == (
+        255,
+        0,
+        0,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ answer rules
 
-ABC = {"A": "red square", "B": "blue", "C": "the green one"}  # 27 characters: the text rule reads up to 54
+ABC = {
+    "A": "red square",
+    "B": "blue",
+    "C": "the green one",
+}  # 27 characters: the text rule reads up to 54
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -216,13 +321,21 @@ def test_match_option(text, expected):
 
 
 def test_match_option_has_vlmevalkits_later_rule_as_a_switch():
-    """"answer is", stars, a letter a-d without a word boundary: with its known bug."""
+    """ "answer is", stars, a letter a-d without a word boundary: with its known bug."""
     long = " and so on and so on and so on and so on and so on"
-    for text, expected in (("The answer is approximately 3", "A"), ("the ANSWER IS because", "B"), ("answer is clearly", "C"),
-                           ("answer is **C**", "C"), ("answer is definitely", None), ("answer isn't", None)):
+    for text, expected in (
+        ("The answer is approximately 3", "A"),
+        ("the ANSWER IS because", "B"),
+        ("answer is clearly", "C"),
+        ("answer is **C**", "C"),
+        ("answer is definitely", None),
+        ("answer isn't", None),
+    ):
         assert match_option(text + long, ABC) is None
         assert match_option(text + long, ABC, answer_is=True) == expected
-    assert match_option("Z. The answer is bad" + long, ABC, answer_is=True) == "Z"  # the earlier rules come first
+    assert (
+        match_option("Z. The answer is bad" + long, ABC, answer_is=True) == "Z"
+    )  # the earlier rules come first
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -312,9 +425,34 @@ def test_rational_is_exact_and_bounded():
     assert rewards.rational("(" * 60 + "1" + ")" * 60) is None and time.monotonic() - begin < 0.5
 
 
-HOSTILE = ("{", "}", r"\boxed{", r"\boxed{1}", "</think>", "<answer>", "<answer>A</answer>", " ", "\n", "A, ", "A and ", "and",
-           "answer is ", "answer is *", "option:   ", "answer: A ,;/& ", ". ", "?!", "1,2", "Answer<", "yes ", "x", "Z B ", "\0",
-           "9^", "((")
+HOSTILE = (
+    "{",
+    "}",
+    r"\boxed{",
+    r"\boxed{1}",
+    "</think>",
+    "<answer>",
+    "<answer>A</answer>",
+    " ",
+    "\n",
+    "A, ",
+    "A and ",
+    "and",
+    "answer is ",
+    "answer is *",
+    "option:   ",
+    "answer: A ,;/& ",
+    ". ",
+    "?!",
+    "1,2",
+    "Answer<",
+    "yes ",
+    "x",
+    "Z B ",
+    "\0",
+    "9^",
+    "((",
+)
 
 
 @pytest.mark.parametrize("pattern", HOSTILE)
@@ -322,16 +460,56 @@ def test_a_megabyte_cannot_stall_a_rule(pattern):
     """Each rule reads a million characters that are made to backtrack in well under a second."""
     many = pattern * (10**6 // len(pattern))
     for text in (many, f"the answer is A{many}!"):
-        for rule in (final_answer, yes_or_no, letter_after_answer, answer_letters, lambda text: match_option(text, ABC, True),
-                     lambda text: is_equal(text, "5"), lambda text: is_equal("5", text)):
+        for rule in (
+            final_answer,
+            yes_or_no,
+            letter_after_answer,
+            answer_letters,
+            lambda text: match_option(text, ABC, True),
+            lambda text: is_equal(text, "5"),
+            lambda text: is_equal("5", text),
+        ):
             begin = time.process_time()
             rule(text)
             assert time.process_time() - begin < 1.0
 
 
-words = ["A", "B", "Z", "yes", "no", "Answer", "answer is ", "option: ", "and", " ", "\n", ",", ".", "*", "<", ">", "{", "}",
-         r"\boxed{", r"\text{", "<answer>", "</answer>", "</think>", "1", "/", "0", "^", r"\frac", "$", "\\",
-         "\u0661", "İ", "\0", "\U0001f600"]
+words = [
+    "A",
+    "B",
+    "Z",
+    "yes",
+    "no",
+    "Answer",
+    "answer is ",
+    "option: ",
+    "and",
+    " ",
+    "\n",
+    ",",
+    ".",
+    "*",
+    "<",
+    ">",
+    "{",
+    "}",
+    r"\boxed{",
+    r"\text{",
+    "<answer>",
+    "</answer>",
+    "</think>",
+    "1",
+    "/",
+    "0",
+    "^",
+    r"\frac",
+    "$",
+    "\\",
+    "\u0661",
+    "İ",
+    "\0",
+    "\U0001f600",
+]
 texts = st.lists(st.sampled_from(words) | st.text(max_size=4), max_size=30).map("".join)
 
 
@@ -341,22 +519,52 @@ texts = st.lists(st.sampled_from(words) | st.text(max_size=4), max_size=30).map(
 def test_no_text_breaks_a_rule(text, other):
     final = final_answer(text)
     assert final == final.strip()
-    assert match_option(text, ABC, True) in (*"ABCZ", None) and match_option(text, {}) in ("Z", None)
-    assert yes_or_no(text) in ("Yes", "No", None) and letter_after_answer(text) in (*"ABCDEFGH", None)
+    assert match_option(text, ABC, True) in (*"ABCZ", None) and match_option(text, {}) in (
+        "Z",
+        None,
+    )
+    assert yes_or_no(text) in ("Yes", "No", None) and letter_after_answer(text) in (
+        *"ABCDEFGH",
+        None,
+    )
     letters = answer_letters(text)
     assert letters is None or letters and letters <= set("ABCDEFGHI")
     assert is_equal(text, other) == is_equal(other, text) and is_equal(text, text)
 
 
-cells = st.sampled_from([RED, "1", "2", "x", "[", "]", "['a','b']", "None", "", '"', "\r", "\n", "\0", "\t", "{}", "Yes", "\ufeff"])
-lines = st.lists(cells | st.text(max_size=5), min_size=1, max_size=4).map("\t".join) | st.text(max_size=30)
+cells = st.sampled_from(
+    [
+        RED,
+        "1",
+        "2",
+        "x",
+        "[",
+        "]",
+        "['a','b']",
+        "None",
+        "",
+        '"',
+        "\r",
+        "\n",
+        "\0",
+        "\t",
+        "{}",
+        "Yes",
+        "\ufeff",
+    ]
+)
+lines = st.lists(cells | st.text(max_size=5), min_size=1, max_size=4).map("\t".join) | st.text(
+    max_size=30
+)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(lines, max_size=6), st.binary(max_size=8), st.booleans())
 def test_no_file_breaks_the_reader(tmp_path_factory, lines, tail, pictures):
     path = tmp_path_factory.getbasetemp() / "fuzz.tsv"
-    path.write_bytes("\n".join(["index\timage\tquestion", *lines]).encode("utf-8", "replace") + tail)
+    path.write_bytes(
+        "\n".join(["index\timage\tquestion", *lines]).encode("utf-8", "replace") + tail
+    )
     try:
         rows, dropped = read_tsv(path, ("question",), pictures)
         assert rows and not {row.index for row in rows} & dropped
@@ -365,8 +573,18 @@ def test_no_file_breaks_the_reader(tmp_path_factory, lines, tail, pictures):
         assert str(error).startswith(str(path))
 
 
-parts = st.sampled_from([b'{"index": 1, "response": "B"}', b'{"index": "1"', b"\n", b"null", b"[]", b'{"index": [], "response": 1}',
-                         b'{"index": 1e999, "response": NaN}', b'{"index": 2, "response": "\\ud800", "sample": 1}'])
+parts = st.sampled_from(
+    [
+        b'{"index": 1, "response": "B"}',
+        b'{"index": "1"',
+        b"\n",
+        b"null",
+        b"[]",
+        b'{"index": [], "response": 1}',
+        b'{"index": 1e999, "response": NaN}',
+        b'{"index": 2, "response": "\\ud800", "sample": 1}',
+    ]
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -384,19 +602,38 @@ def test_no_file_breaks_the_reader_of_responses(tmp_path_factory, content):
 # ------------------------------------------------------------------------------------------------------- benchmarks
 
 
-def wemath(steps, number, hits, response="B", wrong="A", concepts=("Translation", "Area of Circles", "Area of Squares")):
+def wemath(
+    steps,
+    number,
+    hits,
+    response="B",
+    wrong="A",
+    concepts=("Translation", "Area of Circles", "Area of Squares"),
+):
     """The rows of one composite problem; hits of the steps and then of the whole. The right answer is B."""
     parts = [*range(1, steps + 1), "multi"]
-    return [dict(index=f"{steps}-{number}-{part}", ID=str(number), key=f"{steps}steps_{part}", A="one", B="two", answer="B",
-                 response=response if hit else wrong,
-                 **{"knowledge concept": "['a', 'b']" if part == "multi" else concepts[part - 1]}) for part, hit in zip(parts, hits)]
+    return [
+        dict(
+            index=f"{steps}-{number}-{part}",
+            ID=str(number),
+            key=f"{steps}steps_{part}",
+            A="one",
+            B="two",
+            answer="B",
+            response=response if hit else wrong,
+            **{"knowledge concept": "['a', 'b']" if part == "multi" else concepts[part - 1]},
+        )
+        for part, hit in zip(parts, hits)
+    ]
 
 
-WEMATH = [*wemath(2, 1, (1, 1, 1), r"It is \boxed{B}"),            # complete mastery
-          *wemath(2, 2, (1, 0, 1)),                                # by rote, mastered if one is loose
-          *wemath(2, 3, (1, 1, 0)),                                # does not generalise
-          *wemath(2, 4, (0, 0, 1), wrong="I do not know"),         # by rote
-          *wemath(3, 1, (1, 1, 0, 0), concepts=("Rotation", "Rotation", "Area of Squares"))]  # knows too little; ID 1 is used twice
+WEMATH = [
+    *wemath(2, 1, (1, 1, 1), r"It is \boxed{B}"),  # complete mastery
+    *wemath(2, 2, (1, 0, 1)),  # by rote, mastered if one is loose
+    *wemath(2, 3, (1, 1, 0)),  # does not generalise
+    *wemath(2, 4, (0, 0, 1), wrong="I do not know"),  # by rote
+    *wemath(3, 1, (1, 1, 0, 0), concepts=("Rotation", "Rotation", "Area of Squares")),
+]  # knows too little; ID 1 is used twice
 
 
 def test_wemath(scored):
@@ -409,16 +646,31 @@ def test_wemath(scored):
     assert found["headline"] == {"metric": "Score (Strict)", "value": pytest.approx(30)}
     scores = found["scores"]
     domains, by_letter = scores.pop("domain"), scores.pop('letter after "Answer"')
-    assert scores == pytest.approx({
-        "Score (Strict)": 30, "InsufficientKnowledge (Strict)": 20, "InadequateGeneralization (Strict)": 20,
-        "CompleteMastery (Strict)": 20, "RoteMemorization (Strict)": 200 / 3,
-        "Score (Loose)": 50, "InsufficientKnowledge (Loose)": 20, "InadequateGeneralization (Loose)": 20,
-        "CompleteMastery (Loose)": 40, "RoteMemorization (Loose)": 100 / 3,
-        "One-step(S1)": 700 / 11, "Two-step(S2)": 75, "Three-step(S3)": 0})
+    assert scores == pytest.approx(
+        {
+            "Score (Strict)": 30,
+            "InsufficientKnowledge (Strict)": 20,
+            "InadequateGeneralization (Strict)": 20,
+            "CompleteMastery (Strict)": 20,
+            "RoteMemorization (Strict)": 200 / 3,
+            "Score (Loose)": 50,
+            "InsufficientKnowledge (Loose)": 20,
+            "InadequateGeneralization (Loose)": 20,
+            "CompleteMastery (Loose)": 40,
+            "RoteMemorization (Loose)": 100 / 3,
+            "One-step(S1)": 700 / 11,
+            "Two-step(S2)": 75,
+            "Three-step(S3)": 0,
+        }
+    )
     assert {name: value for name, value in domains.items() if value is not None} == {
-        "Basic Transformations of Figures": 87.5, "Calculation of Plane Figures": 25} and len(domains) == 12
+        "Basic Transformations of Figures": 87.5,
+        "Calculation of Plane Figures": 25,
+    } and len(domains) == 12
     # by its own rule "It is \boxed{B}" is no answer: problem 1 turns into insufficient knowledge, (0 + 0.5) / 5 and (1 + 0.5) / 5
-    assert by_letter["Score (Strict)"] == pytest.approx(10) and by_letter["Score (Loose)"] == pytest.approx(30)
+    assert by_letter["Score (Strict)"] == pytest.approx(10) and by_letter[
+        "Score (Loose)"
+    ] == pytest.approx(30)
     assert by_letter["InsufficientKnowledge (Strict)"] == pytest.approx(40)
     assert by_letter["RoteMemorization (Strict)"] == pytest.approx(100)
     assert found["counts"] == {"rows": 16, "scored": 16, "unmatched": 2, "missing": 0}
@@ -427,16 +679,24 @@ def test_wemath(scored):
 def test_wemath_counts_problems_not_525(scored):
     """Nothing answered and nothing to divide by: no rote rate, no error. A problem that lacks a row is left out, and said so."""
     nothing = scored("WeMath", wemath(2, 1, (0, 0, 0)))
-    assert nothing["headline"]["value"] == 0 and nothing["scores"]["RoteMemorization (Strict)"] is None
+    assert (
+        nothing["headline"]["value"] == 0 and nothing["scores"]["RoteMemorization (Strict)"] is None
+    )
     assert nothing["scores"]["Three-step(S3)"] is None
     with pytest.warns(UserWarning, match="WeMath: 1 of 2 problems lack a row"):
         part = scored("WeMath", [*wemath(2, 1, (1, 1, 1)), *wemath(2, 2, (0, 0, 0))[1:]])
-    assert part["headline"]["value"] == 100 and part["scores"]["One-step(S1)"] == pytest.approx(200 / 3)
+    assert part["headline"]["value"] == 100 and part["scores"]["One-step(S1)"] == pytest.approx(
+        200 / 3
+    )
     with pytest.raises(BenchmarkError, match="no problem has all its rows"):
         scored("WeMath", wemath(2, 1, (1, 1, 1))[1:])
-    with pytest.raises(BenchmarkError, match="line 2: 'key' is '2steps_3'; expected such as '2steps_1'"):
+    with pytest.raises(
+        BenchmarkError, match="line 2: 'key' is '2steps_3'; expected such as '2steps_1'"
+    ):
         scored("WeMath", [dict(row, key="2steps_3") for row in wemath(2, 1, (1, 1, 1))[:1]])
-    with pytest.raises(BenchmarkError, match="line 5: 2steps_1 of problem '1' stands at .*line 2, too"):
+    with pytest.raises(
+        BenchmarkError, match="line 5: 2steps_1 of problem '1' stands at .*line 2, too"
+    ):
         scored("WeMath", [*wemath(2, 1, (1, 1, 1)), dict(wemath(2, 1, (1,))[0], index="again")])
     with pytest.warns(UserWarning, match="1 knowledge concepts are in no domain, 'Alchemy'"):
         scored("WeMath", wemath(2, 1, (1, 1, 1), concepts=("Alchemy", "Rotation")))
@@ -448,41 +708,81 @@ def test_wemaths_tree_has_67_concepts_in_12_domains():
     assert all(leaf == leaf.strip() for leaf in leaves)
 
 
-MATHVISION = [dict(index=1, choices="['3', '4']", answer="B", category="algebra", response="The answer is (B)."),
-              dict(index=2, choices="['A', 'B', 'C', 'D', 'E']", answer="C", category="algebra", response="Z"),
-              dict(index=3, choices="['A', 'B', 'C']", answer="C", category="algebra", response="A or C"),
-              dict(index=4, choices="[]", answer=r"\frac{1}{2}", category="counting",
-                   response=r"<think>Half.</think>So it is \boxed{0.5}."),
-              dict(index=5, choices="[]", answer="1000", category="counting", response="1,000")]
+MATHVISION = [
+    dict(
+        index=1, choices="['3', '4']", answer="B", category="algebra", response="The answer is (B)."
+    ),
+    dict(
+        index=2, choices="['A', 'B', 'C', 'D', 'E']", answer="C", category="algebra", response="Z"
+    ),
+    dict(index=3, choices="['A', 'B', 'C']", answer="C", category="algebra", response="A or C"),
+    dict(
+        index=4,
+        choices="[]",
+        answer=r"\frac{1}{2}",
+        category="counting",
+        response=r"<think>Half.</think>So it is \boxed{0.5}.",
+    ),
+    dict(index=5, choices="[]", answer="1000", category="counting", response="1,000"),
+]
 
 
 def test_mathvision(scored):
     """Whole responses: rows 1 and 5 are right, 2 is settled as none of them, 3 names two, 4 is more than its answer: 2 of 5,
     settled 3 of 5. Of the final answer row 4 is right, too."""
     raw, final = scored("MathVision", MATHVISION), scored("MathVision", MATHVISION, "final")
-    assert raw["headline"] == {"metric": "accuracy", "value": 40} and raw["counts"]["unmatched"] == 2
-    assert raw["scores"] == {"Overall": 40, "category": {"algebra": pytest.approx(100 / 3), "counting": 50},
-                             "prefetch rate": {"Overall": 60, "algebra": pytest.approx(200 / 3), "counting": 50}}
+    assert (
+        raw["headline"] == {"metric": "accuracy", "value": 40} and raw["counts"]["unmatched"] == 2
+    )
+    assert raw["scores"] == {
+        "Overall": 40,
+        "category": {"algebra": pytest.approx(100 / 3), "counting": 50},
+        "prefetch rate": {"Overall": 60, "algebra": pytest.approx(200 / 3), "counting": 50},
+    }
     assert final["headline"]["value"] == 60 and final["scores"]["category"]["counting"] == 100
     assert final["scores"]["prefetch rate"]["Overall"] == 80
-    for choices, message in (("None", "'choices' is empty"), ("{}", "expected a list of at most 26"),
-                             ("[" * 300, "cannot be read"), (str([1] * 27), "at most 26")):
+    for choices, message in (
+        ("None", "'choices' is empty"),
+        ("{}", "expected a list of at most 26"),
+        ("[" * 300, "cannot be read"),
+        (str([1] * 27), "at most 26"),
+    ):
         with pytest.raises(BenchmarkError, match=message):
             scored("MathVision", [dict(MATHVISION[0], choices=choices)])
 
 
-def mathverse(index, version, answer, response, kind="multi-choice", listed="Find x.\nChoices:\nA:2\nB:2\u221a{{3}}\nC:5",
-              subject="Plane Geometry"):
-    facts = repr({"split": "testmini", "source": "GeoQA", "subject": subject, "subfield": "Euler's line"})
-    return dict(index=index, problem_version=version, question_type=kind, question_for_eval=listed, query_cot="Reason. ?",
-                answer=answer, metadata=facts, response=response)
+def mathverse(
+    index,
+    version,
+    answer,
+    response,
+    kind="multi-choice",
+    listed="Find x.\nChoices:\nA:2\nB:2\u221a{{3}}\nC:5",
+    subject="Plane Geometry",
+):
+    facts = repr(
+        {"split": "testmini", "source": "GeoQA", "subject": subject, "subfield": "Euler's line"}
+    )
+    return dict(
+        index=index,
+        problem_version=version,
+        question_type=kind,
+        question_for_eval=listed,
+        query_cot="Reason. ?",
+        answer=answer,
+        metadata=facts,
+        response=response,
+    )
 
 
-MATHVERSE = [mathverse(1, "Vision Only", "B", "B"),
-             mathverse(2, "Text Lite", "B", "A"),
-             mathverse(3, "Text Lite", "C", "it is 5"),                                                    # by the option's text
-             mathverse(4, "Text Lite", "C", r"So \boxed{12.0}", kind="free-form", subject="Functions") | {"answer": "12"},
-             mathverse(5, "Text Lite", "D", "D", listed="Find x.", subject="Functions")]                 # options in the picture only
+MATHVERSE = [
+    mathverse(1, "Vision Only", "B", "B"),
+    mathverse(2, "Text Lite", "B", "A"),
+    mathverse(3, "Text Lite", "C", "it is 5"),  # by the option's text
+    mathverse(4, "Text Lite", "C", r"So \boxed{12.0}", kind="free-form", subject="Functions")
+    | {"answer": "12"},
+    mathverse(5, "Text Lite", "D", "D", listed="Find x.", subject="Functions"),
+]  # options in the picture only
 
 
 @pytest.mark.parametrize("text, answer, listed, hit", [
@@ -492,13 +792,19 @@ MATHVERSE = [mathverse(1, "Vision Only", "B", "B"),
     ("3.5", "A", "A:3\nB:4", None), ("12 cm", "C", None, None), ("C", "C", None, True),
 ])  # fmt: skip
 def test_mathverse_reads_options_as_a_whole(text, answer, listed, hit):
-    row = mathverse(1, "Text Lite", answer, text, listed=f"Find x.\nChoices:\n{listed}" if listed else "Find x.")
+    row = mathverse(
+        1, "Text Lite", answer, text, listed=f"Find x.\nChoices:\n{listed}" if listed else "Find x."
+    )
     assert find("MathVerse_MINI").check(Row("row", "1", row), text) is hit
 
 
 def test_a_letter_beside_a_boxed_value_is_found(scored):
-    rows = [mathverse(1, "Text Lite", "C", r"<think>B?</think>The area is \boxed{24}. So the answer is C."),
-            mathverse(2, "Text Lite", "C", r"The answer is C, not \boxed{A}")]  # a box that settles it is not asked about
+    rows = [
+        mathverse(
+            1, "Text Lite", "C", r"<think>B?</think>The area is \boxed{24}. So the answer is C."
+        ),
+        mathverse(2, "Text Lite", "C", r"The answer is C, not \boxed{A}"),
+    ]  # a box that settles it is not asked about
     found = scored("MathVerse_MINI", rows, "final")
     assert found["scores"]["Overall"] == 50 and found["counts"]["unmatched"] == 0
 
@@ -507,47 +813,90 @@ def test_mathverse(scored):
     """Vision Only 1 of 1, Text Lite raw 2 of 4: the versions' mean is 75, the rows' 3 of 5; final 3 of 4: 87.5 and 4 of 5.
     An apostrophe in the metadata is no trouble."""
     raw, final = scored("MathVerse_MINI", MATHVERSE), scored("MathVerse_MINI", MATHVERSE, "final")
-    assert raw["headline"] == {"metric": "mean over problem versions", "value": 75} and raw["scores"]["Overall"] == 60
+    assert (
+        raw["headline"] == {"metric": "mean over problem versions", "value": 75}
+        and raw["scores"]["Overall"] == 60
+    )
     assert raw["scores"]["problem_version"] == {
-        "Text Lite": {"Overall": 50, "subject": {"Functions": 50, "Plane Geometry": 50}, "subfield": {"Euler's line": 50}},
-        "Vision Only": {"Overall": 100, "subject": {"Plane Geometry": 100}, "subfield": {"Euler's line": 100}}}
-    assert final["headline"]["value"] == 87.5 and final["scores"]["Overall"] == 80 and raw["counts"]["unmatched"] == 1
+        "Text Lite": {
+            "Overall": 50,
+            "subject": {"Functions": 50, "Plane Geometry": 50},
+            "subfield": {"Euler's line": 50},
+        },
+        "Vision Only": {
+            "Overall": 100,
+            "subject": {"Plane Geometry": 100},
+            "subfield": {"Euler's line": 100},
+        },
+    }
+    assert (
+        final["headline"]["value"] == 87.5
+        and final["scores"]["Overall"] == 80
+        and raw["counts"]["unmatched"] == 1
+    )
     with pytest.raises(BenchmarkError, match="'question_type' is 'essay'; expected"):
         scored("MathVerse_MINI", [dict(MATHVERSE[0], question_type="essay")])
-    for bad, message in (("subject: x", "'metadata' is .*cannot be read"),
-                         ("{'subject': 'x'}", "expected a dict with 'subject' and 'subfield'")):
+    for bad, message in (
+        ("subject: x", "'metadata' is .*cannot be read"),
+        ("{'subject': 'x'}", "expected a dict with 'subject' and 'subfield'"),
+    ):
         with pytest.raises(BenchmarkError, match=message):
             scored("MathVerse_MINI", [dict(MATHVERSE[0], metadata=bad)])
 
 
-LOGICVISTA = [dict(index=1, answer="A, C", skill="['inductive']", response="C and A"),
-              dict(index=2, answer="A, C", skill="['inductive', 'spatial']", response="A"),               # no partial credit
-              dict(index=3, answer="E", skill="deductive", response="<think>B? C?</think><answer>E</answer>"),
-              dict(index=4, answer="3", skill="deductive", response="3"),                                # a numeric label
-              dict(index=5, answer="A,C", skill="mechanical", response="A, C"),                            # without spaces it is no list
-              dict(index=6, answer="I", skill="spatial", response="I")]
+LOGICVISTA = [
+    dict(index=1, answer="A, C", skill="['inductive']", response="C and A"),
+    dict(
+        index=2, answer="A, C", skill="['inductive', 'spatial']", response="A"
+    ),  # no partial credit
+    dict(index=3, answer="E", skill="deductive", response="<think>B? C?</think><answer>E</answer>"),
+    dict(index=4, answer="3", skill="deductive", response="3"),  # a numeric label
+    dict(
+        index=5, answer="A,C", skill="mechanical", response="A, C"
+    ),  # without spaces it is no list
+    dict(index=6, answer="I", skill="spatial", response="I"),
+]
 
 
 def test_logicvista(scored):
     """Raw: rows 1, 4 and 6 of 6; row 3 names B, C and E. Final: 3, too. Skills are looked for in the text; one has no rows."""
     raw, final = scored("LogicVista", LOGICVISTA), scored("LogicVista", LOGICVISTA, "final")
     assert raw["headline"]["value"] == raw["scores"].pop("Overall") == 50
-    assert raw["scores"] == {"inductive": 50, "deductive": 50, "numerical": None, "spatial": 50, "mechanical": 0}
-    assert final["headline"]["value"] == pytest.approx(200 / 3) and final["scores"]["deductive"] == 100
+    assert raw["scores"] == {
+        "inductive": 50,
+        "deductive": 50,
+        "numerical": None,
+        "spatial": 50,
+        "mechanical": 0,
+    }
+    assert (
+        final["headline"]["value"] == pytest.approx(200 / 3) and final["scores"]["deductive"] == 100
+    )
     assert raw["counts"]["unmatched"] == 1 and final["counts"]["unmatched"] == 0
 
 
 def hallusion(l2, figure, question, answer, response, **more):
     category = "VS" if l2 == "chart" else "VD"
-    return dict(index=f"hb_{category}_{l2}_0_{figure}_{question}", answer=answer, category=category, response=response,
-                **{"l2-category": l2}, **more)
+    return dict(
+        index=f"hb_{category}_{l2}_0_{figure}_{question}",
+        answer=answer,
+        category=category,
+        response=response,
+        **{"l2-category": l2},
+        **more,
+    )
 
 
-HALLUSION = [hallusion("illusion", 0, 0, "Yes", "Yes, it is."), hallusion("illusion", 0, 1, "No", "No."),
-             hallusion("illusion", 1, 0, "Yes", "No"), hallusion("illusion", 1, 1, "Yes", "It seems so."),
-             hallusion("figure", 1, 0, "No", "No!"),
-             hallusion("chart", 0, 0, "No", "no"), hallusion("chart", 1, 0, "Yes", "<answer>**Yes**</answer>"),
-             hallusion("chart", 2, 0, "Yes", "Yes", image="")]  # no picture: not scored, and its response is not looked at
+HALLUSION = [
+    hallusion("illusion", 0, 0, "Yes", "Yes, it is."),
+    hallusion("illusion", 0, 1, "No", "No."),
+    hallusion("illusion", 1, 0, "Yes", "No"),
+    hallusion("illusion", 1, 1, "Yes", "It seems so."),
+    hallusion("figure", 1, 0, "No", "No!"),
+    hallusion("chart", 0, 0, "No", "no"),
+    hallusion("chart", 1, 0, "Yes", "<answer>**Yes**</answer>"),
+    hallusion("chart", 2, 0, "Yes", "Yes", image=""),
+]  # no picture: not scored, and its response is not looked at
 
 
 def test_hallusionbench(scored):
@@ -561,11 +910,16 @@ def test_hallusionbench(scored):
     assert final["headline"] == {"metric": "aAcc", "value": pytest.approx(500 / 7)}
     assert final["scores"]["Overall"] == pytest.approx({"aAcc": 500 / 7, "fAcc": 80, "qAcc": 50})
     assert final["scores"]["mean of aAcc, fAcc, qAcc"] == pytest.approx((500 / 7 + 80 + 50) / 3)
-    assert final["scores"]["category"]["VD"] == pytest.approx({"aAcc": 60, "fAcc": 200 / 3, "qAcc": 100 / 3})
+    assert final["scores"]["category"]["VD"] == pytest.approx(
+        {"aAcc": 60, "fAcc": 200 / 3, "qAcc": 100 / 3}
+    )
     assert final["scores"]["category"]["VS"] == {"aAcc": 100, "fAcc": 100, "qAcc": 100}
     assert final["scores"]["l2-category"]["chart"] == {"aAcc": 100, "fAcc": 100, "qAcc": 100}
     assert raw["scores"]["Overall"] == pytest.approx({"aAcc": 400 / 7, "fAcc": 60, "qAcc": 25})
-    assert final["counts"] == {"rows": 7, "scored": 7, "unmatched": 1, "missing": 0} and raw["counts"]["unmatched"] == 2
+    assert (
+        final["counts"] == {"rows": 7, "scored": 7, "unmatched": 1, "missing": 0}
+        and raw["counts"]["unmatched"] == 2
+    )
     with pytest.raises(BenchmarkError, match="the index is 'hb_1'; expected six parts"):
         scored("HallusionBench", [dict(HALLUSION[0], index="hb_1")])
     with pytest.raises(BenchmarkError, match="'answer' is 'yes'; expected 'Yes' or 'No'"):
@@ -573,9 +927,16 @@ def test_hallusionbench(scored):
 
 
 def mme(category, picture, hits):
-    return [dict(index=f"{category}{picture}{i}", category=category, image_path=picture, answer=("Yes", "No")[i % 2],
-                 response=(("Yes", "No")[i % 2]) if hit else "perhaps")
-            for i, hit in enumerate(hits)]
+    return [
+        dict(
+            index=f"{category}{picture}{i}",
+            category=category,
+            image_path=picture,
+            answer=("Yes", "No")[i % 2],
+            response=(("Yes", "No")[i % 2]) if hit else "perhaps",
+        )
+        for i, hit in enumerate(hits)
+    ]
 
 
 def test_mme(scored):
@@ -583,18 +944,32 @@ def test_mme(scored):
     answers, the first two of the picture right: 66.7 + 100. count: 2 of 3, and but for the picture with one question 1 of 1 pairs.
     scene: one question alone, no pairs, no points. code_reasoning: 100 + 100. total = 125 + 50 + 2 · 166.7 + 200.
     """
-    rows = [*mme("color", "1.png", (1, 1)), *mme("color", "2.png", (1, 0)), *mme("OCR", "1.png", (0, 1)),
-            *mme("existence", "1.png", (1, 1, 0)),
-            *mme("count", "1.png", (1, 1)), *mme("count", "2.png", (0,)), *mme("scene", "1.png", (1,)),
-            *mme("code_reasoning", "1.png", (1, 1))]
+    rows = [
+        *mme("color", "1.png", (1, 1)),
+        *mme("color", "2.png", (1, 0)),
+        *mme("OCR", "1.png", (0, 1)),
+        *mme("existence", "1.png", (1, 1, 0)),
+        *mme("count", "1.png", (1, 1)),
+        *mme("count", "2.png", (0,)),
+        *mme("scene", "1.png", (1,)),
+        *mme("code_reasoning", "1.png", (1, 1)),
+    ]
     with pytest.warns(UserWarning) as said:
         found = scored("MME", rows)
     perception = 125 + 50 + 2 * (200 / 3 + 100)
-    assert found["headline"] == {"metric": "100 · (perception + reasoning) / 2800", "value": pytest.approx((perception + 200) / 28)}
+    assert found["headline"] == {
+        "metric": "100 · (perception + reasoning) / 2800",
+        "value": pytest.approx((perception + 200) / 28),
+    }
     categories = found["scores"].pop("category")
-    assert found["scores"] == pytest.approx({"perception": perception, "reasoning": 200, "total": perception + 200})
-    assert {name: points for name, points in categories.items() if points is not None} == pytest.approx(
-        {"color": 125, "OCR": 50, "existence": 500 / 3, "count": 500 / 3, "code_reasoning": 200}) and len(categories) == 14
+    assert found["scores"] == pytest.approx(
+        {"perception": perception, "reasoning": 200, "total": perception + 200}
+    )
+    assert {
+        name: points for name, points in categories.items() if points is not None
+    } == pytest.approx(
+        {"color": 125, "OCR": 50, "existence": 500 / 3, "count": 500 / 3, "code_reasoning": 200}
+    ) and len(categories) == 14
     texts = [str(warning.message) for warning in said]
     assert any("count: 1 pictures have one question" in text for text in texts)
     assert any("no pairs of questions in artwork, " in text for text in texts)
@@ -605,42 +980,83 @@ def test_mme(scored):
 @pytest.mark.filterwarnings("error")
 def test_a_whole_mme_reaches_2800(scored, monkeypatch):
     monkeypatch.setitem(BENCHMARKS, "MME", replace(find("MME"), rows=28))
-    found = scored("MME", [row for category in sum(benchmarks.MME.CATEGORIES.values(), ()) for row in mme(category, "1.png", (1, 1))])
-    assert found["headline"]["value"] == 100 and found["scores"]["perception"] == 2000 and found["scores"]["reasoning"] == 800
+    found = scored(
+        "MME",
+        [
+            row
+            for category in sum(benchmarks.MME.CATEGORIES.values(), ())
+            for row in mme(category, "1.png", (1, 1))
+        ],
+    )
+    assert (
+        found["headline"]["value"] == 100
+        and found["scores"]["perception"] == 2000
+        and found["scores"]["reasoning"] == 800
+    )
 
 
 def mmbench(question, rotation, hit, ability=("coarse_perception", "image_scene"), **more):
-    return dict(index=question + 10**6 * rotation, A=("red", "blue")[rotation % 2], B=("blue", "red")[rotation % 2],
-                answer=("A", "B")[rotation % 2],
-                response=("A", "B")[(rotation + (not hit)) % 2], split="dev", category=ability[1],
-                **{"l2-category": ability[0]}) | more
+    return (
+        dict(
+            index=question + 10**6 * rotation,
+            A=("red", "blue")[rotation % 2],
+            B=("blue", "red")[rotation % 2],
+            answer=("A", "B")[rotation % 2],
+            response=("A", "B")[(rotation + (not hit)) % 2],
+            split="dev",
+            category=ability[1],
+            **{"l2-category": ability[0]},
+        )
+        | more
+    )
 
 
 LOGIC = ("logic_reasoning", "future_prediction")
-MMBENCH = [mmbench(5, 0, 1), mmbench(5, 1, 1), mmbench(5, 2, 1),                       # all three rotations
-           mmbench(7, 0, 1), mmbench(7, 1, 0),                                         # one rotation fails the question
-           mmbench(100005, 0, 1, LOGIC),                                               # alone: judged on what is there
-           mmbench(11, 1, 1, LOGIC),                                                   # no first row: not a question, but a row
-           mmbench(12, 0, 1, LOGIC), mmbench(12, 1, 0, LOGIC, response="Hard to say.")]
+MMBENCH = [
+    mmbench(5, 0, 1),
+    mmbench(5, 1, 1),
+    mmbench(5, 2, 1),  # all three rotations
+    mmbench(7, 0, 1),
+    mmbench(7, 1, 0),  # one rotation fails the question
+    mmbench(100005, 0, 1, LOGIC),  # alone: judged on what is there
+    mmbench(11, 1, 1, LOGIC),  # no first row: not a question, but a row
+    mmbench(12, 0, 1, LOGIC),
+    mmbench(12, 1, 0, LOGIC, response="Hard to say."),
+]
 
 
 def test_mmbench(scored):
     """Questions 5, 7, 100005, 12 of which 5 and 100005 pass all rows: 50. First rows 4 of 4. All rows 3 + 1 + 1 + 1 + 1 of 9."""
     found = scored("MMBench_DEV_EN_V11", MMBENCH)
-    assert found["headline"] == {"metric": "circular accuracy", "value": 50} and found["counts"]["unmatched"] == 1
-    assert found["scores"]["circular"] == {"Overall": 50, "l2-category": {"CP": 50, "LR": 50},
-                                           "category": {"image_scene": 50, "future_prediction": 50}}
+    assert (
+        found["headline"] == {"metric": "circular accuracy", "value": 50}
+        and found["counts"]["unmatched"] == 1
+    )
+    assert found["scores"]["circular"] == {
+        "Overall": 50,
+        "l2-category": {"CP": 50, "LR": 50},
+        "category": {"image_scene": 50, "future_prediction": 50},
+    }
     assert found["scores"]["vanilla circ0"]["Overall"] == 100
-    assert found["scores"]["vanilla all"] == {"Overall": pytest.approx(700 / 9), "l2-category": {"CP": 80, "LR": 75},
-                                              "category": {"image_scene": 80, "future_prediction": 75}}
+    assert found["scores"]["vanilla all"] == {
+        "Overall": pytest.approx(700 / 9),
+        "l2-category": {"CP": 80, "LR": 75},
+        "category": {"image_scene": 80, "future_prediction": 75},
+    }
 
 
 def test_mmbench_groups_and_splits(scored):
     """g_index wins over the remainder of the index; several splits are reported each."""
-    rows = [mmbench(5, 0, 1) | {"g_index": 5}, mmbench(6, 0, 0) | {"g_index": 5}, mmbench(8, 0, 1) | {"g_index": 8, "split": "test"}]
+    rows = [
+        mmbench(5, 0, 1) | {"g_index": 5},
+        mmbench(6, 0, 0) | {"g_index": 5},
+        mmbench(8, 0, 1) | {"g_index": 8, "split": "test"},
+    ]
     found = scored("MMBench", rows)
     assert found["scores"]["circular"]["Overall"] == 50
-    assert {split: part["Overall"] for split, part in found["scores"]["circular"]["split"].items()} == {"dev": 0, "test": 100}
+    assert {
+        split: part["Overall"] for split, part in found["scores"]["circular"]["split"].items()
+    } == {"dev": 0, "test": 100}
     assert find("MMBench_TEST_EN").answers is False
     with pytest.raises(BenchmarkError, match="no row is the first of its rotations"):
         scored("MMBench", [mmbench(5, 1, 1)])
@@ -661,15 +1077,36 @@ def test_an_option_called_none_can_be_neither_shown_nor_matched(scored, tmp_path
 
 def test_prompts_are_the_datasets_own():
     row = lambda **cells: Row("x.tsv, line 2", "1", cells)
-    question = row(question="How many?", hint="Look.", A="one", B="two", requirement="Regarding the format …",
-                   query_cot="Reason. How many?")
+    question = row(
+        question="How many?",
+        hint="Look.",
+        A="one",
+        B="two",
+        requirement="Regarding the format …",
+        query_cot="Reason. How many?",
+    )
     assert find("MMBench_DEV_EN").prompt(question) == (
-        "Hint: Look.\nQuestion: How many?\nOptions:\nA. one\nB. two\nPlease select the correct answer from the options above. \n")
-    assert find("WeMath").prompt(question) == "Hint: Look.\nQuestion: How many?\nOptions:\nA. one\nB. two\n"
-    assert find("WeMath_COT").prompt(question) == find("WeMath").prompt(question) + "\nRegarding the format …"
+        "Hint: Look.\nQuestion: How many?\nOptions:\nA. one\nB. two\nPlease select the correct answer from the options above. \n"
+    )
+    assert (
+        find("WeMath").prompt(question)
+        == "Hint: Look.\nQuestion: How many?\nOptions:\nA. one\nB. two\n"
+    )
+    assert (
+        find("WeMath_COT").prompt(question)
+        == find("WeMath").prompt(question) + "\nRegarding the format …"
+    )
     assert find("MMBench_DEV_EN").prompt(row(question=" ?", B="b", D="d")) == (
-        "Question:  ?\nOptions:\nB. b\nD. d\nPlease select the correct answer from the options above. \n")
-    for name in ("MathVision_MINI", "MathVerse_MINI", "MathVerse_MINI_Vision_Only", "LogicVista", "HallusionBench", "MME"):
+        "Question:  ?\nOptions:\nB. b\nD. d\nPlease select the correct answer from the options above. \n"
+    )
+    for name in (
+        "MathVision_MINI",
+        "MathVerse_MINI",
+        "MathVerse_MINI_Vision_Only",
+        "LogicVista",
+        "HallusionBench",
+        "MME",
+    ):
         assert find(name).prompt(question) == "How many?"
     assert find("MathVerse_MINI_Vision_Only_cot").prompt(question) == "Reason. How many?"
 
@@ -677,24 +1114,46 @@ def test_prompts_are_the_datasets_own():
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if not name.startswith("toy")])
 def test_a_missing_column_is_named_and_the_row_count_compared(tmp_path, name):
     benchmark = find(name)
-    columns = ["index", "image", *(c for c in benchmark.columns if benchmark.answers or c != "answer")]
+    columns = [
+        "index",
+        "image",
+        *(c for c in benchmark.columns if benchmark.answers or c != "answer"),
+    ]
     cells = dict.fromkeys(columns, "x") | {"index": "1", "image": RED}
     for absent in columns[2:]:
         path = write_tsv(tmp_path / "x.tsv", [cells], [c for c in columns if c != absent])
-        with pytest.raises(BenchmarkError, match=f"x.tsv: no column '{absent}'; found the columns index, image"):
+        with pytest.raises(
+            BenchmarkError, match=f"x.tsv: no column '{absent}'; found the columns index, image"
+        ):
             benchmark.load(path)
     path = write_tsv(tmp_path / "x.tsv", [cells], columns)
     if benchmark.rows is None:
         return
-    with pytest.warns(UserWarning, match=f"x.tsv: 1 rows; the released {name} has .*{benchmark.rows}"):
+    with pytest.warns(
+        UserWarning, match=f"x.tsv: 1 rows; the released {name} has .*{benchmark.rows}"
+    ):
         assert len(benchmark.load(path)[0]) == 1
 
 
 def test_names_are_vlmevalkits_and_others_get_the_nearest():
-    assert {"WeMath", "WeMath_COT", "MathVision", "MathVision_MINI", "MathVerse_MINI", "MathVerse_MINI_Vision_Only",
-            "MathVerse_MINI_Vision_Only_cot",
-            "LogicVista", "HallusionBench", "MME", "MMBench_DEV_EN", "MMBench_DEV_EN_V11", "MMBench_TEST_EN_V11"} <= BENCHMARKS.keys()
-    with pytest.raises(BenchmarkError, match="no benchmark 'MMBench_EN_DEV'; nearest: .*MMBench_DEV_EN"):
+    assert {
+        "WeMath",
+        "WeMath_COT",
+        "MathVision",
+        "MathVision_MINI",
+        "MathVerse_MINI",
+        "MathVerse_MINI_Vision_Only",
+        "MathVerse_MINI_Vision_Only_cot",
+        "LogicVista",
+        "HallusionBench",
+        "MME",
+        "MMBench_DEV_EN",
+        "MMBench_DEV_EN_V11",
+        "MMBench_TEST_EN_V11",
+    } <= BENCHMARKS.keys()
+    with pytest.raises(
+        BenchmarkError, match="no benchmark 'MMBench_EN_DEV'; nearest: .*MMBench_DEV_EN"
+    ):
         find("MMBench_EN_DEV")
     with pytest.raises(BenchmarkError, match="MME is read from a file; expected --data"):
         find("MME").load(None)
@@ -704,32 +1163,54 @@ def test_names_are_vlmevalkits_and_others_get_the_nearest():
 
 
 def test_responses_are_missing_unknown_or_twice(scored, tmp_path):
-    with pytest.raises(BenchmarkError, match=r"2 of 6 responses are missing: '1', '3'; --allow-missing scores them as wrong"):
-        scored("LogicVista", [{k: v for k, v in row.items() if k != "response"} if row["index"] in (1, 3) else row
-                              for row in LOGICVISTA])
+    with pytest.raises(
+        BenchmarkError,
+        match=r"2 of 6 responses are missing: '1', '3'; --allow-missing scores them as wrong",
+    ):
+        scored(
+            "LogicVista",
+            [
+                {k: v for k, v in row.items() if k != "response"} if row["index"] in (1, 3) else row
+                for row in LOGICVISTA
+            ],
+        )
     with pytest.warns(UserWarning, match="1 of 6 responses are missing: '1'; scored as wrong"):
-        found = scored("LogicVista", [{k: v for k, v in LOGICVISTA[0].items() if k != "response"}, *LOGICVISTA[1:]],
-                       allow_missing=True)
+        found = scored(
+            "LogicVista",
+            [{k: v for k, v in LOGICVISTA[0].items() if k != "response"}, *LOGICVISTA[1:]],
+            allow_missing=True,
+        )
     assert found["headline"]["value"] == pytest.approx(100 / 3)
     assert found["counts"] == {"rows": 6, "scored": 5, "unmatched": 1, "missing": 1}
     rows, _ = find("LogicVista").load(tmp_path / "LogicVista.tsv")
-    with pytest.raises(BenchmarkError, match="1 responses are to rows that LogicVista's file does not have: '77'"):
+    with pytest.raises(
+        BenchmarkError, match="1 responses are to rows that LogicVista's file does not have: '77'"
+    ):
         score(find("LogicVista"), rows, {"77": {0: "A"}}, "raw")
     with pytest.raises(BenchmarkError, match=r"missing: '1', '2', .*\(sample 1\)"):
         score(find("LogicVista"), rows[:2], {"1": {1: "A"}}, "raw")
 
     path = tmp_path / "responses.jsonl"
-    path.write_text('{"index": 1, "response": "A"}\n\n{"index": "1", "response": "B"}\n'
-                    '{"index": 2, "response": 5}\n{"index": 2, "response": "x"}\n')
-    with pytest.raises(BenchmarkError, match="2 responses stand more than once: '1', '2'; expected each once"):
+    path.write_text(
+        '{"index": 1, "response": "A"}\n\n{"index": "1", "response": "B"}\n'
+        '{"index": 2, "response": 5}\n{"index": 2, "response": "x"}\n'
+    )
+    with pytest.raises(
+        BenchmarkError, match="2 responses stand more than once: '1', '2'; expected each once"
+    ):
         read_responses(path)
     path.write_text('{"index": 1, "response": "A", "sample": 1}\n{"index": "hb_1", "response": 5}')
     assert read_responses(path) == {"1": {1: "A"}, "hb_1": {0: "5"}}
-    for line, message in (("{", "JSONDecodeError"), ("[1]", "TypeError"), ('{"index": 1}', "KeyError: 'response'"),
-                          ('{"index": null, "response": ""}', '"index" is None'),
-                          ('{"index": 1, "response": null}', '"response" is None; expected text'),
-                          ('{"index": 1, "response": "", "sample": -1}', '"sample" is -1'),
-                          ('{"index": true, "response": ""}', '"index" is True'), ("[" * 100000, "RecursionError")):
+    for line, message in (
+        ("{", "JSONDecodeError"),
+        ("[1]", "TypeError"),
+        ('{"index": 1}', "KeyError: 'response'"),
+        ('{"index": null, "response": ""}', '"index" is None'),
+        ('{"index": 1, "response": null}', '"response" is None; expected text'),
+        ('{"index": 1, "response": "", "sample": -1}', '"sample" is -1'),
+        ('{"index": true, "response": ""}', '"index" is True'),
+        ("[" * 100000, "RecursionError"),
+    ):
         path.write_text('{"index": 0, "response": ""}\n' + line + "\n")
         with pytest.raises(BenchmarkError, match=f"responses.jsonl, line 2: .*{message}"):
             read_responses(path)
@@ -740,7 +1221,12 @@ def test_an_empty_prediction_matches_nothing(scored):
     for response in ("", "None", "NA", "nan"):
         found = scored("MMBench", [mmbench(5, 0, 1) | {"A": "n", "response": response}])
         assert found["headline"]["value"] == 0 and found["counts"]["unmatched"] == 1
-    assert scored("MMBench", [mmbench(5, 0, 1) | {"A": "Nan bread", "response": "nan bread"}])["headline"]["value"] == 100
+    assert (
+        scored("MMBench", [mmbench(5, 0, 1) | {"A": "Nan bread", "response": "nan bread"}])[
+            "headline"
+        ]["value"]
+        == 100
+    )
 
 
 def test_pass_at_k_is_the_unbiased_estimator():
@@ -752,15 +1238,32 @@ def test_pass_at_k_is_the_unbiased_estimator():
 
 def test_scores_of_several_samples_are_means(tmp_path):
     """Row 1 is right in samples 0 and 1, row 2 in sample 2: accuracies 50, 50, 50; pass@2 = (1 + 2/3) / 2; pass@3 = 1."""
-    path = write_tsv(tmp_path / "x.tsv", [dict(index=1, image=RED, question="?", answer="B", skill="spatial"),
-                                          dict(index=2, image=RED, question="?", answer="C", skill="inductive")])
+    path = write_tsv(
+        tmp_path / "x.tsv",
+        [
+            dict(index=1, image=RED, question="?", answer="B", skill="spatial"),
+            dict(index=2, image=RED, question="?", answer="C", skill="inductive"),
+        ],
+    )
     rows, _ = find("LogicVista").load(path)
-    found = score(find("LogicVista"), rows, {"1": {0: "B", 1: "B", 2: "C"}, "2": {0: "B", 1: "?", 2: "C"}}, "raw")
-    assert found["headline"]["value"] == pytest.approx(50) and found["scores"]["spatial"] == pytest.approx(200 / 3)
+    found = score(
+        find("LogicVista"),
+        rows,
+        {"1": {0: "B", 1: "B", 2: "C"}, "2": {0: "B", 1: "?", 2: "C"}},
+        "raw",
+    )
+    assert found["headline"]["value"] == pytest.approx(50) and found["scores"][
+        "spatial"
+    ] == pytest.approx(200 / 3)
     assert found["scores"]["numerical"] is None
-    assert found["scores"]["pass@1"] == pytest.approx(50) and found["scores"]["pass@2"] == pytest.approx(250 / 3)
+    assert found["scores"]["pass@1"] == pytest.approx(50) and found["scores"][
+        "pass@2"
+    ] == pytest.approx(250 / 3)
     assert found["scores"]["pass@3"] == 100
-    assert found["counts"] == {"rows": 2, "scored": 6, "unmatched": 1, "missing": 0} and "pass@4" not in found["scores"]
+    assert (
+        found["counts"] == {"rows": 2, "scored": 6, "unmatched": 1, "missing": 0}
+        and "pass@4" not in found["scores"]
+    )
 
 
 def test_a_judge_is_asked_about_what_the_rule_cannot_settle(scored):
@@ -770,47 +1273,81 @@ def test_a_judge_is_asked_about_what_the_rule_cannot_settle(scored):
     def judge(response, answer, row):
         asked.append((response, answer, row["question"], "image" in row))
         return {"A or C": "C", "1,00": True}.get(response, "no idea")
+
     rows = [*MATHVISION[:4], dict(MATHVISION[4], response="1,00")]
     found = scored("MathVision", rows, judge=judge, judge_name="judge.py:judge")
-    assert asked == [("A or C", "C", "?", False), (MATHVISION[3]["response"], r"\frac{1}{2}", "?", False),
-                     ("1,00", "1000", "?", False)]
-    assert found["headline"]["value"] == 60 and found["counts"]["unmatched"] == 1 and found["judge"] == "judge.py:judge"
-    with pytest.raises(BenchmarkError, match="the judge returned NoneType; expected text, True or False"):
+    assert asked == [
+        ("A or C", "C", "?", False),
+        (MATHVISION[3]["response"], r"\frac{1}{2}", "?", False),
+        ("1,00", "1000", "?", False),
+    ]
+    assert (
+        found["headline"]["value"] == 60
+        and found["counts"]["unmatched"] == 1
+        and found["judge"] == "judge.py:judge"
+    )
+    with pytest.raises(
+        BenchmarkError, match="the judge returned NoneType; expected text, True or False"
+    ):
         scored("MathVision", rows, judge=lambda *_: None)
     with pytest.raises(BenchmarkError, match="line 4: the judge failed: ZeroDivisionError"):
         scored("MathVision", rows, judge=lambda *_: 1 / 0)
 
 
 def test_what_score_returns_is_the_contract(scored):
-    for name, rows in (("WeMath", WEMATH), ("MathVision", MATHVISION), ("MathVerse_MINI", MATHVERSE), ("LogicVista", LOGICVISTA),
-                       ("HallusionBench", HALLUSION),
-                       ("MMBench", MMBENCH)):
+    for name, rows in (
+        ("WeMath", WEMATH),
+        ("MathVision", MATHVISION),
+        ("MathVerse_MINI", MATHVERSE),
+        ("LogicVista", LOGICVISTA),
+        ("HallusionBench", HALLUSION),
+        ("MMBench", MMBENCH),
+    ):
         for mode in ("raw", "final"):
             found = scored(name, rows, mode)
             assert list(found) == ["benchmark", "mode", "headline", "scores", "counts", "judge"]
             assert found["benchmark"] == name and found["mode"] == mode
-            assert list(found["headline"]) == ["metric", "value"] and type(found["headline"]["value"]) is float
-            assert list(found["counts"]) == ["rows", "scored", "unmatched", "missing"] and found["judge"] == "none (rule-based)"
+            assert (
+                list(found["headline"]) == ["metric", "value"]
+                and type(found["headline"]["value"]) is float
+            )
+            assert (
+                list(found["counts"]) == ["rows", "scored", "unmatched", "missing"]
+                and found["judge"] == "none (rule-based)"
+            )
             json.dumps(found, allow_nan=False)
 
 
 def test_another_benchmark_is_one_entry(scored, monkeypatch):
     class Counting(Benchmark):
         """Free-form numbers."""
+
         def check(self, row, text):
             return is_equal(text, row["answer"]) or None
+
     monkeypatch.setitem(BENCHMARKS, "Counting", Counting("Counting", 1200))
-    found = scored("Counting", [dict(index=1, answer="3", response=r"So \boxed{3}"), dict(index=2, answer="4", response="5")],
-                   "final")
+    found = scored(
+        "Counting",
+        [
+            dict(index=1, answer="3", response=r"So \boxed{3}"),
+            dict(index=2, answer="4", response="5"),
+        ],
+        "final",
+    )
     assert found["headline"] == {"metric": "accuracy", "value": 50}
 
 
 def test_the_toy_is_a_benchmark_too():
     benchmark = find("toy")
     rows, dropped = benchmark.load(None)
-    assert len(rows) == 200 and not dropped and benchmark.pictures(rows[3], ".")[0].size == (112, 112)
+    assert (
+        len(rows) == 200 and not dropped and benchmark.pictures(rows[3], ".")[0].size == (112, 112)
+    )
     right = {row.index: {0: f"<think>x</think><answer>{row['answer']}</answer>"} for row in rows}
-    assert score(benchmark, rows, right, "final")["headline"] == {"metric": "accuracy", "value": 100}
+    assert score(benchmark, rows, right, "final")["headline"] == {
+        "metric": "accuracy",
+        "value": 100,
+    }
     assert score(benchmark, rows, right, "raw")["headline"]["value"] == 0
     with pytest.raises(BenchmarkError, match="toy is drawn, not read from a file"):
         benchmark.load("x.tsv")
@@ -819,21 +1356,54 @@ def test_the_toy_is_a_benchmark_too():
 def test_scoring_4000_rows_takes_less_than_five_seconds_and_no_torch(tmp_path):
     """The command, with start-up, on a file of 80 MB whose pictures are none. Stdout holds one JSON object and nothing else."""
     picture = "/" * 20000
-    path = write_tsv(tmp_path / "x.tsv", [mmbench(i % 1000, i // 1000, i % 3) | {"image": picture, "question": "?", "hint": "h"}
-                                          for i in range(4000)])
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps({"index": i % 1000 + i // 1000 * 10**6,
-                                                          "response": f"I think it must be ({'AB'[i % 2]})."}) + "\n"
-                                              for i in range(4000)))
+    path = write_tsv(
+        tmp_path / "x.tsv",
+        [
+            mmbench(i % 1000, i // 1000, i % 3) | {"image": picture, "question": "?", "hint": "h"}
+            for i in range(4000)
+        ],
+    )
+    (tmp_path / "r.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "index": i % 1000 + i // 1000 * 10**6,
+                    "response": f"I think it must be ({'AB'[i % 2]}).",
+                }
+            )
+            + "\n"
+            for i in range(4000)
+        )
+    )
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, "evaluate.py", "score", "--benchmark", "MMBench_DEV_EN", "--data", path, "--responses",
-                           tmp_path / "r.jsonl", "--mode", "raw"],
-                          cwd=Path(benchmarks.__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "evaluate.py",
+            "score",
+            "--benchmark",
+            "MMBench_DEV_EN",
+            "--data",
+            path,
+            "--responses",
+            tmp_path / "r.jsonl",
+            "--mode",
+            "raw",
+        ],
+        cwd=Path(benchmarks.__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - begin < 5
     found = json.loads(done.stdout)
     assert found["counts"] == {"rows": 4000, "scored": 4000, "unmatched": 0, "missing": 0}
     assert found["scores"]["vanilla all"]["Overall"] == 50
     assert "warning: " in done.stderr and "has about 4300" in done.stderr
-    check = ("import sys, evaluate; evaluate.parse(['score', '--benchmark', 'MME', '--responses', 'x']); "
-             "assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)")
-    subprocess.run([sys.executable, "-c", check], cwd=Path(benchmarks.__file__).parent, check=True)
+    check = (
+        "import sys, evaluate; evaluate.parse(['score', '--benchmark', 'MME', '--responses', 'x']); "
+        "assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", check], cwd=Path(benchmarks.__file__).parent.parent, check=True
+    )

@@ -61,7 +61,9 @@ def save_image(path: Path, size=(40, 30), color="red", **options) -> str:
 def write_rows(path: Path, rows: list) -> Path:
     """Rows as JSON lines; a str or bytes row is written as it is."""
     lines = [row if isinstance(row, str | bytes) else json.dumps(row) for row in rows]
-    path.write_bytes(b"\n".join(line.encode() if isinstance(line, str) else line for line in lines) + b"\n")
+    path.write_bytes(
+        b"\n".join(line.encode() if isinstance(line, str) else line for line in lines) + b"\n"
+    )
     return path
 
 
@@ -111,7 +113,9 @@ def test_both_forms_mix_and_keep_their_order(folder):
     assert dataset.name == "rows.jsonl"
 
 
-@pytest.mark.parametrize("images", [{}, {"image": None}, {"images": []}, {"images": None, "image": []}])
+@pytest.mark.parametrize(
+    "images", [{}, {"image": None}, {"images": []}, {"images": None, "image": []}]
+)
 def test_text_only_rows(folder, images):
     assert load(folder, [plain("Why?", **images)])[0].images == ()
 
@@ -124,14 +128,26 @@ def test_markers_are_prepended_only_in_the_plain_form(folder):
 
 
 def test_blank_lines_crlf_and_bom_keep_line_numbers(folder):
-    body = b"\xef\xbb\xbf\n" + json.dumps(plain()).encode() + b"\r\n  \r\n" + json.dumps(plain("é \u2028 ok")).encode()
+    body = (
+        b"\xef\xbb\xbf\n"
+        + json.dumps(plain()).encode()
+        + b"\r\n  \r\n"
+        + json.dumps(plain("é \u2028 ok")).encode()
+    )
     dataset = load(folder, [body])
     assert [dataset[0].id, dataset[1].id] == ["2", "4"]
     assert dataset[1].question == "é \u2028 ok"  # U+2028 inside a string ends no line
 
 
 def test_extra_keeps_simple_values_only(folder):
-    simple = {"a": 1, "b": None, "c": [1, "x"], "d": {"A": "one", "B": 2.5}, "e": True, "big": 10**400}
+    simple = {
+        "a": 1,
+        "b": None,
+        "c": [1, "x"],
+        "d": {"A": "one", "B": 2.5},
+        "e": True,
+        "big": 10**400,
+    }
     row = plain(**simple, deep=[[1]], deeper={"x": {"y": 1}}, image="a.png")
     text = json.dumps(row)[:-1] + ', "huge": 1e999, "broken": "\\ud800"}'
     extra = load(folder, [text])[0].extra
@@ -144,13 +160,19 @@ def test_nulls_are_absent_keys(folder):
 
 
 def test_fingerprint_is_of_the_content_and_of_the_rows_in_use(folder):
-    first, second, again = load(folder, [plain()]), load(folder, [plain("Other?")]), load(folder, [plain()])
+    first, second, again = (
+        load(folder, [plain()]),
+        load(folder, [plain("Other?")]),
+        load(folder, [plain()]),
+    )
     assert first.fingerprint == again.fingerprint != second.fingerprint
     rows = [plain(image="late.png"), plain()]
     with pytest.warns(UserWarning, match="1 of 2 rows"):
         before = load(folder, rows, on_error="skip")
     (folder / "late.png").write_bytes((folder / "a.png").read_bytes())
-    assert load(folder, rows, on_error="skip").fingerprint != before.fingerprint  # place 0 is another row now
+    assert (
+        load(folder, rows, on_error="skip").fingerprint != before.fingerprint
+    )  # place 0 is another row now
 
 
 def test_image_root(folder, tmp_path_factory):
@@ -173,22 +195,37 @@ BAD_ROWS = {
     "no form": ({"quesion": "x", "answer": "y"}, "found the keys 'quesion, answer'"),
     "empty object": ({}, "found the keys ''"),
     "both forms": (chat(question="x"), "one form or the other"),
-    "duplicate key": ('{"question": "a", "question": "b", "answer": "c"}', "'question' stands twice"),
-    "nested duplicate": ('{"question": "a", "answer": "c", "x": {"k": 1, "k": 2}}', "'k' stands twice"),
+    "duplicate key": (
+        '{"question": "a", "question": "b", "answer": "c"}',
+        "'question' stands twice",
+    ),
+    "nested duplicate": (
+        '{"question": "a", "answer": "c", "x": {"k": 1, "k": 2}}',
+        "'k' stands twice",
+    ),
     "nan": ('{"question": "a", "answer": NaN}', "found NaN"),
     "infinity": ('{"question": "a", "answer": 1, "x": -Infinity}', "found -Infinity"),
     "overflow": ('{"question": "a", "answer": 1e999}', "found inf as the answer"),
     "long integer": ('{"question": "a", "answer": ' + "9" * 5000 + "}", "cannot be read"),
-    "not utf-8": (b'{"question": "\xff", "answer": "1"}', "utf-8.*expected one JSON object in UTF-8"),
+    "not utf-8": (
+        b'{"question": "\xff", "answer": "1"}',
+        "utf-8.*expected one JSON object in UTF-8",
+    ),
     "surrogate": (r'{"question": "\ud800", "answer": "1"}', "as the question; expected valid text"),
-    "deep": ('{"question": "a", "answer": "b", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "recursion"),
+    "deep": (
+        '{"question": "a", "answer": "b", "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        "recursion",
+    ),
     "no answer": ({"question": "x"}, "found nothing as the answer"),
     "null answer": (plain(answer=None), "found nothing as the answer"),
     "empty answer": (plain(answer=" \n"), "as the answer; expected text that is not empty"),
     "list answer": (plain(answer=["a"]), "found an array as the answer"),
     "bool answer": (plain(answer=True), "found True as the answer"),
     "empty question": (plain("  "), "as the question; expected text that is not empty"),
-    "only a marker": (plain("<image>", image="a.png"), "as the question; expected text that is not empty"),
+    "only a marker": (
+        plain("<image>", image="a.png"),
+        "as the question; expected text that is not empty",
+    ),
     "question type": (plain(5), "found 5 as the question"),
     "id type": (plain(id=[1]), 'found an array as "id"'),
     "id bool": (plain(id=True), 'found True as "id"'),
@@ -196,8 +233,14 @@ BAD_ROWS = {
     "image list type": (plain(images=["a.png", None]), "found nothing as an image"),
     "empty path": (plain(image=""), "found '' as an image"),
     "image and images": (plain(image="a.png", images=["a.png"]), 'found "image" and "images"'),
-    "too few markers": (plain("<image> x", images=["a.png", "b.png"]), "1 <image> markers but the row has 2 images"),
-    "too many markers": (plain("<image><image> x", image="a.png"), "2 <image> markers but the row has 1 images"),
+    "too few markers": (
+        plain("<image> x", images=["a.png", "b.png"]),
+        "1 <image> markers but the row has 2 images",
+    ),
+    "too many markers": (
+        plain("<image><image> x", image="a.png"),
+        "2 <image> markers but the row has 1 images",
+    ),
     "marker without image": (plain("<image> x"), "1 <image> markers but the row has 0 images"),
     "no turns": (chat() | {"conversations": []}, r"turns from \[\]"),
     "turns not objects": (chat() | {"conversations": ["a", "b"]}, "not an array of objects"),
@@ -207,14 +250,20 @@ BAD_ROWS = {
         r"\['system', 'human', 'gpt'\].*prompt_template",
     ),
     "two rounds": (chat() | {"conversations": chat()["conversations"] * 2}, "expected exactly"),
-    "wrong order": (chat() | {"conversations": chat()["conversations"][::-1]}, r"\['gpt', 'human'\]"),
+    "wrong order": (
+        chat() | {"conversations": chat()["conversations"][::-1]},
+        r"\['gpt', 'human'\]",
+    ),
     "turn without value": (chat(value=None), "found nothing as the question"),
     "turn with a number": (chat(value=3), "found 3 as the question"),
     "missing image": (plain(image="c.png"), "'c.png' is not a file under"),
     "a folder": (plain(image="."), "is not a file under"),
     "nul in the path": (plain(image="a\0.png"), "cannot be opened"),
     "long path": (plain(image="a" * 5000), "image 'aaa"),
-    "surrogate path": (r'{"question": "q", "answer": "1", "image": "\ud800.png"}', "cannot be opened"),
+    "surrogate path": (
+        r'{"question": "q", "answer": "1", "image": "\ud800.png"}',
+        "cannot be opened",
+    ),
     "parent folder": (plain(image="../secret.png"), "lies outside the image root"),
     "absolute path": (plain(image="/etc/passwd"), "lies outside the image root"),
     "not an image": (plain(image="rows.jsonl"), "cannot be decoded"),
@@ -225,7 +274,9 @@ BAD_ROWS = {
 def test_bad_row_is_reported_with_its_line(folder, name):
     row, message = BAD_ROWS[name]
     save_image(folder.parent / "secret.png")
-    with pytest.raises(DataError, match=rf"1 of 2 rows cannot be used:\n  line 3: .*{message}") as caught:
+    with pytest.raises(
+        DataError, match=rf"1 of 2 rows cannot be used:\n  line 3: .*{message}"
+    ) as caught:
         load(folder, [plain(), "", row])
     assert str(folder / "rows.jsonl") in str(caught.value)
     str(caught.value).encode()  # printable whatever the row held
@@ -325,13 +376,20 @@ def test_image_that_changes_after_the_check_names_its_line(folder):
 def test_every_image_is_decoded_once_at_construction(folder, monkeypatch):
     opened = []
     original = data.load_image
-    monkeypatch.setattr(data, "load_image", lambda path, root: opened.append(path) or original(path, root))
+    monkeypatch.setattr(
+        data, "load_image", lambda path, root: opened.append(path) or original(path, root)
+    )
     load(folder, [plain(image="a.png"), plain(images=["a.png", "b.png"])])
     assert sorted(opened) == ["a.png", "b.png"]
 
 
 def test_warning_about_text_before_the_image(folder):
-    rows = [plain(image="a.png"), plain("Look: <image> what?", image="a.png"), chat("See <image>"), chat("\n<image>x")]
+    rows = [
+        plain(image="a.png"),
+        plain("Look: <image> what?", image="a.png"),
+        chat("See <image>"),
+        chat("\n<image>x"),
+    ]
     with pytest.warns(UserWarning, match=r"in 2 rows \(first: line 2\)") as caught:
         load(folder, rows)
     assert len(caught) == 1
@@ -370,7 +428,11 @@ def test_alpha_is_composited_on_white(tmp_path):
     rgba.save(tmp_path / "rgba.png")
     grey.save(tmp_path / "la.png")
     loaded = load_image("rgba.png", tmp_path)
-    assert [loaded.getpixel((x, 0)) for x in range(3)] == [(255, 255, 255), (0, 0, 200), (127, 127, 127)]
+    assert [loaded.getpixel((x, 0)) for x in range(3)] == [
+        (255, 255, 255),
+        (0, 0, 200),
+        (127, 127, 127),
+    ]
     loaded = load_image("la.png", tmp_path)
     assert [loaded.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (7, 7, 7)]
 
@@ -379,7 +441,10 @@ def test_alpha_is_composited_on_white(tmp_path):
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path, name, dtype):
     values = np.array([[0, 257, 32896], [65535, 400, 65400]])
     Image.fromarray(values.astype(dtype)).save(tmp_path / name)
-    expected = [[0, 1, 128], [255, 2, 254]]  # round(value / 257); clipping would give 255 nearly everywhere
+    expected = [
+        [0, 1, 128],
+        [255, 2, 254],
+    ]  # round(value / 257); clipping would give 255 nearly everywhere
     assert np.asarray(load_image(name, tmp_path))[..., 0].tolist() == expected
     assert load_image(name, tmp_path).mode == "RGB"
 
@@ -409,7 +474,9 @@ def test_exif_rotation_is_applied(tmp_path, name):
     stored.paste("white", (0, 0, 16, 16))  # left half white; turned clockwise it is the top half
     exif = Image.Exif()
     exif[0x0112] = 6
-    options = {"quality": 100} if name == "o.jpg" else {"lossless": True} if name == "o.webp" else {}
+    options = (
+        {"quality": 100} if name == "o.jpg" else {"lossless": True} if name == "o.webp" else {}
+    )
     stored.save(tmp_path / name, exif=exif, **options)
     upright = load_image(name, tmp_path)
     assert upright.size == (16, 32)
@@ -466,7 +533,9 @@ def test_only_raster_formats_are_opened(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("limit", [1199, 599])  # 40 x 30 = 1200: over the limit, and over Pillow's own factor of two
+@pytest.mark.parametrize(
+    "limit", [1199, 599]
+)  # 40 x 30 = 1200: over the limit, and over Pillow's own factor of two
 def test_decompression_bombs_are_refused_before_decoding(folder, monkeypatch, limit):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1200)
     assert load_image("a.png", folder).size == (40, 30)
@@ -505,7 +574,11 @@ def test_broken_images_keep_no_pixels_alive(tmp_path):
     dataset = load(tmp_path, [plain()])
     dataset._rows = [data._parse_row(json.dumps(plain(image="t.png")).encode(), 1)]
     dataset._check_images(problems)
-    assert problems[1].__traceback__ is None and problems[1].__cause__ is None and problems[1].__context__ is None
+    assert (
+        problems[1].__traceback__ is None
+        and problems[1].__cause__ is None
+        and problems[1].__context__ is None
+    )
 
 
 # ---------------------------------------------------------------- prompts
@@ -516,7 +589,9 @@ TEMPLATE = "{question}\nThink first."
 
 def sample_of(question: str, *sizes: tuple[int, int]) -> Sample:
     colors = ["red", "green", "blue"]
-    images = tuple(Image.new("RGB", size, color) for size, color in zip(sizes, colors, strict=False))
+    images = tuple(
+        Image.new("RGB", size, color) for size, color in zip(sizes, colors, strict=False)
+    )
     return Sample("s", images, question, "3")
 
 
@@ -544,8 +619,16 @@ def test_prompt_of_two_interleaved_images(tokenizer, processor):
     assert prompt.visual_mask.tolist() == [token == image_id for token in prompt.input_ids.tolist()]
     assert int(prompt.visual_mask.sum()) == 8
     assert prompt.image_grid_thw.tolist() == [[1, 2, 4], [1, 4, 6]]
-    assert prompt.pixel_values.shape == (8 + 24, 3 * 2 * 14 * 14) and prompt.pixel_values.dtype == torch.float32
-    assert (prompt.index, prompt.id, prompt.answer, prompt.question) == (5, "s", "3", sample.question)
+    assert (
+        prompt.pixel_values.shape == (8 + 24, 3 * 2 * 14 * 14)
+        and prompt.pixel_values.dtype == torch.float32
+    )
+    assert (prompt.index, prompt.id, prompt.answer, prompt.question) == (
+        5,
+        "s",
+        "3",
+        sample.question,
+    )
 
 
 def test_prompt_without_images(tokenizer, processor):
@@ -556,14 +639,21 @@ def test_prompt_without_images(tokenizer, processor):
 
 
 def test_pixels_are_in_the_order_of_the_markers(tokenizer, processor):
-    prompt = encode_prompt(sample_of("<image>a<image>b", (28, 28), (28, 28)), 0, tokenizer, processor, TEMPLATE)
+    prompt = encode_prompt(
+        sample_of("<image>a<image>b", (28, 28), (28, 28)), 0, tokenizer, processor, TEMPLATE
+    )
     red, green = prompt.pixel_values[:4], prompt.pixel_values[4:]
-    assert red.view(4, 3, -1).mean((0, 2)).argmax() == 0 and green.view(4, 3, -1).mean((0, 2)).argmax() == 1
+    assert (
+        red.view(4, 3, -1).mean((0, 2)).argmax() == 0
+        and green.view(4, 3, -1).mean((0, 2)).argmax() == 1
+    )
 
 
 def test_an_odd_image_does_not_change_its_neighbour(tokenizer, processor):
     alone = encode_prompt(sample_of("<image>x", (100, 70)), 0, tokenizer, processor, TEMPLATE)
-    both = encode_prompt(sample_of("<image>x<image>", (100, 70), (1, 3)), 0, tokenizer, processor, TEMPLATE)
+    both = encode_prompt(
+        sample_of("<image>x<image>", (100, 70), (1, 3)), 0, tokenizer, processor, TEMPLATE
+    )
     assert torch.equal(both.pixel_values[: len(alone.pixel_values)], alone.pixel_values)
     assert torch.equal(both.image_grid_thw[:1], alone.image_grid_thw)
 
@@ -571,8 +661,12 @@ def test_an_odd_image_does_not_change_its_neighbour(tokenizer, processor):
 @pytest.mark.parametrize(
     "size, grid",
     [
-        ((1, 1), (2, 2)), ((3, 3), (2, 2)), ((28, 28), (2, 2)),
-        ((3, 90), (60, 2)), ((90, 3), (2, 60)), ((56, 27), (2, 4)),
+        ((1, 1), (2, 2)),
+        ((3, 3), (2, 2)),
+        ((28, 28), (2, 2)),
+        ((3, 90), (60, 2)),
+        ((90, 3), (2, 60)),
+        ((56, 27), (2, 4)),
     ],
 )
 def test_tiny_images_are_enlarged_keeping_their_aspect(tokenizer, processor, size, grid):
@@ -615,7 +709,9 @@ def test_template_needs_exactly_one_question(tokenizer, processor, template):
 
 def test_template_is_not_a_format_string(tokenizer, processor):
     question = r"Is \frac{1}{2} in {question} or {0.__class__}?"
-    prompt = encode_prompt(sample_of(question), 0, tokenizer, processor, r"{question} Put it in \boxed{}.")
+    prompt = encode_prompt(
+        sample_of(question), 0, tokenizer, processor, r"{question} Put it in \boxed{}."
+    )
     assert prompt.input_ids.tolist() == expected_ids(tokenizer, question + r" Put it in \boxed{}.")
 
 
@@ -639,13 +735,17 @@ def test_marker_and_image_counts_must_match(tokenizer, processor):
         ("<image>x", [], TEMPLATE),
         ("<image>x", [(28, 28)], "<image>{question}"),
     ):
-        with pytest.raises(DataError, match="sample 's': found .* images.*expected the same number"):
+        with pytest.raises(
+            DataError, match="sample 's': found .* images.*expected the same number"
+        ):
             encode_prompt(sample_of(question, *sizes), 0, tokenizer, processor, template)
 
 
 def test_chat_template_that_drops_images_is_refused(processor):
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for part in messages[0]['content'] %}{{ part.get('text', '') }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for part in messages[0]['content'] %}{{ part.get('text', '') }}{% endfor %}"
+    )
     with pytest.raises(DataError, match="after the chat template, 0 image placeholders"):
         encode_prompt(sample_of("<image>x", (28, 28)), 0, tokenizer, processor, TEMPLATE)
 
@@ -655,7 +755,10 @@ def test_image_token_comes_from_the_tokenizer(processor):
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<|image_pad|>", "<|pic|>")
     tokenizer.image_token = "<|pic|>"
     prompt = encode_prompt(sample_of("<image>x", (56, 28)), 0, tokenizer, processor, TEMPLATE)
-    assert prompt.input_ids[prompt.visual_mask].tolist() == [tokenizer.convert_tokens_to_ids("<|pic|>")] * 2
+    assert (
+        prompt.input_ids[prompt.visual_mask].tolist()
+        == [tokenizer.convert_tokens_to_ids("<|pic|>")] * 2
+    )
 
 
 def test_tokenizer_without_an_image_token_is_refused(processor):
@@ -669,7 +772,9 @@ def test_prompt_length_limit(tokenizer, processor):
     sample = sample_of("<image>x", (84, 56))
     length = len(encode_prompt(sample, 0, tokenizer, processor, TEMPLATE).input_ids)
     assert len(encode_prompt(sample, 0, tokenizer, processor, TEMPLATE, length).input_ids) == length
-    message = f"'s': .*{length} tokens.*at most {length - 1} .*data.max_prompt_tokens.*data.max_pixels"
+    message = (
+        f"'s': .*{length} tokens.*at most {length - 1} .*data.max_prompt_tokens.*data.max_pixels"
+    )
     with pytest.raises(DataError, match=message):
         encode_prompt(sample, 0, tokenizer, processor, TEMPLATE, length - 1)
 
@@ -683,7 +788,10 @@ SIZES = st.tuples(st.integers(1, 400), st.integers(1, 400)).filter(lambda s: max
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(SIZES, max_size=3), st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20))
+@given(
+    st.lists(SIZES, max_size=3),
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
+)
 def test_counted_length_is_the_encoded_length(tokenizer, processor, sizes, text):
     question = text.join(["<image>"] * len(sizes)) + text
     sample = sample_of(question, *sizes)
@@ -698,7 +806,9 @@ def test_check_lengths_reports_and_skips(folder, tokenizer, processor):
     check_lengths(dataset, tokenizer, processor, TEMPLATE, short + 99)
     check_lengths(dataset, tokenizer, processor, TEMPLATE, None)
     assert len(dataset) == 50
-    with pytest.raises(DataError, match=f"25 of 50 rows.*\n  line 2: the prompt has {short + 99} tokens") as caught:
+    with pytest.raises(
+        DataError, match=f"25 of 50 rows.*\n  line 2: the prompt has {short + 99} tokens"
+    ) as caught:
         check_lengths(dataset, tokenizer, processor, TEMPLATE, short)
     assert "and 5 more" in str(caught.value) and str(caught.value).count("line ") == 20
     assert len(dataset) == 50
@@ -784,7 +894,9 @@ def test_rewinding_a_sampler():
     assert sampler.take(11) == first[2:]
 
 
-@pytest.mark.parametrize("state", [{}, {"consumed": -1}, {"consumed": "3"}, {"consumed": True}, {"consumed": 1.0}])
+@pytest.mark.parametrize(
+    "state", [{}, {"consumed": -1}, {"consumed": "3"}, {"consumed": True}, {"consumed": 1.0}]
+)
 def test_bad_sampler_state(state):
     with pytest.raises(DataError, match='"consumed"'):
         Sampler(5, 0).load_state_dict(state)
@@ -817,7 +929,9 @@ def only_data_errors(folder: Path, content: bytes) -> None:
             json.dumps([sample.id, sample.extra], allow_nan=False, ensure_ascii=False).encode()
 
 
-FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @FUZZ
@@ -826,13 +940,19 @@ def test_random_bytes(folder, content):
     only_data_errors(folder, content)
 
 
-TEXTS = st.sampled_from(["a.png", "<image>x", "q", "", " ", "\0", "..", "/", "\ud800", "<|im_end|>", "human", "gpt"])
+TEXTS = st.sampled_from(
+    ["a.png", "<image>x", "q", "", " ", "\0", "..", "/", "\ud800", "<|im_end|>", "human", "gpt"]
+)
 SCALARS = TEXTS | st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 VALUES = st.recursive(
-    SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXTS | st.just("from"), v, max_size=3), max_leaves=6
+    SCALARS,
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXTS | st.just("from"), v, max_size=3),
+    max_leaves=6,
 )
 SPEAKERS = SCALARS | st.sampled_from(["human", "gpt"])
-TURNS = st.lists(st.fixed_dictionaries({}, optional={"from": SPEAKERS, "value": VALUES}), max_size=3)
+TURNS = st.lists(
+    st.fixed_dictionaries({}, optional={"from": SPEAKERS, "value": VALUES}), max_size=3
+)
 ROWS = st.fixed_dictionaries(
     {},
     optional={

@@ -1,4 +1,5 @@
 """Token advantages (paper eq. 1-8): hand-computed numbers, an independent float64 loop, and properties."""
+
 import doctest
 import itertools
 import math
@@ -9,11 +10,21 @@ import torch
 
 import dyco
 
-RULES = ["off", "paper", "signed", "centered", "uniform", "shuffled", "signed_uniform", "signed_shuffled", "response"]
+RULES = [
+    "off",
+    "paper",
+    "signed",
+    "centered",
+    "uniform",
+    "shuffled",
+    "signed_uniform",
+    "signed_shuffled",
+    "response",
+]
 SHIFTS = ["fisher_rao", "hellinger", "js", "l1"]
 DTYPES = [torch.float32, torch.float64]
-F64 = dict(rtol=1e-12, atol=1e-12)   # a few thousand float64 roundings
-F32 = dict(rtol=2e-6, atol=2e-6)     # sums of at most 50 terms of size <= pi in float32 (eps 1.2e-7)
+F64 = dict(rtol=1e-12, atol=1e-12)  # a few thousand float64 roundings
+F32 = dict(rtol=2e-6, atol=2e-6)  # sums of at most 50 terms of size <= pi in float32 (eps 1.2e-7)
 
 
 def rng(seed):
@@ -31,15 +42,18 @@ def close(actual, expected, **tolerance):
 
 # ---------------------------------------------------------------- the independent implementation: loops over floats
 
+
 def ref_distance(p, q, shift):
     overlap = sum(math.sqrt(a * b) for a, b in zip(p, q))
     if shift == "fisher_rao":
         return 2 * math.acos(min(1.0, overlap))
     if shift == "hellinger":
-        return math.pi * math.sqrt(max(0.0, 1 - overlap))   # |sqrt p - sqrt q|^2 / 2 = 1 - overlap
+        return math.pi * math.sqrt(max(0.0, 1 - overlap))  # |sqrt p - sqrt q|^2 / 2 = 1 - overlap
     if shift == "l1":
         return math.pi * sum(abs(a - b) for a, b in zip(p, q)) / 2
-    halves = [[a * math.log2(2 * a / (a + b)) for a, b in zip(x, y) if a > 0] for x, y in ((p, q), (q, p))]
+    halves = [
+        [a * math.log2(2 * a / (a + b)) for a, b in zip(x, y) if a > 0] for x, y in ((p, q), (q, p))
+    ]
     return math.pi * math.sqrt(max(0.0, sum(map(sum, halves)) / 2))
 
 
@@ -59,6 +73,7 @@ def ref_scores(visual, text, roles, ratio):
     def minmax(x):
         low, high = min(x), max(x)
         return [(a - low) / (high - low) if high > low else 0.0 for a in x]
+
     if ratio == "minmax":
         visual, text = minmax(visual), minmax(text)
     else:
@@ -86,15 +101,19 @@ def ref_advantages(advantages, scores, roles, alpha, rule):
     if rule == "centered":
         weights = {t: w - 1 for t, w in weights.items()}
     sign = [(a > 0) - (a < 0) for a in advantages]
-    return [(1 + alpha * sign[t] * weights[t]) * a if t in weights else a for t, a in enumerate(advantages)]
+    return [
+        (1 + alpha * sign[t] * weights[t]) * a if t in weights else a
+        for t, a in enumerate(advantages)
+    ]
 
 
 # ---------------------------------------------------------------- inputs
 
+
 def attention_case(seed, lengths=(7, 1, 4), keys=12, prompt=5, dtype=torch.float64):
     """Softmax rows: key 0 is a system token, 1-3 the image, 4 the question, then the response itself."""
     g, B, T = rng(seed), len(lengths), max(lengths)
-    visible = torch.arange(keys) < prompt + torch.arange(T)[:, None]                    # [T, K]
+    visible = torch.arange(keys) < prompt + torch.arange(T)[:, None]  # [T, K]
     logits = 2 * torch.randn(B, T, keys, generator=g, dtype=torch.float64)
     attention = logits.masked_fill(~visible, -math.inf).softmax(-1).to(dtype)
     visual = ((torch.arange(keys) >= 1) & (torch.arange(keys) <= 3)).expand(B, keys)
@@ -109,7 +128,11 @@ def score_case(seed, lengths=(9, 1, 5, 12), dtype=torch.float64):
     mask = torch.arange(T) < torch.tensor(lengths)[:, None]
     roles = torch.randint(-1, 2, (B, T), generator=g, dtype=torch.int8) * mask
     roles[:, 0] = 0
-    scores = torch.rand(B, T, generator=g, dtype=torch.float64) * (torch.rand(B, T, generator=g) < 0.8) * (roles != 0)
+    scores = (
+        torch.rand(B, T, generator=g, dtype=torch.float64)
+        * (torch.rand(B, T, generator=g) < 0.8)
+        * (roles != 0)
+    )
     advantages = torch.randn(B, generator=g, dtype=torch.float64)
     return advantages.to(dtype), scores.to(dtype), roles, mask
 
@@ -119,10 +142,13 @@ def reweight(case, rule, alpha=0.2, seed=0, group_size=None):
     generators = [rng(1000 * seed + b) for b in range(len(case[0]))]
     if rule == "response" and group_size is None:
         group_size = len(case[0])
-    return dyco.reweight_advantages(*case, alpha=alpha, rule=rule, generator=generators, group_size=group_size)
+    return dyco.reweight_advantages(
+        *case, alpha=alpha, rule=rule, generator=generators, group_size=group_size
+    )
 
 
 # ---------------------------------------------------------------- eq. 1-8 by hand
+
 
 def test_worked_example_of_equations_1_to_8():
     """One response of four tokens over K = 7 keys: system token | two image keys | question | o_1 o_2 o_3.
@@ -138,29 +164,43 @@ def test_worked_example_of_equations_1_to_8():
     Roles: neutral (first), text (1.287 > .927), visual (1.855 > 0), neutral (equal, though both move a lot).
     Scores: 0, .5/.7, .3/.8, 0; exp 1, 2.0427, 1.4550, 1; sum 5.4977; weight = 4 exp / sum.
     """
-    attention = tensor([[[.5, .1, .1, .3, 0, 0, 0], [.3, .18, .02, .32, .18, 0, 0],
-                         [.2, .03, .27, .32, .18, 0, 0], [.3, .09, .01, 0, .6, 0, 0]]])
+    attention = tensor(
+        [
+            [
+                [0.5, 0.1, 0.1, 0.3, 0, 0, 0],
+                [0.3, 0.18, 0.02, 0.32, 0.18, 0, 0],
+                [0.2, 0.03, 0.27, 0.32, 0.18, 0, 0],
+                [0.3, 0.09, 0.01, 0, 0.6, 0, 0],
+            ]
+        ]
+    )
     visual = torch.tensor([[False, True, True, False, False, False, False]])
     text = (torch.arange(7) >= 3) & (torch.arange(7) <= 3 + torch.arange(4)[:, None])[None]
     mask = torch.ones(1, 4, dtype=torch.bool)
     signals = dyco.attention_signals(attention, visual, text)
     assert signals._fields == ("visual_mass", "text_mass", "visual_shift", "text_shift")
-    close(signals.visual_mass, [[.2, .2, .3, .1]])
-    close(signals.text_mass, [[.3, .5, .5, .6]])
+    close(signals.visual_mass, [[0.2, 0.2, 0.3, 0.1]])
+    close(signals.text_mass, [[0.3, 0.5, 0.5, 0.6]])
     close(signals.visual_shift, [[0, 0.927295218001612, 1.854590436003225, 1.854590436003225]])
     # an unchanged distribution whose masses .5 are rounded differently may move by one rounding, hence atol
     close(signals.text_shift, [[0, 1.287002217586569, 0, 1.854590436003225]])
 
     roles = dyco.assign_roles(signals.visual_shift, signals.text_shift, mask, tau=0.05)
     assert roles.dtype == torch.int8 and roles.tolist() == [[0, -1, 1, 0]]
-    scores = dyco.alignment_scores(signals.visual_mass, signals.text_mass, roles, mask, ratio="relative")
+    scores = dyco.alignment_scores(
+        signals.visual_mass, signals.text_mass, roles, mask, ratio="relative"
+    )
     close(scores, [[0, 5 / 7, 3 / 8, 0]])
     weights = dyco.token_weights(scores, mask)
     close(weights, [[0.727574540420316, 1.486236209353026, 1.058614709806343, 0.727574540420316]])
 
     def rule(name):
         return dyco.reweight_advantages(tensor([-1.0]), scores, roles, mask, alpha=0.2, rule=name)
-    close(rule("paper"), [[-1.145514908084063, -1.297247241870605, -1.211722941961269, -1.145514908084063]])
+
+    close(
+        rule("paper"),
+        [[-1.145514908084063, -1.297247241870605, -1.211722941961269, -1.145514908084063]],
+    )
     # two non-neutral tokens: w = 2 * 2.0427 / 3.4977 = 1.1680 and 0.8320, neutral tokens keep -1
     close(rule("signed"), [[-1, -0.766393198412743, -0.833606801587257, -1]])
     close(rule("centered"), [[-1, -0.966393198412743, -1.033606801587257, -1]])
@@ -169,7 +209,9 @@ def test_worked_example_of_equations_1_to_8():
     close(rule("off"), [[-1, -1, -1, -1]])
 
     # minmax over the response: image (.2, .2, .3, .1) -> o_3 at 1; text (.3, .5, .5, .6) -> o_2 at 2/3
-    scores = dyco.alignment_scores(signals.visual_mass, signals.text_mass, roles, mask, ratio="minmax")
+    scores = dyco.alignment_scores(
+        signals.visual_mass, signals.text_mass, roles, mask, ratio="minmax"
+    )
     close(scores, [[0, 2 / 3, 1, 0]])
     weights = dyco.token_weights(scores, mask)
     close(weights, [[0.600058577462072, 1.168754517949721, 1.631128327126134, 0.600058577462072]])
@@ -177,19 +219,26 @@ def test_worked_example_of_equations_1_to_8():
 
 def test_each_shift_by_hand_from_one_hot_to_uniform():
     """p = (1, 0), q = (1/2, 1/2): overlap sqrt(1/2); JS = (log2(4/3) + log2(2/3)/2 + 1/2) / 2 = 0.311278."""
-    attention, none = tensor([[[1, 0], [.5, .5]]]), torch.zeros(1, 2, 2, dtype=torch.bool)
-    expected = dict(fisher_rao=math.pi / 2, hellinger=1.700217692370738, js=1.752766940333112, l1=math.pi / 2)
+    attention, none = tensor([[[1, 0], [0.5, 0.5]]]), torch.zeros(1, 2, 2, dtype=torch.bool)
+    expected = dict(
+        fisher_rao=math.pi / 2, hellinger=1.700217692370738, js=1.752766940333112, l1=math.pi / 2
+    )
     for shift, value in expected.items():
-        signals = dyco.attention_signals(attention, torch.ones(1, 2, dtype=torch.bool), none, shift=shift)
+        signals = dyco.attention_signals(
+            attention, torch.ones(1, 2, dtype=torch.bool), none, shift=shift
+        )
         close(signals.visual_shift, [[0, value]])
         assert signals.text_shift.eq(0).all() and signals.text_mass.eq(0).all()
 
 
 # ---------------------------------------------------------------- distances
 
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_distance_is_exact_at_both_ends(dtype):
-    tolerance = dict(rtol=0, atol=16 * torch.finfo(dtype).eps)   # roundings of pi and of sums of 50 terms
+    tolerance = dict(
+        rtol=0, atol=16 * torch.finfo(dtype).eps
+    )  # roundings of pi and of sums of 50 terms
     for seed in range(20):
         p = torch.randn(3, 50, generator=rng(seed), dtype=dtype).softmax(-1)
         assert dyco.fisher_rao_distance(p, p.clone()).eq(0).all()
@@ -200,14 +249,20 @@ def test_distance_is_exact_at_both_ends(dtype):
 
 def test_distance_is_a_metric():
     for seed in range(50):
-        sharpness = 10.0 ** (seed % 4 - 1)   # nearly uniform up to nearly one-hot
-        p, q, r = (sharpness * torch.randn(3, 40, 8, generator=rng(seed), dtype=torch.float64)).softmax(-1)
+        sharpness = 10.0 ** (seed % 4 - 1)  # nearly uniform up to nearly one-hot
+        p, q, r = (
+            sharpness * torch.randn(3, 40, 8, generator=rng(seed), dtype=torch.float64)
+        ).softmax(-1)
         d = dyco.fisher_rao_distance
         assert torch.equal(d(p, q), d(q, p))
-        assert (d(p, q) >= 0).all() and (d(p, q) <= math.pi + 1e-14).all()   # 1e-14: rounding of values <= pi
+        assert (d(p, q) >= 0).all() and (
+            d(p, q) <= math.pi + 1e-14
+        ).all()  # 1e-14: rounding of values <= pi
         assert (d(p, r) <= d(p, q) + d(q, r) + 1e-14).all()
         overlap = (p * q).sqrt().sum(-1).clamp(max=1)
-        close(d(p, q), 2 * overlap.acos(), rtol=0, atol=1e-7)                    # arccos loses half of 16 digits near 1
+        close(
+            d(p, q), 2 * overlap.acos(), rtol=0, atol=1e-7
+        )  # arccos loses half of 16 digits near 1
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 2e-15)])
@@ -215,7 +270,10 @@ def test_distance_of_nearly_equal_distributions(dtype, tolerance):
     """Against 60 digits. The error of sqrt(p) - sqrt(q) is about eps; arccos in `dtype` would be off by sqrt(eps)."""
     for exponent, seed in itertools.product(range(1, 7), range(5)):
         logits = torch.randn(2, 6, generator=rng(seed), dtype=torch.float64)
-        p, q = logits[0].softmax(-1).to(dtype), (logits[0] + 10.0 ** -exponent * logits[1]).softmax(-1).to(dtype)
+        p, q = (
+            logits[0].softmax(-1).to(dtype),
+            (logits[0] + 10.0**-exponent * logits[1]).softmax(-1).to(dtype),
+        )
         with mpmath.workdps(60):
             exact_p, exact_q = ([mpmath.mpf(x) for x in v.tolist()] for v in (p, q))
             overlap = sum(mpmath.sqrt(a * b) for a, b in zip(exact_p, exact_q))
@@ -228,19 +286,30 @@ def test_distance_of_nearly_equal_distributions(dtype, tolerance):
 def test_every_shift_is_zero_for_equal_and_pi_for_disjoint(shift, dtype):
     for seed in range(10):
         p = torch.randn(1, 1, 20, generator=rng(seed), dtype=dtype).softmax(-1)
-        rows = torch.cat([torch.cat([p, 0 * p], -1), torch.cat([p, 0 * p], -1), torch.cat([0 * p, p], -1)], 1)
+        rows = torch.cat(
+            [torch.cat([p, 0 * p], -1), torch.cat([p, 0 * p], -1), torch.cat([0 * p, p], -1)], 1
+        )
         everything = torch.ones(1, 3, 40, dtype=torch.bool)
         signals = dyco.attention_signals(rows, everything[:, 0], everything, shift=shift)
         for values in (signals.visual_shift, signals.text_shift):
             assert values[0, 0] == 0 and values[0, 1] == 0
-            close(values[0, 2], math.pi, rtol=0, atol=32 * torch.finfo(dtype).eps)   # as above, plus one log
-        nearly = torch.cat([p, (p * (1 + 1e-6 * torch.rand(p.shape, generator=rng(seed), dtype=dtype)))], 1)
+            close(
+                values[0, 2], math.pi, rtol=0, atol=32 * torch.finfo(dtype).eps
+            )  # as above, plus one log
+        nearly = torch.cat(
+            [p, (p * (1 + 1e-6 * torch.rand(p.shape, generator=rng(seed), dtype=dtype)))], 1
+        )
         everything = everything[:, :2, :20]
-        value = dyco.attention_signals(nearly, everything[:, 0], everything, shift=shift).visual_shift[0, 1]
-        assert 0 <= value < 2e-3   # not NaN: JS is the square root of a difference that rounding can make negative
+        value = dyco.attention_signals(
+            nearly, everything[:, 0], everything, shift=shift
+        ).visual_shift[0, 1]
+        assert (
+            0 <= value < 2e-3
+        )  # not NaN: JS is the square root of a difference that rounding can make negative
 
 
 # ---------------------------------------------------------------- signals
+
 
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 2e-5)])
@@ -272,18 +341,23 @@ def test_shifts_do_not_depend_on_the_scale_of_a_modality():
 
 def test_text_support_grows_by_one_key_and_the_new_key_is_not_cut_off():
     """Half of the text mass moves to the newest key: (1, 0) -> (1/2, 1/2) is pi/2; cut off it would be 0."""
-    attention = tensor([[[.2, .4, .4, 0], [.2, .4, .4, 0], [.2, .4, .2, .2]]])
-    attention[0, 0, 2] = 0.3   # outside X_1 (hidden key): must count as probability 0 there
+    attention = tensor([[[0.2, 0.4, 0.4, 0], [0.2, 0.4, 0.4, 0], [0.2, 0.4, 0.2, 0.2]]])
+    attention[0, 0, 2] = 0.3  # outside X_1 (hidden key): must count as probability 0 there
     visual = torch.tensor([[True, False, False, False]])
-    text = torch.tensor([[[False, True, False, False], [False, True, True, False], [False, True, True, True]]])
+    text = torch.tensor(
+        [[[False, True, False, False], [False, True, True, False], [False, True, True, True]]]
+    )
     signals = dyco.attention_signals(attention, visual, text)
     # (1, 0) -> (.5, .5): pi/2; then (.5, .5, 0) -> (.5, .25, .25): overlap .5 + sqrt(.125)
     close(signals.text_shift, [[0, math.pi / 2, 2 * math.acos(0.5 + math.sqrt(0.125))]])
-    close(signals.text_mass, [[.4, .8, .8]])
+    close(signals.text_mass, [[0.4, 0.8, 0.8]])
     # keys may also leave X_t, and count as 0 from then on: disjoint supports are pi apart
     text = torch.tensor([[[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 0]]], dtype=torch.bool)
     uniform = torch.full((1, 3, 4), 0.25, dtype=torch.float64)
-    close(dyco.attention_signals(uniform, visual & False, text).text_shift, [[0, math.pi, 2 * math.acos(0.5)]])
+    close(
+        dyco.attention_signals(uniform, visual & False, text).text_shift,
+        [[0, math.pi, 2 * math.acos(0.5)]],
+    )
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
@@ -293,29 +367,49 @@ def test_empty_modalities_give_zeros_and_no_nan(shift):
     assert no_visual.visual_mass.eq(0).all() and no_visual.visual_shift.eq(0).all()
     roles = dyco.assign_roles(no_visual.visual_shift, no_visual.text_shift, mask)
     scores = dyco.alignment_scores(no_visual.visual_mass, no_visual.text_mass, roles, mask)
-    assert roles.min() == -1 and roles.max() == 0 and torch.equal(scores, roles.abs().double())   # text has all of it
+    assert (
+        roles.min() == -1 and roles.max() == 0 and torch.equal(scores, roles.abs().double())
+    )  # text has all of it
 
     no_text = dyco.attention_signals(attention, visual, text & False, shift=shift)
-    assert no_text.text_mass.eq(0).all() and no_text.text_shift.eq(0).all() and no_text.visual_shift[:, 1:].gt(0).all()
+    assert (
+        no_text.text_mass.eq(0).all()
+        and no_text.text_shift.eq(0).all()
+        and no_text.visual_shift[:, 1:].gt(0).all()
+    )
 
-    attention[0, 2] = 0   # a row without any attention: shift 0 there and at its successor, in both modalities
+    attention[0, 2] = (
+        0  # a row without any attention: shift 0 there and at its successor, in both modalities
+    )
     gap = dyco.attention_signals(attention, visual, text, shift=shift)
     assert all(torch.isfinite(x).all() for x in gap)
-    assert gap.visual_shift[0, 2:4].eq(0).all() and gap.text_shift[0, 2:4].eq(0).all() and gap.text_shift[0, 4] > 0
+    assert (
+        gap.visual_shift[0, 2:4].eq(0).all()
+        and gap.text_shift[0, 2:4].eq(0).all()
+        and gap.text_shift[0, 4] > 0
+    )
     for ratio in ("relative", "minmax"):
-        nothing, roles = torch.zeros(1, 3, dtype=torch.float64), torch.tensor([[0, 1, -1]], dtype=torch.int8)
+        nothing, roles = (
+            torch.zeros(1, 3, dtype=torch.float64),
+            torch.tensor([[0, 1, -1]], dtype=torch.int8),
+        )
         assert dyco.alignment_scores(nothing, nothing, roles, roles > -2, ratio).eq(0).all()
 
 
 # ---------------------------------------------------------------- roles, scores, weights
 
+
 def test_roles_compare_strictly_with_tau_on_both_sides():
     visual, text = tensor([[1.0, 1.0, 0.5, 0.5, 3.0]]), tensor([[0.5, 0.25, 1.0, 1.25, 0.0]])
     mask = torch.tensor([[True, True, True, True, False]])
-    assert dyco.assign_roles(visual, text, mask, tau=0.5).tolist() == [[0, 1, 0, -1, 0]]   # 0.5 > 0.5 is false
+    assert dyco.assign_roles(visual, text, mask, tau=0.5).tolist() == [
+        [0, 1, 0, -1, 0]
+    ]  # 0.5 > 0.5 is false
     assert dyco.assign_roles(visual, visual, mask, tau=0.0).tolist() == [[0, 0, 0, 0, 0]]
-    assert dyco.assign_roles(tensor([[.06]]), tensor([[0.]]), mask[:, :1]).item() == 1     # the default is 0.05
-    assert dyco.assign_roles(tensor([[.04]]), tensor([[0.]]), mask[:, :1]).item() == 0
+    assert (
+        dyco.assign_roles(tensor([[0.06]]), tensor([[0.0]]), mask[:, :1]).item() == 1
+    )  # the default is 0.05
+    assert dyco.assign_roles(tensor([[0.04]]), tensor([[0.0]]), mask[:, :1]).item() == 0
 
 
 @pytest.mark.parametrize("ratio", ["relative", "minmax"])
@@ -323,10 +417,16 @@ def test_scores_match_the_loop_and_ignore_padding(ratio):
     for seed in range(10):
         _, _, roles, mask = score_case(seed)
         visual, text = torch.rand(2, *mask.shape, generator=rng(seed), dtype=torch.float64)
-        noise = 100 * torch.randn(mask.shape, generator=rng(seed), dtype=torch.float64)   # would win every min and max
-        scores = dyco.alignment_scores(visual.where(mask, noise), text.where(mask, -noise), roles, mask, ratio)
+        noise = 100 * torch.randn(
+            mask.shape, generator=rng(seed), dtype=torch.float64
+        )  # would win every min and max
+        scores = dyco.alignment_scores(
+            visual.where(mask, noise), text.where(mask, -noise), roles, mask, ratio
+        )
         for b, n in enumerate(mask.sum(1).tolist()):
-            expected = ref_scores(visual[b, :n].tolist(), text[b, :n].tolist(), roles[b, :n].tolist(), ratio)
+            expected = ref_scores(
+                visual[b, :n].tolist(), text[b, :n].tolist(), roles[b, :n].tolist(), ratio
+            )
             close(scores[b, :n], tensor(expected))
             assert scores[b, n:].eq(0).all()
 
@@ -334,7 +434,10 @@ def test_scores_match_the_loop_and_ignore_padding(ratio):
 def test_minmax_of_a_constant_or_of_one_token_is_zero():
     roles = torch.tensor([[1, 1, -1], [1, 0, 0]], dtype=torch.int8)
     mask = roles != 0
-    visual, text = tensor([[.3, .3, .3], [.7, .1, .9]]), tensor([[.2, .4, .6], [.3, .1, .9]])
+    visual, text = (
+        tensor([[0.3, 0.3, 0.3], [0.7, 0.1, 0.9]]),
+        tensor([[0.2, 0.4, 0.6], [0.3, 0.1, 0.9]]),
+    )
     close(dyco.alignment_scores(visual, text, roles, mask, "minmax"), [[0, 0, 1], [0, 0, 0]])
 
 
@@ -347,7 +450,11 @@ def test_weights_have_mean_one_and_are_a_softmax(dtype, tolerance):
     assert weights[~mask].eq(0).all() and weights[1, 0] == 1
     for b, n in enumerate((300, 1, 17)):
         assert abs(weights[b, :n].double().mean().item() - 1) < tolerance
-        close(weights[b, :n], tensor(ref_weights(scores[b, :n].tolist())), **(F32 if dtype == torch.float32 else F64))
+        close(
+            weights[b, :n],
+            tensor(ref_weights(scores[b, :n].tolist())),
+            **(F32 if dtype == torch.float32 else F64),
+        )
     assert weights.max() < math.e
 
 
@@ -359,13 +466,18 @@ def test_first_token_is_neutral_and_a_one_token_response_has_weight_one():
         roles = dyco.assign_roles(signals.visual_shift, signals.text_shift, mask)
         scores = dyco.alignment_scores(signals.visual_mass, signals.text_mass, roles, mask, ratio)
         assert roles[:, 0].eq(0).all() and scores[:, 0].eq(0).all()
-        assert dyco.token_weights(scores, mask)[1].tolist() == [1] + [0] * 6     # attention_case: row 1 has one token
-        close(dyco.reweight_advantages(tensor([1., 2., 3.]), scores, roles, mask)[1, 0], 2 * 1.2)
+        assert (
+            dyco.token_weights(scores, mask)[1].tolist() == [1] + [0] * 6
+        )  # attention_case: row 1 has one token
+        close(dyco.reweight_advantages(tensor([1.0, 2.0, 3.0]), scores, roles, mask)[1, 0], 2 * 1.2)
 
 
 # ---------------------------------------------------------------- rules
 
-@pytest.mark.parametrize("rule", ["off", "paper", "signed", "centered", "uniform", "signed_uniform"])
+
+@pytest.mark.parametrize(
+    "rule", ["off", "paper", "signed", "centered", "uniform", "signed_uniform"]
+)
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
 def test_rules_match_the_loop(rule, alpha):
     for seed in range(10):
@@ -376,7 +488,9 @@ def test_rules_match_the_loop(rule, alpha):
             assert result.shape == mask.shape and result[~mask].eq(0).all()
             for b, n in enumerate(mask.sum(1).tolist()):
                 a = given[b, :n].tolist() if given.dim() == 2 else [given[b].item()] * n
-                expected = ref_advantages(a, scores[b, :n].tolist(), roles[b, :n].tolist(), alpha, rule)
+                expected = ref_advantages(
+                    a, scores[b, :n].tolist(), roles[b, :n].tolist(), alpha, rule
+                )
                 close(result[b, :n], tensor(expected))
 
 
@@ -387,7 +501,9 @@ def test_signed_can_turn_a_punishment_into_a_reward_once_alpha_exceeds_one_over_
     above = dyco.reweight_advantages(tensor([-1.0]), scores, roles, mask, alpha=0.5, rule="signed")
     close(above[0, 7], 0.118832269506250)
     assert above[0, :7].lt(0).all()
-    below = dyco.reweight_advantages(tensor([-1.0]), scores, roles, mask, alpha=1 / math.e, rule="signed")
+    below = dyco.reweight_advantages(
+        tensor([-1.0]), scores, roles, mask, alpha=1 / math.e, rule="signed"
+    )
     assert below.lt(0).all()
 
 
@@ -402,7 +518,10 @@ def test_shuffled_rules_permute_the_scores_of_each_response(rule, base):
         assert result[~mask].eq(0).all()
         for b in range(len(advantages)):
             close(result[b][movable[b]].sort().values, expected[b][movable[b]].sort().values)
-            close(result[b][mask[b] & ~movable[b]], advantages[b].expand(int((mask[b] & ~movable[b]).sum())))
+            close(
+                result[b][mask[b] & ~movable[b]],
+                advantages[b].expand(int((mask[b] & ~movable[b]).sum())),
+            )
         orders.add(tuple(result[0].tolist()))
     # 12 tokens, a dozen distinct values at most: 30 seeds agreeing often would be no permutation at random
     assert len(orders) > 20
@@ -425,14 +544,18 @@ def test_shuffled_sends_the_top_score_to_every_token():
 def test_response_rule_by_hand_and_by_group():
     """Group 1 scores (.2 + .4)/2 = .3 and .7: z = -+1/sqrt(2) (unbiased std), factor 1 -+ .2 tanh(z) = 1 -+ .1217717.
     Group 2: no non-neutral token (score 0) against .5: the same factors."""
-    scores = tensor([[0, .2, .4], [0, .7, 0], [0, 0, 0], [.5, .5, .5]])
+    scores = tensor([[0, 0.2, 0.4], [0, 0.7, 0], [0, 0, 0], [0.5, 0.5, 0.5]])
     roles = torch.tensor([[0, 1, -1], [0, -1, 0], [0, 0, 0], [1, 1, 1]], dtype=torch.int8)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]], dtype=torch.bool)
     advantages = tensor([1.0, -1.0, 2.0, -2.0])
-    result = dyco.reweight_advantages(advantages, scores, roles, mask, alpha=0.2, rule="response", group_size=2)
+    result = dyco.reweight_advantages(
+        advantages, scores, roles, mask, alpha=0.2, rule="response", group_size=2
+    )
     low, high = 1 - 0.121771776, 1 + 0.121771776
     expected = advantages[:, None] * tensor([low, high, low, high])[:, None] * mask
-    close(result, expected, rtol=0, atol=1e-4)   # leaves room for a small constant (1e-4) beside the std
+    close(
+        result, expected, rtol=0, atol=1e-4
+    )  # leaves room for a small constant (1e-4) beside the std
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -441,7 +564,9 @@ def test_response_rule_leaves_a_group_of_equal_scores_alone(dtype):
     for value, n in itertools.product((0.0, 0.1, 0.3, 0.7, 0.85), range(2, 12)):
         mask = torch.arange(n) < torch.tensor([1, n, n - 1, max(1, n // 2)])[:, None]
         scores = torch.full((4, n), value, dtype=dtype) * mask
-        result = reweight((torch.ones(4, dtype=dtype), scores, mask.to(torch.int8), mask), "response")
+        result = reweight(
+            (torch.ones(4, dtype=dtype), scores, mask.to(torch.int8), mask), "response"
+        )
         close(result, mask.to(dtype), **F32)
 
 
@@ -457,32 +582,50 @@ def test_all_neutral_response_and_zero_advantage(rule):
 
 # ---------------------------------------------------------------- invariances and contracts
 
+
 @pytest.mark.parametrize("rule", RULES)
 def test_padding_and_batch_neighbours_do_not_matter(rule):
     """Garbage (every other time NaN) after the end, another padded length, other rows beside: the same rows come out,
     up to summation order."""
+
     def run(attention, visual, text, mask, advantages, rows, ratio):
         signals = dyco.attention_signals(attention, visual, text)
         roles = dyco.assign_roles(signals.visual_shift, signals.text_shift, mask)
         scores = dyco.alignment_scores(signals.visual_mass, signals.text_mass, roles, mask, ratio)
-        return dyco.reweight_advantages(advantages, scores, roles, mask, rule=rule,
-                                        generator=[rng(b) for b in rows], group_size=2)
+        return dyco.reweight_advantages(
+            advantages,
+            scores,
+            roles,
+            mask,
+            rule=rule,
+            generator=[rng(b) for b in rows],
+            group_size=2,
+        )
+
     for seed, ratio in itertools.product(range(4), ("relative", "minmax")):
         attention, visual, text, mask = attention_case(seed, lengths=(7, 1, 4, 5))
         advantages = torch.randn(4, generator=rng(seed), dtype=torch.float64)
         whole = run(attention, visual, text, mask, advantages, range(4), ratio)
         # padded tokens: garbage attention and masks; padded keys on the left, hidden but full of garbage
         g = rng(seed + 100)
-        attention, text = torch.nn.functional.pad(attention, (2, 0, 0, 3)), torch.nn.functional.pad(text, (2, 0, 0, 3))
-        visual, mask = torch.nn.functional.pad(visual, (2, 0)), torch.nn.functional.pad(mask, (0, 3))
-        garbage = (math.nan if seed % 2 else 5) * torch.rand(attention.shape, generator=g, dtype=torch.float64)
+        attention, text = (
+            torch.nn.functional.pad(attention, (2, 0, 0, 3)),
+            torch.nn.functional.pad(text, (2, 0, 0, 3)),
+        )
+        visual, mask = (
+            torch.nn.functional.pad(visual, (2, 0)),
+            torch.nn.functional.pad(mask, (0, 3)),
+        )
+        garbage = (math.nan if seed % 2 else 5) * torch.rand(
+            attention.shape, generator=g, dtype=torch.float64
+        )
         hidden = ~mask[..., None] | (torch.arange(attention.shape[-1]) < 2)
         attention = attention.where(~hidden, garbage)
         text = text.where(mask[..., None], torch.rand(text.shape, generator=g) < 0.5)
         padded = run(attention, visual, text, mask, advantages, range(4), ratio)
         close(padded[:, :7], whole)
         assert padded[:, 7:].eq(0).all()
-        for rows in ((2, 3), (2, 3, 0, 1)):   # whole groups of two, alone and in another order
+        for rows in ((2, 3), (2, 3, 0, 1)):  # whole groups of two, alone and in another order
             i = list(rows)
             part = run(attention[i], visual[i], text[i], mask[i], advantages[i], rows, ratio)
             close(part, padded[i])
@@ -495,14 +638,21 @@ def test_reweighting_ignores_what_stands_on_padding_and_its_side(rule, garbage):
     clean = reweight(case, rule)
     garbage = garbage * torch.randn(mask.shape, generator=rng(9), dtype=torch.float64)
     token_advantages = advantages[:, None].expand(mask.shape).where(mask, garbage)
-    dirty = (token_advantages, scores.where(mask, garbage), roles.where(mask, torch.ones_like(roles)), mask)
+    dirty = (
+        token_advantages,
+        scores.where(mask, garbage),
+        roles.where(mask, torch.ones_like(roles)),
+        mask,
+    )
     close(reweight(dirty, rule), clean)
-    for b, n in enumerate(mask.sum(1).tolist()):   # left padding: the same tokens at the end of the row
-        dirty = tuple(torch.cat([x[:b], x[b:b + 1].roll(-n, 1), x[b + 1:]]) for x in dirty)
+    for b, n in enumerate(
+        mask.sum(1).tolist()
+    ):  # left padding: the same tokens at the end of the row
+        dirty = tuple(torch.cat([x[:b], x[b : b + 1].roll(-n, 1), x[b + 1 :]]) for x in dirty)
     left = reweight(dirty, rule)
     for b, n in enumerate(mask.sum(1).tolist()):
-        close(left[b, mask.shape[1] - n:], clean[b, :n])
-        assert left[b, :mask.shape[1] - n].eq(0).all()
+        close(left[b, mask.shape[1] - n :], clean[b, :n])
+        assert left[b, : mask.shape[1] - n].eq(0).all()
 
 
 def test_no_gradient_flows_through_scores_or_weights():
@@ -520,8 +670,15 @@ def test_no_gradient_flows_through_scores_or_weights():
         assert not result.requires_grad, rule
 
 
-@pytest.mark.parametrize("dtype, out", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32),
-                                        (torch.float32, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    "dtype, out",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
 def test_dtypes_are_kept_but_never_below_float32(dtype, out):
     """Half precision in gives exactly what the same numbers in float32 give."""
     attention, visual, text, mask = attention_case(2, dtype=dtype)
@@ -531,13 +688,17 @@ def test_dtypes_are_kept_but_never_below_float32(dtype, out):
         for low, high in zip(*signals):
             assert low.dtype == out and torch.equal(low, high)
     distance = dyco.fisher_rao_distance(attention[:, 1], attention[:, 2])
-    assert distance.dtype == out and torch.equal(distance, dyco.fisher_rao_distance(upcast[:, 1], upcast[:, 2]))
+    assert distance.dtype == out and torch.equal(
+        distance, dyco.fisher_rao_distance(upcast[:, 1], upcast[:, 2])
+    )
     advantages, scores, roles, mask = score_case(2, dtype=dtype)
     for ratio in ("relative", "minmax"):
         assert dyco.alignment_scores(scores, scores, roles, mask, ratio).dtype == out
     assert torch.equal(dyco.token_weights(scores, mask), dyco.token_weights(scores.to(out), mask))
     for rule in RULES:
-        low, high = (reweight((advantages.to(d), scores.to(d), roles, mask), rule) for d in (dtype, out))
+        low, high = (
+            reweight((advantages.to(d), scores.to(d), roles, mask), rule) for d in (dtype, out)
+        )
         assert low.dtype == out and torch.equal(low, high), rule
 
 
@@ -546,7 +707,10 @@ def test_unknown_choices_are_named_and_missing_arguments_refused():
     attention, visual, text, _ = attention_case(0)
     for call, choices in [
         (lambda: dyco.reweight_advantages(advantages, scores, roles, mask, rule="papr"), RULES),
-        (lambda: dyco.alignment_scores(scores, scores, roles, mask, ratio="relativ"), ["relative", "minmax"]),
+        (
+            lambda: dyco.alignment_scores(scores, scores, roles, mask, ratio="relativ"),
+            ["relative", "minmax"],
+        ),
         (lambda: dyco.attention_signals(attention, visual, text, shift="fisher"), SHIFTS),
     ]:
         with pytest.raises(ValueError) as error:

@@ -1,4 +1,5 @@
 """evaluate.py: held-out accuracy; the commands run, score and table, on small files with a tiny model."""
+
 import base64
 import io
 import json
@@ -15,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_benchmarks import write_tsv
 
 import benchmarks
-import distributed
 import evaluate
 import rewards
+import run_folder
 import toy
 from config import load_config
 from data import Sample, encode_prompt
@@ -28,11 +29,24 @@ from rollout import generate
 
 def test_images_swap_among_samples_with_as_many():
     pictures = [picture(28, 28, seed) for seed in range(6)]
-    samples = [Sample("a", (pictures[0],), "<image>?", "1"), Sample("b", (), "?", "2"), Sample("c", (pictures[1],), "<image>?", "3"),
-               Sample("d", (pictures[2], pictures[3]), "<image><image>?", "4"), Sample("e", (pictures[4],), "<image>?", "5")]
+    samples = [
+        Sample("a", (pictures[0],), "<image>?", "1"),
+        Sample("b", (), "?", "2"),
+        Sample("c", (pictures[1],), "<image>?", "3"),
+        Sample("d", (pictures[2], pictures[3]), "<image><image>?", "4"),
+        Sample("e", (pictures[4],), "<image>?", "5"),
+    ]
     swapped = evaluate.swap_images(samples)
-    assert [s.images for s in swapped] == [(pictures[1],), (), (pictures[4],), (pictures[2], pictures[3]), (pictures[0],)]
-    assert [(s.id, s.question, s.answer) for s in swapped] == [(s.id, s.question, s.answer) for s in samples]
+    assert [s.images for s in swapped] == [
+        (pictures[1],),
+        (),
+        (pictures[4],),
+        (pictures[2], pictures[3]),
+        (pictures[0],),
+    ]
+    assert [(s.id, s.question, s.answer) for s in swapped] == [
+        (s.id, s.question, s.answer) for s in samples
+    ]
 
 
 def test_held_out_counts_every_sample_once_on_any_number_of_processes(make_policy, monkeypatch):
@@ -40,7 +54,9 @@ def test_held_out_counts_every_sample_once_on_any_number_of_processes(make_polic
     policy = make_policy()
     samples = [toy.make_sample(toy.LEVELS[1], 0, "test", index) for index in range(7)]
     monkeypatch.setattr(rewards, "accuracy", lambda text, answer: float(len(text) % 2))
-    measure = lambda world, tokens: evaluate.held_out(policy, samples, TEMPLATE, 6, 0, max_cache_tokens=tokens, world=world)
+    measure = lambda world, tokens: evaluate.held_out(
+        policy, samples, TEMPLATE, 6, 0, max_cache_tokens=tokens, world=world
+    )
     whole = measure(World(0, 1, torch.device("cpu")), 10**6)
     assert whole.keys() == {"accuracy", "format", "length", "accuracy_greedy", "accuracy_swapped"}
     assert measure(World(0, 1, torch.device("cpu")), 120) == pytest.approx(whole)
@@ -50,6 +66,7 @@ def test_held_out_counts_every_sample_once_on_any_number_of_processes(make_polic
     class Share(World):
         def sum(self, values):
             return values
+
     parts = [measure(Share(rank, 2, torch.device("cpu")), 10**6) for rank in range(2)]
     assert {name: parts[0][name] + parts[1][name] for name in whole} == pytest.approx(whole)
 
@@ -66,7 +83,9 @@ def test_a_text_only_set_has_no_swapped_accuracy(make_policy):
 def model(tmp_path_factory, tokenizer, image_processor):
     """The folder of a tiny random policy."""
     folder = tmp_path_factory.mktemp("model")
-    save_policy(Policy(toy.build_model(tokenizer, hidden=64, layers=2), tokenizer, image_processor), folder)
+    save_policy(
+        Policy(toy.build_model(tokenizer, hidden=64, layers=2), tokenizer, image_processor), folder
+    )
     return folder
 
 
@@ -105,11 +124,26 @@ QUICK = ("--min-pixels", "3136", "--max-new-tokens", "4")
 @pytest.fixture
 def run(model, tmp_path):
     """run(name, *options, rows=…) runs the command in this process and returns the folder."""
+
     def call(name, *options, rows=None, folder="out"):
         data = write_tsv(tmp_path / f"{name}.tsv", rows or FILES[name])
-        evaluate.main(["run", "--model", str(model), "--benchmark", name, "--data", str(data), "--out", str(tmp_path / folder),
-                       *QUICK, *options])
+        evaluate.main(
+            [
+                "run",
+                "--model",
+                str(model),
+                "--benchmark",
+                name,
+                "--data",
+                str(data),
+                "--out",
+                str(tmp_path / folder),
+                *QUICK,
+                *options,
+            ]
+        )
         return tmp_path / folder
+
     return call
 
 
@@ -121,6 +155,7 @@ def asked(monkeypatch):
     def spy(policy, samples, places, *rest):
         batches.append(list(places))
         return plain(policy, samples, places, *rest)
+
     monkeypatch.setattr(evaluate, "respond", spy)
     return batches
 
@@ -133,17 +168,39 @@ def lines(folder) -> list[dict]:
 def test_run_and_score_each_benchmark(run, tmp_path, capsys, name):
     folder = run(name)
     found = lines(folder)
-    assert [row["index"] for row in found] == [str(row["index"]) for row in FILES[name] if row["image"]]
-    assert all(list(row) == ["index", "response"] and isinstance(row["response"], str) for row in found)
+    assert [row["index"] for row in found] == [
+        str(row["index"]) for row in FILES[name] if row["image"]
+    ]
+    assert all(
+        list(row) == ["index", "response"] and isinstance(row["response"], str) for row in found
+    )
     printed = capsys.readouterr()
-    assert f"{folder / 'responses.jsonl'}: {len(found)} responses" in printed.out and "the released" in printed.err
+    assert (
+        f"{folder / 'responses.jsonl'}: {len(found)} responses" in printed.out
+        and "the released" in printed.err
+    )
     for mode in ("raw", "final"):
-        evaluate.main(["score", "--benchmark", name, "--data", str(tmp_path / f"{name}.tsv"), "--responses",
-                       str(folder / "responses.jsonl"), "--mode", mode])
+        evaluate.main(
+            [
+                "score",
+                "--benchmark",
+                name,
+                "--data",
+                str(tmp_path / f"{name}.tsv"),
+                "--responses",
+                str(folder / "responses.jsonl"),
+                "--mode",
+                mode,
+            ]
+        )
         printed = capsys.readouterr()
         score = json.loads(printed.out)
         assert list(score) == ["benchmark", "mode", "headline", "scores", "counts", "judge"]
-        assert score["benchmark"] == name and score["mode"] == mode and score["counts"]["scored"] == len(found)
+        assert (
+            score["benchmark"] == name
+            and score["mode"] == mode
+            and score["counts"]["scored"] == len(found)
+        )
 
 
 def test_responses_are_those_to_each_row_alone(run, model):
@@ -154,8 +211,13 @@ def test_responses_are_those_to_each_row_alone(run, model):
     asked = (("What?", (a,)), ("Are they the same?", (a, b)), ("What?", (a,)), ("Sum?", (b,)))
     for row, (question, images) in zip(lines(folder), asked, strict=True):
         text = f"Question: {question}\nOptions:\nA. red\nB. blue\nPlease select the correct answer from the options above. \n"
-        prompt = encode_prompt(Sample("", images, "<image>" * len(images) + text, ""), 0, policy.tokenizer,
-                               policy.image_processor, "{question}")
+        prompt = encode_prompt(
+            Sample("", images, "<image>" * len(images) + text, ""),
+            0,
+            policy.tokenizer,
+            policy.image_processor,
+            "{question}",
+        )
         tokens = generate(policy, [prompt], 1, 4, None).tokens[0].tolist()
         assert row["response"] == policy.tokenizer.decode(tokens, skip_special_tokens=True)
 
@@ -167,26 +229,48 @@ def test_the_training_prompt_and_image_sizes_reach_the_model(run, monkeypatch):
     def spy(policy, samples, places, template, *rest):
         calls.append((template, dict(policy.image_processor.size)))
         raise KeyboardInterrupt
+
     monkeypatch.setattr(evaluate, "respond", spy)
-    for options, folder in (((), "a"), (("--prompt", "train", "--min-pixels", "4000", "--max-pixels", "5000"), "b"),
-                            (("--prompt", "train", "--template", "{question} Go."), "c")):
+    for options, folder in (
+        ((), "a"),
+        (("--prompt", "train", "--min-pixels", "4000", "--max-pixels", "5000"), "b"),
+        (("--prompt", "train", "--template", "{question} Go."), "c"),
+    ):
         with pytest.raises(SystemExit, match="stopped; the same command goes on"):
             run("LogicVista", *options, folder=folder)
-    assert [template for template, _ in calls] == ["{question}", load_config().data.prompt_template, "{question} Go."]
-    assert [(size["shortest_edge"], size["longest_edge"]) for _, size in calls] == [(3136, 12845056), (4000, 5000), (3136, 12845056)]
-    assert (benchmarks.MME.min_pixels, benchmarks.MME.max_pixels, benchmarks.MME.max_new_tokens) == (1003520, 12845056, 2048)
+    assert [template for template, _ in calls] == [
+        "{question}",
+        load_config().data.prompt_template,
+        "{question} Go.",
+    ]
+    assert [(size["shortest_edge"], size["longest_edge"]) for _, size in calls] == [
+        (3136, 12845056),
+        (4000, 5000),
+        (3136, 12845056),
+    ]
+    assert (
+        benchmarks.MME.min_pixels,
+        benchmarks.MME.max_pixels,
+        benchmarks.MME.max_new_tokens,
+    ) == (1003520, 12845056, 2048)
 
 
 def test_batches_are_of_like_length_and_within_the_budget(run, asked, monkeypatch):
     """Prompt and response tokens of a batch stay within --max-cache-tokens; the longest prompts come first."""
-    rows = [dict(FILES["LogicVista"][0], index=i, question="Sum circle. " * (1 + 7 * i % 5)) for i in range(10)]
+    rows = [
+        dict(FILES["LogicVista"][0], index=i, question="Sum circle. " * (1 + 7 * i % 5))
+        for i in range(10)
+    ]
     lengths, plain = {}, evaluate.measure
     monkeypatch.setattr(evaluate, "measure", lambda *a: lengths.update(plain(*a)) or lengths)
     run("LogicVista", "--max-cache-tokens", "200", rows=rows)
     in_order = [lengths[place] for batch in asked for place in batch]
     assert sorted(sum(asked, [])) == list(range(10)) and in_order == sorted(in_order, reverse=True)
     assert len(set(in_order)) == 5
-    assert all(sum(lengths[place] + 4 for place in batch) <= 200 for batch in asked) and 2 < len(asked) < 10
+    assert (
+        all(sum(lengths[place] + 4 for place in batch) <= 200 for batch in asked)
+        and 2 < len(asked) < 10
+    )
 
 
 def test_a_second_run_does_only_what_is_missing(run, asked, capsys):
@@ -201,7 +285,11 @@ def test_a_second_run_does_only_what_is_missing(run, asked, capsys):
     asked.clear()
     capsys.readouterr()
     run("MMBench_DEV_EN_V11")
-    assert not asked and (folder / "responses.jsonl").read_bytes() == whole and "final: circular accuracy" in capsys.readouterr().out
+    assert (
+        not asked
+        and (folder / "responses.jsonl").read_bytes() == whole
+        and "final: circular accuracy" in capsys.readouterr().out
+    )
 
 
 def test_what_was_generated_before_a_crash_is_kept(run, monkeypatch):
@@ -212,11 +300,17 @@ def test_what_was_generated_before_a_crash_is_kept(run, monkeypatch):
         if len(calls) == 3:
             raise RuntimeError("out of memory")
         return plain(*arguments)
+
     monkeypatch.setattr(evaluate, "respond", failing)
     with pytest.raises(RuntimeError):
         run("MMBench_DEV_EN_V11", "--max-cache-tokens", "1")
     folder = run("MMBench_DEV_EN_V11", "--max-cache-tokens", "1")
-    assert len(calls) == 3 + 2 and [row["index"] for row in lines(folder)] == ["3", "4", "1000003", "5"]
+    assert len(calls) == 3 + 2 and [row["index"] for row in lines(folder)] == [
+        "3",
+        "4",
+        "1000003",
+        "5",
+    ]
 
 
 def test_files_of_other_processes_are_merged_first(run, asked):
@@ -227,20 +321,31 @@ def test_files_of_other_processes_are_merged_first(run, asked):
     (folder / "responses.rank3.jsonl").write_text(parts[0] + parts[2] + parts[3][:5])
     asked.clear()
     run("MMBench_DEV_EN_V11")
-    assert sorted(sum(asked, [])) == [1, 3] and (folder / "responses.jsonl").read_text() == "".join(parts)
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", "responses.jsonl", "run.json"]
+    assert sorted(sum(asked, [])) == [1, 3] and (folder / "responses.jsonl").read_text() == "".join(
+        parts
+    )
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
+        "responses.jsonl",
+        "run.json",
+    ]
 
 
 def test_a_folder_holds_one_run(run, model, tmp_path, asked):
     folder = run("LogicVista")
     before = (folder / "responses.jsonl").read_bytes()
     asked.clear()
-    with distributed.exclusive(folder, "--out"), pytest.raises(SystemExit, match="another process is writing there; set --out"):
+    with (
+        run_folder.exclusive(folder, "--out"),
+        pytest.raises(SystemExit, match="another process is writing there; set --out"),
+    ):
         run("LogicVista")
-    for name, options, message in (("MME", (), "another benchmark .'LogicVista', now 'MME'.*set --out to a new folder"),
-                                   ("LogicVista", ("--prompt", "train"), "another prompt .'benchmark', now 'train'"),
-                                   ("LogicVista", ("--temperature", "0.5"), "another temperature .0.0, now 0.5"),
-                                   ("LogicVista", ("--max-new-tokens", "5"), "another max_new_tokens .4, now 5")):
+    for name, options, message in (
+        ("MME", (), "another benchmark .'LogicVista', now 'MME'.*set --out to a new folder"),
+        ("LogicVista", ("--prompt", "train"), "another prompt .'benchmark', now 'train'"),
+        ("LogicVista", ("--temperature", "0.5"), "another temperature .0.0, now 0.5"),
+        ("LogicVista", ("--max-new-tokens", "5"), "another max_new_tokens .4, now 5"),
+    ):
         with pytest.raises(SystemExit, match=f"error: {folder} holds a run with {message}"):
             run(name, *options)
     with pytest.raises(SystemExit, match="another data .*LogicVista.tsv' has another content now"):
@@ -264,8 +369,14 @@ def test_a_folder_holds_one_run(run, model, tmp_path, asked):
 
 def test_all_bad_rows_are_one_error_before_anything_is_generated(run, asked):
     good = FILES["LogicVista"][0]
-    rows = [good, dict(good, index=2, image="A" * 81), dict(good, index=3, image="2"), dict(good, index=4, question="<|im_end|>"),
-            dict(good, index=5, question="<image> ?"), dict(good, index=6, question="")]
+    rows = [
+        good,
+        dict(good, index=2, image="A" * 81),
+        dict(good, index=3, image="2"),
+        dict(good, index=4, question="<|im_end|>"),
+        dict(good, index=5, question="<image> ?"),
+        dict(good, index=6, question=""),
+    ]
     with pytest.raises(SystemExit) as error:
         run("LogicVista", rows=rows)
     text = str(error.value)
@@ -273,11 +384,18 @@ def test_all_bad_rows_are_one_error_before_anything_is_generated(run, asked):
     with pytest.raises(SystemExit, match="line 2: 'category' is 'colour'; expected one of"):
         run("MME", rows=[dict(FILES["MME"][0], category="colour")])
     with pytest.raises(SystemExit, match="line 3: 'choices' is 'A, B', which cannot be read"):
-        run("MathVision_MINI", rows=[FILES["MathVision_MINI"][0], dict(FILES["MathVision_MINI"][1], choices="A, B")])
+        run(
+            "MathVision_MINI",
+            rows=[FILES["MathVision_MINI"][0], dict(FILES["MathVision_MINI"][1], choices="A, B")],
+        )
     assert not asked
-    for line, message in ((3, "image 1 of 1 is 'AAA"), (4, "image 1 of 1 is 'AAA"), (5, "the question contains <|im_end|>"),
-                          (6, "found 1 images, 2 <image> markers"),
-                          (7, "'question' is empty")):
+    for line, message in (
+        (3, "image 1 of 1 is 'AAA"),
+        (4, "image 1 of 1 is 'AAA"),
+        (5, "the question contains <|im_end|>"),
+        (6, "found 1 images, 2 <image> markers"),
+        (7, "'question' is empty"),
+    ):
         assert f"LogicVista.tsv, line {line}: {message}" in text
 
 
@@ -307,32 +425,77 @@ def test_samples_for_pass_at_k(run, tmp_path, capsys):
     run("MMBench_DEV_EN_V11", *options, "--max-cache-tokens", "1")
     assert (folder / "responses.jsonl").read_bytes() == whole
     capsys.readouterr()
-    evaluate.main(["score", "--benchmark", "MMBench_DEV_EN_V11", "--data", str(tmp_path / "MMBench_DEV_EN_V11.tsv"),
-                   "--responses", str(folder / "responses.jsonl")])
+    evaluate.main(
+        [
+            "score",
+            "--benchmark",
+            "MMBench_DEV_EN_V11",
+            "--data",
+            str(tmp_path / "MMBench_DEV_EN_V11.tsv"),
+            "--responses",
+            str(folder / "responses.jsonl"),
+        ]
+    )
     found = json.loads(capsys.readouterr().out)
-    assert {"pass@1", "pass@2", "pass@3"} <= found["scores"].keys() and found["counts"]["scored"] == 12
+    assert {"pass@1", "pass@2", "pass@3"} <= found["scores"].keys() and found["counts"][
+        "scored"
+    ] == 12
     other = run("MMBench_DEV_EN_V11", *options, "--seed", "1", folder="other")
     assert (other / "responses.jsonl").read_bytes() != whole
 
 
 def test_two_processes_write_what_one_does(run, model, tmp_path):
     """Rows are split over ranks, nothing is done twice, and one file comes out."""
-    rows = [dict(FILES["LogicVista"][0], index=i, question="Sum " + "circle, " * (i % 3)) for i in range(7)]
+    rows = [
+        dict(FILES["LogicVista"][0], index=i, question="Sum " + "circle, " * (i % 3))
+        for i in range(7)
+    ]
     one = run("LogicVista", rows=rows)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(Path(evaluate.__file__)),
-               "run", "--model", str(model), "--benchmark", "LogicVista", "--data", str(tmp_path / "LogicVista.tsv"),
-               "--out", str(tmp_path / "two"), *QUICK]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(Path(evaluate.__file__)),
+        "run",
+        "--model",
+        str(model),
+        "--benchmark",
+        "LogicVista",
+        "--data",
+        str(tmp_path / "LogicVista.tsv"),
+        "--out",
+        str(tmp_path / "two"),
+        *QUICK,
+    ]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "two" / "responses.jsonl").read_bytes() == (one / "responses.jsonl").read_bytes()
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [".lock", "responses.jsonl", "run.json"]
-    assert done.stdout.count("7 responses") == 1 and done.stderr.count("the released LogicVista has") == 1
+    assert (tmp_path / "two" / "responses.jsonl").read_bytes() == (
+        one / "responses.jsonl"
+    ).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        ".lock",
+        "responses.jsonl",
+        "run.json",
+    ]
+    assert (
+        done.stdout.count("7 responses") == 1
+        and done.stderr.count("the released LogicVista has") == 1
+    )
 
 
 def test_an_error_on_one_process_ends_all_and_is_said_by_the_main_one():
     class Two(World):
         def gather(self, value):
             return [value, "second is ill"] if self.rank == 0 else [None, value]
+
     with pytest.raises(benchmarks.BenchmarkError, match="second is ill"):
         evaluate.together(Two(0, 2, torch.device("cpu")), lambda: 1)
     with pytest.raises(SystemExit, match="1"):
@@ -344,32 +507,67 @@ def test_an_error_on_one_process_ends_all_and_is_said_by_the_main_one():
 @pytest.mark.filterwarnings("ignore:.*the released")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_bad_row_of_any_process_ends_all_and_is_said_once(tmp_path, make_policy, rank):
-    path = write_tsv(tmp_path / "x.tsv", [dict(FILES["LogicVista"][0], index=i, image=(A, "A" * 81)[i]) for i in range(2)])
+    path = write_tsv(
+        tmp_path / "x.tsv",
+        [dict(FILES["LogicVista"][0], index=i, image=(A, "A" * 81)[i]) for i in range(2)],
+    )
     rows, _ = benchmarks.find("LogicVista").load(path, pictures=True)
 
     class Both(World):
         def gather(self, value):
             return [({0: 9}, {}), value] if self.rank else [value, ({}, {1: "line 3: bad"})]
+
     with pytest.raises(benchmarks.BenchmarkError if rank == 0 else SystemExit) as error:
-        evaluate.measure(make_policy(), benchmarks.find("LogicVista"), rows, [0, 1], lambda row, images: "<image>" * images,
-                         "{question}", tmp_path,
-                         Both(rank, 2, torch.device("cpu")))
+        evaluate.measure(
+            make_policy(),
+            benchmarks.find("LogicVista"),
+            rows,
+            [0, 1],
+            lambda row, images: "<image>" * images,
+            "{question}",
+            tmp_path,
+            Both(rank, 2, torch.device("cpu")),
+        )
     assert str(error.value) == ("1 of 2 rows cannot be used:\n  line 3: bad" if rank == 0 else "1")
 
 
-def test_the_toy_is_run_by_the_same_command_and_answers_as_in_training(model, tmp_path, monkeypatch, capsys):
+def test_the_toy_is_run_by_the_same_command_and_answers_as_in_training(
+    model, tmp_path, monkeypatch, capsys
+):
     """The greedy responses are those that train.py's evaluation scores."""
     monkeypatch.setattr(toy, "prepare", lambda *_: model)
-    evaluate.main(["run", "--model", "toy", "--benchmark", "toy", "--out", str(tmp_path / "toy"), "--max-new-tokens", "6"])
+    evaluate.main(
+        [
+            "run",
+            "--model",
+            "toy",
+            "--benchmark",
+            "toy",
+            "--out",
+            str(tmp_path / "toy"),
+            "--max-new-tokens",
+            "6",
+        ]
+    )
     assert "final: accuracy 0.0" in capsys.readouterr().out
     policy = load_policy(model, torch.device("cpu"), trainable=False)
     texts = []
     monkeypatch.setattr(rewards, "accuracy", lambda text, answer: texts.append(text) or 0.0)
-    evaluate.held_out(policy, [toy.make_sample(toy.LEVELS[1], 0, "test", i) for i in range(5)],
-                      load_config().data.prompt_template, 6, 0, swapped=False)
-    plain = lambda text: policy.tokenizer.decode(policy.tokenizer(text).input_ids, skip_special_tokens=True)
+    evaluate.held_out(
+        policy,
+        [toy.make_sample(toy.LEVELS[1], 0, "test", i) for i in range(5)],
+        load_config().data.prompt_template,
+        6,
+        0,
+        swapped=False,
+    )
+    plain = lambda text: policy.tokenizer.decode(
+        policy.tokenizer(text).input_ids, skip_special_tokens=True
+    )
     found = lines(tmp_path / "toy")
-    assert len(found) == 200 and [row["response"] for row in found[:5]] == [plain(text) for text in texts[5:]]
+    assert len(found) == 200 and [row["response"] for row in found[:5]] == [
+        plain(text) for text in texts[5:]
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- table
@@ -381,8 +579,12 @@ SEVEN = ("WeMath", "MathVision", "MathVerse", "LogicVista", "HallusionBench", "M
 def test_the_table_has_the_papers_layout():
     """The paper's row for the 3B: 312.3 / 7 on average. A second figure of a column starts a row; fewer than seven: no average."""
     values = (20.0, 23.0, 33.8, 34.5, 61.3, 76.9, 62.8)
-    runs = [*(("3B", title, value) for title, value in zip(SEVEN, values)), ("mine|2", "MME", 80.25), ("3B", "MME", 1.0),
-            ("toy", "toy", 98.0)]
+    runs = [
+        *(("3B", title, value) for title, value in zip(SEVEN, values)),
+        ("mine|2", "MME", 80.25),
+        ("3B", "MME", 1.0),
+        ("toy", "toy", 98.0),
+    ]
     assert evaluate.lay_out(runs) == [
         "       | mathematical                              | visual-centric                | average | other",
         "model  | WeMath  MathVision  MathVerse  LogicVista | HallusionBench   MME  MMBench |    Avg. |   toy",
@@ -397,30 +599,47 @@ def test_the_table_has_the_papers_layout():
         "| 3B | 20.0 | 23.0 | 33.8 | 34.5 | 61.3 | 76.9 | 62.8 | 44.6 | – |",
         "| mine\\|2 | – | – | – | – | – | 80.2 | – | – | – |",
         "| 3B | – | – | – | – | – | 1.0 | – | – | – |",
-        "| toy | – | – | – | – | – | – | – | – | 98.0 |"]
+        "| toy | – | – | – | – | – | – | – | – | 98.0 |",
+    ]
 
 
 def test_table_scores_the_runs_it_is_given(run, model, tmp_path, capsys):
     folders = [str(run("LogicVista", folder="a")), str(run("MME", "--prompt", "train", folder="b"))]
     for folder, texts in ((folders[0], ["A and C"]), (folders[1], ["yes", "perhaps"])):
-        rows = [row | {"response": text} for row, text in zip(lines(Path(folder)), texts, strict=True)]
-        (Path(folder) / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [
+            row | {"response": text} for row, text in zip(lines(Path(folder)), texts, strict=True)
+        ]
+        (Path(folder) / "responses.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
     capsys.readouterr()
     evaluate.main(["table", *folders])
     printed = capsys.readouterr().out
     assert printed.startswith("mode final, judge: none (rule-based); percent\n")
     assert f"| {model} | – | – | – | 100.0 | – | – | – | – |" in printed
-    assert f"| {model}, train prompt | – | – | – | – | – | 1.8 | – | – |" in printed  # 50 points of 2800
-    assert f"{folders[1]}: MME, 100 · (perception + reasoning) / 2800, 2 rows, 1 of 2 responses unmatched" in printed
-    (tmp_path / "judge.py").write_text("def judge(response, answer, row):\n    return response == 'perhaps'\n")
-    evaluate.main(["table", folders[1], "--judge", f"{tmp_path / 'judge.py'}:judge", "--mode", "raw"])
+    assert (
+        f"| {model}, train prompt | – | – | – | – | – | 1.8 | – | – |" in printed
+    )  # 50 points of 2800
+    assert (
+        f"{folders[1]}: MME, 100 · (perception + reasoning) / 2800, 2 rows, 1 of 2 responses unmatched"
+        in printed
+    )
+    (tmp_path / "judge.py").write_text(
+        "def judge(response, answer, row):\n    return response == 'perhaps'\n"
+    )
+    evaluate.main(
+        ["table", folders[1], "--judge", f"{tmp_path / 'judge.py'}:judge", "--mode", "raw"]
+    )
     assert "| 7.1 |" in capsys.readouterr().out  # 200 of 2800
     (Path(folders[0]) / "responses.jsonl").write_text("")
     with pytest.raises(SystemExit, match=f"error: {folders[0]}: 1 of 1 responses are missing: '1'"):
         evaluate.main(["table", folders[0]])
     evaluate.main(["table", folders[0], "--allow-missing"])
     assert "1 rows, 0 of 0 responses unmatched, 1 missing" in capsys.readouterr().out
-    for bad, message in ((tmp_path, "run.json cannot be read"), (tmp_path / "nowhere", "run.json cannot be read")):
+    for bad, message in (
+        (tmp_path, "run.json cannot be read"),
+        (tmp_path / "nowhere", "run.json cannot be read"),
+    ):
         with pytest.raises(SystemExit, match=message):
             evaluate.main(["table", str(bad)])
 
@@ -428,16 +647,33 @@ def test_table_scores_the_runs_it_is_given(run, model, tmp_path, capsys):
 def test_errors_of_score_are_one_line(tmp_path, capsys):
     data = write_tsv(tmp_path / "x.tsv", FILES["LogicVista"])
     (tmp_path / "r.jsonl").write_text('{"index": 1, "response": "A and C"}\n')
-    command = ["score", "--benchmark", "LogicVista", "--data", str(data), "--responses", str(tmp_path / "r.jsonl")]
+    command = [
+        "score",
+        "--benchmark",
+        "LogicVista",
+        "--data",
+        str(data),
+        "--responses",
+        str(tmp_path / "r.jsonl"),
+    ]
     evaluate.main([*command, "--mode", "raw"])
     assert json.loads(capsys.readouterr().out)["headline"]["value"] == 100
-    for more, message in ((("--judge", "nowhere.py:f"), "--judge 'nowhere.py:f': no file"),
-                          (("--benchmark", "MME"), "no column 'category', 'image_path'"),
-                          (("--responses", str(tmp_path / "s.jsonl")), "s.jsonl cannot be read .*near names: r.jsonl"),
-                          (("--benchmark", "MMBench_TEST_EN"), "no column 'A', 'B'"), (("--benchmark", "toy"), "toy is drawn")):
+    for more, message in (
+        (("--judge", "nowhere.py:f"), "--judge 'nowhere.py:f': no file"),
+        (("--benchmark", "MME"), "no column 'category', 'image_path'"),
+        (
+            ("--responses", str(tmp_path / "s.jsonl")),
+            "s.jsonl cannot be read .*near names: r.jsonl",
+        ),
+        (("--benchmark", "MMBench_TEST_EN"), "no column 'A', 'B'"),
+        (("--benchmark", "toy"), "toy is drawn"),
+    ):
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             evaluate.main([*command, *more])
         assert capsys.readouterr().out == ""
-    test = write_tsv(tmp_path / "t.tsv", [{k: v for k, v in FILES["MMBench_DEV_EN_V11"][0].items() if k != "answer"}])
+    test = write_tsv(
+        tmp_path / "t.tsv",
+        [{k: v for k, v in FILES["MMBench_DEV_EN_V11"][0].items() if k != "answer"}],
+    )
     with pytest.raises(SystemExit, match="the answers of MMBench_TEST_EN are not public"):
         evaluate.main([*command, "--benchmark", "MMBench_TEST_EN", "--data", str(test)])

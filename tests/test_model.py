@@ -1,15 +1,18 @@
 """model.py: the packed group forward, the tap and the chunked log-probabilities against the slow, obvious versions."""
+
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import picture, random_responses
 from torch.utils._python_dispatch import TorchDispatchMode
-from types import SimpleNamespace
 
+import attention
 import dyco
 import model
-from model import PackedGroups, Tap, TokenLogprobs, load_policy, save_policy
+from attention import Tap
+from model import TokenLogprobs, load_policy, save_policy
 
 DYCO = SimpleNamespace(layers=[-1], shift="fisher_rao", text_scope="after_image")
 
@@ -21,12 +24,22 @@ def one_row(policy, prompt, response, output_attentions=False):
     hf.model.language_model.config._attn_implementation = "eager"
     ids = torch.cat([prompt.input_ids, response])[None]
     image = torch.cat([prompt.visual_mask, torch.zeros(len(response), dtype=torch.bool)])[None]
-    extra = {} if prompt.pixel_values is None else {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
-    output = hf(input_ids=ids, mm_token_type_ids=image.int(), use_cache=False, output_attentions=output_attentions, **extra)
+    extra = (
+        {}
+        if prompt.pixel_values is None
+        else {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+    )
+    output = hf(
+        input_ids=ids,
+        mm_token_type_ids=image.int(),
+        use_cache=False,
+        output_attentions=output_attentions,
+        **extra,
+    )
     hf.model.language_model.config._attn_implementation = model.ATTENTION
     logits = output.logits[0].float() / policy.temperature
     logits[:, policy.suppressed] = -torch.inf
-    return logits[len(prompt.input_ids) - 1:-1], output.attentions
+    return logits[len(prompt.input_ids) - 1 : -1], output.attentions
 
 
 def one_by_one(policy, prompts, tokens, mask):
@@ -35,17 +48,26 @@ def one_by_one(policy, prompts, tokens, mask):
     logprobs, entropy = [], []
     for row in range(len(tokens)):
         response = tokens[row][mask[row]]
-        distribution = torch.distributions.Categorical(logits=one_row(policy, prompts[row // group], response)[0])
+        distribution = torch.distributions.Categorical(
+            logits=one_row(policy, prompts[row // group], response)[0]
+        )
         padding = torch.zeros(int((~mask[row]).sum()))
         logprobs.append(torch.cat([distribution.log_prob(response), padding]))
-        entropy.append(torch.cat([-(distribution.probs * distribution.logits.clamp(min=-1e9)).sum(-1), padding]))
+        entropy.append(
+            torch.cat(
+                [-(distribution.probs * distribution.logits.clamp(min=-1e9)).sum(-1), padding]
+            )
+        )
     return torch.stack(logprobs), torch.stack(entropy)
 
 
 def gradients(policy, logprobs, weights):
     policy.zero_grad()
     (logprobs * weights).sum().backward()
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in policy.named_parameters()}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in policy.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
@@ -66,7 +88,9 @@ def test_packed_equals_one_row_at_a_time(make_policy, prompts, kernel, chosen):
     assert sum(bool(gradient.any()) for gradient in slow_gradients.values()) > 20
     for name, gradient in slow_gradients.items():
         scale = gradient.abs().max().clamp(min=1e-3)
-        assert (packed_gradients[name] - gradient).abs().max() < 1e-5 * scale.clamp(min=1) + 1e-5 * scale, name
+        assert (packed_gradients[name] - gradient).abs().max() < 1e-5 * scale.clamp(
+            min=1
+        ) + 1e-5 * scale, name
 
 
 def test_micro_batches_add_up(make_policy, prompts):
@@ -82,10 +106,14 @@ def test_micro_batches_add_up(make_policy, prompts):
             output = policy([prompts[i] for i in part], tokens[rows], mask[rows])
             torch.testing.assert_close(output.logprobs, whole.logprobs[rows], rtol=1e-5, atol=1e-5)
             output.logprobs.sum().backward()
-        assert {name for name, p in policy.named_parameters() if p.grad is not None} == whole_gradients.keys()
+        assert {
+            name for name, p in policy.named_parameters() if p.grad is not None
+        } == whole_gradients.keys()
         for name, p in policy.named_parameters():
             if p.grad is not None:
-                torch.testing.assert_close(p.grad, whole_gradients[name], rtol=1e-4, atol=1e-4, msg=name)
+                torch.testing.assert_close(
+                    p.grad, whole_gradients[name], rtol=1e-4, atol=1e-4, msg=name
+                )
 
 
 def test_a_response_does_not_see_its_neighbours(make_policy, prompts):
@@ -109,7 +137,9 @@ def test_empty_response_is_scored_as_nothing(make_policy, prompts):
     mask[1] = False
     output = policy(prompts[:1], tokens, mask, policy.tap(DYCO))
     assert output.logprobs[1].eq(0).all() and all(x[1].eq(0).all() for x in output.signals)
-    torch.testing.assert_close(output.logprobs[[0, 2]], policy(prompts[:1], tokens[[0, 2]], mask[[0, 2]]).logprobs)
+    torch.testing.assert_close(
+        output.logprobs[[0, 2]], policy(prompts[:1], tokens[[0, 2]], mask[[0, 2]]).logprobs
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the tap
@@ -129,14 +159,18 @@ def test_tap_equals_the_attention_that_transformers_returns(make_policy, prompts
         visual = torch.cat([prompt.visual_mask, torch.zeros(len(response), dtype=torch.bool)])
         text = ~visual
         if scope == "after_image" and visual.any():
-            text[:int(visual.nonzero()[0])] = False
+            text[: int(visual.nonzero()[0])] = False
         expected = [0.0] * 4
         for layer in layers:
             rows = attentions[layer][0].mean(0)[None, first:-1]
-            signals = dyco.attention_signals(rows, visual[None], text.expand(1, rows.shape[1], keys))
+            signals = dyco.attention_signals(
+                rows, visual[None], text.expand(1, rows.shape[1], keys)
+            )
             expected = [a + b / len(layers) for a, b in zip(expected, signals)]
         for name, a, b in zip(found._fields, found, expected):
-            torch.testing.assert_close(a[row][mask[row]], b[0], rtol=1e-5, atol=2e-5, msg=f"{name} of row {row}")
+            torch.testing.assert_close(
+                a[row][mask[row]], b[0], rtol=1e-5, atol=2e-5, msg=f"{name} of row {row}"
+            )
             assert a[row][~mask[row]].eq(0).all()
 
 
@@ -160,6 +194,7 @@ def test_tap_names_a_layer_that_does_not_exist():
 
 class LargestTensor(TorchDispatchMode):
     """The largest number of elements of any tensor made inside."""
+
     elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -186,10 +221,15 @@ def test_chunked_logprobs_equal_log_softmax():
     for way in ("chunked", "full"):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if way == "chunked":
-            logprobs, entropy = TokenLogprobs.apply(h, w, targets, 0.6, suppressed, 7, model._chunk_forward, model._chunk_backward)
+            logprobs, entropy = TokenLogprobs.apply(
+                h, w, targets, 0.6, suppressed, 7, model._chunk_forward, model._chunk_backward
+            )
         else:
             distribution = full(h, w)
-            logprobs, entropy = distribution.log_prob(targets), (-distribution.probs * distribution.logits.clamp(min=-1e9)).sum(-1)
+            logprobs, entropy = (
+                distribution.log_prob(targets),
+                (-distribution.probs * distribution.logits.clamp(min=-1e9)).sum(-1),
+            )
         (logprobs * slope).sum().backward()
         results.append((logprobs, entropy, h.grad, w.grad))
     for a, b in zip(*results):
@@ -205,8 +245,16 @@ def test_logits_never_exist_as_a_whole(make_policy, prompts, monkeypatch):
     hidden = torch.randn(predicted, 4).requires_grad_()
     weight = torch.randn(vocabulary, 4).requires_grad_()
     with LargestTensor() as largest:
-        logprobs, _ = TokenLogprobs.apply(hidden, weight, tokens[mask], 1.0, policy.suppressed, policy.CHUNK,
-                                          policy.forward_chunk, policy.backward_chunk)
+        logprobs, _ = TokenLogprobs.apply(
+            hidden,
+            weight,
+            tokens[mask],
+            1.0,
+            policy.suppressed,
+            policy.CHUNK,
+            policy.forward_chunk,
+            policy.backward_chunk,
+        )
         logprobs.sum().backward()
     assert 16 * vocabulary <= largest.elements < predicted * vocabulary / 10
 
@@ -215,7 +263,10 @@ def test_suppressed_tokens_have_no_probability(make_policy):
     policy = make_policy()
     logits = policy.next_token_logits(torch.randn(3, 128), policy.hf.lm_head.weight)
     assert logits.softmax(-1)[:, policy.suppressed].eq(0).all()
-    assert set(policy.suppressed.tolist()) == {policy.hf.config.image_token_id, policy.hf.config.video_token_id}
+    assert set(policy.suppressed.tolist()) == {
+        policy.hf.config.image_token_id,
+        policy.hf.config.video_token_id,
+    }
 
 
 # --------------------------------------------------------------------------------------------- dtype, compile, folders
@@ -229,13 +280,21 @@ def test_bfloat16_arithmetic_over_float32_weights(make_policy, prompts):
     rough = policy(prompts, tokens, mask, policy.tap(DYCO))
     rough.logprobs.sum().backward()
     assert rough.logprobs.dtype == rough.signals.visual_mass.dtype == torch.float32
-    assert all(p.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in policy.parameters() if p.grad is not None)
+    assert all(
+        p.dtype == torch.float32 and torch.isfinite(p.grad).all()
+        for p in policy.parameters()
+        if p.grad is not None
+    )
     assert 0 < (rough.logprobs - exact).abs().max() < 0.2
 
 
 def test_windows_of_the_vision_tower_in_one_call(make_policy, prompts, monkeypatch):
     """Three pictures, cut into windows of 64 patches and ragged ones: outputs and gradients of one call per window, in fewer calls."""
-    visual, calls, kernel = make_policy().hf.model.visual, [], torch.nn.functional.scaled_dot_product_attention
+    visual, calls, kernel = (
+        make_policy().hf.model.visual,
+        [],
+        torch.nn.functional.scaled_dot_product_attention,
+    )
     assert visual.config._attn_implementation == model.WINDOWS
     grid = torch.tensor([[1, 20, 26], [1, 8, 16], [1, 6, 4]])
     pixels = torch.randn(int(grid.prod(1).sum()), 1176, generator=torch.Generator().manual_seed(0))
@@ -246,26 +305,38 @@ def test_windows_of_the_vision_tower_in_one_call(make_policy, prompts, monkeypat
         calls.clear()
         out = visual(pixels, grid).pooler_output
         out.square().sum().backward()
-        return torch.cat(tuple(out)) if isinstance(out, (list, tuple)) else out, [p.grad.clone() for p in visual.parameters()], len(calls)
+        return (
+            torch.cat(tuple(out)) if isinstance(out, (list, tuple)) else out,
+            [p.grad.clone() for p in visual.parameters()],
+            len(calls),
+        )
 
     def counted(*args, **kwargs):
         calls.append(1)
         return kernel(*args, **kwargs)
+
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     (ours, gradients, few), (plain, expected, many) = run(model.WINDOWS), run("sdpa")
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
-    assert few == 5 + 3 and many == 15 + 3  # windows of 64, 32, 24, 16 and 8 patches, then 3 whole pictures
+    assert (
+        few == 5 + 3 and many == 15 + 3
+    )  # windows of 64, 32, 24, 16 and 8 patches, then 3 whole pictures
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_products_into_float32_take_no_gradient(make_policy, prompts, kernel, monkeypatch):
     """CUDA's 16-bit product with a float32 result has no derivative: it must not be met where one is wanted."""
-    policy, plain, calls = make_policy(dtype=torch.bfloat16, kernel=kernel), model.float32_product, []
+    policy, plain, calls = (
+        make_policy(dtype=torch.bfloat16, kernel=kernel),
+        model.float32_product,
+        [],
+    )
 
     def product(a, b):
         calls.append(torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
         return plain(a, b)
+
     monkeypatch.setattr(model, "float32_product", product)
     tokens, mask = random_responses(prompts, 2, 5, 300)
     policy(prompts, tokens, mask, policy.tap(DYCO)).logprobs.sum().backward()
@@ -299,7 +370,10 @@ def test_compiled_scoring_equals_eager(make_policy, prompts):
     torch.testing.assert_close(outputs[0].logprobs, outputs[1].logprobs, rtol=1e-5, atol=1e-5)
     for a, b in zip(outputs[0].signals, outputs[1].signals):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    a, b = (gradients(policy, output.logprobs, mask.float()) for policy, output in zip(policies, outputs))
+    a, b = (
+        gradients(policy, output.logprobs, mask.float())
+        for policy, output in zip(policies, outputs)
+    )
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
@@ -309,36 +383,62 @@ def test_saved_folder_is_a_normal_hugging_face_directory(make_policy, prompts, t
 
     policy = make_policy(seed=3)
     save_policy(policy, tmp_path)
-    hf, tokenizer = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    hf, tokenizer = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
     assert AutoImageProcessor.from_pretrained(tmp_path).size == policy.image_processor.size
-    assert tokenizer.chat_template == policy.tokenizer.chat_template and len(tokenizer) == len(policy.tokenizer)
+    assert tokenizer.chat_template == policy.tokenizer.chat_template and len(tokenizer) == len(
+        policy.tokenizer
+    )
     prompt = prompts[0]
-    inputs = dict(input_ids=prompt.input_ids[None], mm_token_type_ids=prompt.visual_mask[None].int(),
-                  pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
-    torch.testing.assert_close(hf(**inputs).logits[:, -1], policy.hf(**inputs).logits[:, -1], rtol=1e-5, atol=1e-5)
+    inputs = dict(
+        input_ids=prompt.input_ids[None],
+        mm_token_type_ids=prompt.visual_mask[None].int(),
+        pixel_values=prompt.pixel_values,
+        image_grid_thw=prompt.image_grid_thw,
+    )
+    torch.testing.assert_close(
+        hf(**inputs).logits[:, -1], policy.hf(**inputs).logits[:, -1], rtol=1e-5, atol=1e-5
+    )
     assert hf.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > len(prompt.input_ids)
     again = load_policy(tmp_path, torch.device("cpu"))
     tokens, mask = random_responses(prompts, 2, 6, 300)
-    assert torch.equal(again(prompts, tokens, mask).logprobs, policy(prompts, tokens, mask).logprobs)
+    assert torch.equal(
+        again(prompts, tokens, mask).logprobs, policy(prompts, tokens, mask).logprobs
+    )
     assert again.eos_ids == policy.eos_ids and len(again.eos_ids) == 2
 
 
 def test_max_pixels_holds_for_the_layout_of_released_checkpoints(make_policy, tmp_path):
     """Released preprocessor files carry min_pixels and max_pixels, which must not win over the config."""
     save_policy(make_policy(), tmp_path)
-    released = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
-                "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-                "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+    released = {
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(released))
     policy = load_policy(tmp_path, torch.device("cpu"), max_pixels=100352)
     found = policy.image_processor(images=[picture(900, 600, 0)], return_tensors="pt")
     assert 0.8 * 100352 / 196 < len(found["pixel_values"]) <= 100352 / 196
     save_policy(policy, tmp_path / "again")
-    assert load_policy(tmp_path / "again", torch.device("cpu")).image_processor.size["longest_edge"] == 100352
+    assert (
+        load_policy(tmp_path / "again", torch.device("cpu")).image_processor.size["longest_edge"]
+        == 100352
+    )
 
 
 def test_what_is_not_a_qwen_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="model.path.*neither a Hugging Face directory nor a hub id"):
+    with pytest.raises(
+        ValueError, match="model.path.*neither a Hugging Face directory nor a hub id"
+    ):
         load_policy(tmp_path / "nothing", torch.device("cpu"))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="'llama'; expected a Qwen2.5-VL"):
@@ -348,7 +448,7 @@ def test_what_is_not_a_qwen_is_refused(tmp_path):
 def test_attention_never_builds_keys_for_other_responses(make_policy, prompts):
     """Cost of attention: query–key pairs of the packed row are those of P²-causal prompt plus G·T·(P + T), not N²."""
     policy, pairs = make_policy(), []
-    original = model.grouped_query_attention
+    original = attention.grouped_query_attention
 
     def counting(query, key, value, scale, kernel="sdpa"):
         pairs.append(query.shape[0] * query.shape[2] * key.shape[2])
@@ -356,11 +456,11 @@ def test_attention_never_builds_keys_for_other_responses(make_policy, prompts):
 
     tokens, mask = random_responses(prompts[:1], 6, 20, 300)
     mask[:] = True
-    model.grouped_query_attention = counting
+    attention.grouped_query_attention = counting
     try:
         policy(prompts[:1], tokens, mask)
     finally:
-        model.grouped_query_attention = original
+        attention.grouped_query_attention = original
     length, branch = len(prompts[0].input_ids), 19
     assert sum(pairs) == policy.depth * (length**2 + 6 * branch * (length + branch))
 
@@ -376,7 +476,9 @@ def test_compiled_functions_do_not_recompile_per_step(make_policy, prompts, monk
     from rollout import generate
 
     plain = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: plain(f, **options | {"backend": "eager"}))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: plain(f, **options | {"backend": "eager"})
+    )
     torch._dynamo.reset()
     counters.clear()
     policy, graphs = make_policy(compiled=True), []

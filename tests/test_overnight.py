@@ -1,4 +1,5 @@
 """Runs that are left alone: killed at any moment, interrupted, starved, poisoned, fed with nonsense."""
+
 import json
 import os
 import random
@@ -72,14 +73,40 @@ while True:
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_like_any_other(start, tmp_path, kills):  # noqa: F811
     """SIGKILL at random moments, most of them between two operations on files: the same metrics, samples and bits."""
-    more = [f"train.steps={4 + 4 * kills}", "checkpoint.every=1", "checkpoint.keep_last=2", "eval.every=3", "rollout.max_new_tokens=6"]
+    more = [
+        f"train.steps={4 + 4 * kills}",
+        "checkpoint.every=1",
+        "checkpoint.keep_last=2",
+        "eval.every=3",
+        "rollout.max_new_tokens=6",
+    ]
     whole = start(*more, folder="whole")
     (tmp_path / "killer.py").write_text(KILLER)
-    arguments = [str(config_module.DEFAULTS), f"run.dir={tmp_path / 'killed'}", f"model.path={tmp_path / 'model'}",
-                 f"reward.custom={tmp_path / 'reward.py'}:vowels", "rollout.prompts_per_step=4", "rollout.group_size=3", "eval.samples=5",
-                 "optim.lr=1e-3", *more]
-    done = subprocess.run([sys.executable, str(tmp_path / "killer.py"), str(tmp_path / "killed"), str(kills), str(kills), *arguments],
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500)
+    arguments = [
+        str(config_module.DEFAULTS),
+        f"run.dir={tmp_path / 'killed'}",
+        f"model.path={tmp_path / 'model'}",
+        f"reward.custom={tmp_path / 'reward.py'}:vowels",
+        "rollout.prompts_per_step=4",
+        "rollout.group_size=3",
+        "eval.samples=5",
+        "optim.lr=1e-3",
+        *more,
+    ]
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(tmp_path / "killer.py"),
+            str(tmp_path / "killed"),
+            str(kills),
+            str(kills),
+            *arguments,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     survived = int(re.search(r"killed (\d+) ended 0", done.stdout)[1])
     assert survived == kills, done.stdout[-500:]
@@ -88,28 +115,57 @@ def test_a_killed_run_ends_like_any_other(start, tmp_path, kills):  # noqa: F811
     assert (killed / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     a, b = weights_of(whole), weights_of(killed)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    names = lambda folder: sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "superseded" not in path.name)
+    names = lambda folder: sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if "superseded" not in path.name
+    )
     assert names(killed) == names(whole)  # nothing half-written is left
 
 
 def test_stop_signal_saves_and_the_same_command_goes_on(start, tmp_path):  # noqa: F811
     whole = start("train.steps=40", "eval.every=40", "rollout.max_new_tokens=6", folder="whole")
-    command = [sys.executable, "train.py", "config.yaml", f"run.dir={tmp_path / 'cut'}", f"model.path={tmp_path / 'model'}",
-               f"reward.custom={tmp_path / 'reward.py'}:vowels", "rollout.prompts_per_step=4", "rollout.group_size=3", "eval.samples=5",
-               "optim.lr=1e-3", "train.steps=40", "eval.every=40", "rollout.max_new_tokens=6", "checkpoint.every=1000"]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "train.py",
+        "config.yaml",
+        f"run.dir={tmp_path / 'cut'}",
+        f"model.path={tmp_path / 'model'}",
+        f"reward.custom={tmp_path / 'reward.py'}:vowels",
+        "rollout.prompts_per_step=4",
+        "rollout.group_size=3",
+        "eval.samples=5",
+        "optim.lr=1e-3",
+        "train.steps=40",
+        "eval.every=40",
+        "rollout.max_new_tokens=6",
+        "checkpoint.every=1000",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     metrics = tmp_path / "cut" / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
         assert process.poll() is None
         time.sleep(0.02)
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # while the first one runs
+    second = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True
+    )  # while the first one runs
     assert second.returncode == 2 and "another process is writing there" in second.stderr
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     if len(rows_of(tmp_path / "cut")) < 41:
         assert re.search(r"stopped at step \d+; the same command resumes it", output)
-    start("train.steps=40", "eval.every=40", "rollout.max_new_tokens=6", "checkpoint.every=1000", folder="cut")
+    start(
+        "train.steps=40",
+        "eval.every=40",
+        "rollout.max_new_tokens=6",
+        "checkpoint.every=1000",
+        folder="cut",
+    )
     assert rows_of(tmp_path / "cut") == rows_of(whole)
     a, b = weights_of(whole), weights_of(tmp_path / "cut")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -124,11 +180,21 @@ def test_checkpoints_cross_numbers_of_processes(start, tmp_path):  # noqa: F811
     from conftest import picture
 
     picture(84, 56, 1).save(tmp_path / "a.png")
-    rows = [{"images": ["a.png"], "question": "<image>How many?", "answer": "3"}, {"question": "Sum circle, cross.", "answer": "4"},
-            {"question": "And now?", "answer": "5"}, {"images": ["a.png"] * 2, "question": "<image>Is it <image>?", "answer": "yes"}]
+    rows = [
+        {"images": ["a.png"], "question": "<image>How many?", "answer": "3"},
+        {"question": "Sum circle, cross.", "answer": "4"},
+        {"question": "And now?", "answer": "5"},
+        {"images": ["a.png"] * 2, "question": "<image>Is it <image>?", "answer": "yes"},
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     # 217: the groups' sizes are such that the processes have different numbers of micro-batches
-    settings = [f"data.path={tmp_path / 'rows.jsonl'}", "train.micro_batch_tokens=217", "model.gradient_checkpointing=true", "optim.warmup_steps=1", "eval.every=2"]
+    settings = [
+        f"data.path={tmp_path / 'rows.jsonl'}",
+        "train.micro_batch_tokens=217",
+        "model.gradient_checkpointing=true",
+        "optim.warmup_steps=1",
+        "eval.every=2",
+    ]
     whole = start(*settings, folder="whole")
     torchrun(tmp_path, "one", *settings, "train.steps=1")
     start(*settings, folder="one")
@@ -142,13 +208,20 @@ def test_checkpoints_cross_numbers_of_processes(start, tmp_path):  # noqa: F811
 def test_mixed_precision_on_two_processes(start, tmp_path):  # noqa: F811
     """bfloat16 arithmetic over sharded float32 weights is that of autocast on one process, to the precision of bfloat16: sharded,
     embeddings and norms are rounded, too, and gradients before they are summed. So the figures are close, and not equal."""
-    settings = ["model.dtype=bfloat16", "train.steps=1", "train.old_logprobs=rollout", "rollout.max_new_tokens=2"]
+    settings = [
+        "model.dtype=bfloat16",
+        "train.steps=1",
+        "train.old_logprobs=rollout",
+        "rollout.max_new_tokens=2",
+    ]
     one = start(*settings, folder="one")
     torchrun(tmp_path, "two", *settings)
     a, b = rows_of(one)[1], rows_of(tmp_path / "two")[1]
     assert a["reward/mean"] == b["reward/mean"]
     for name, tolerance in (("policy/entropy", 1e-2), ("policy/grad_norm", 0.1)):
-        assert a[name] == pytest.approx(b[name], rel=tolerance) and a[name] != pytest.approx(b[name], rel=1e-5)
+        assert a[name] == pytest.approx(b[name], rel=tolerance) and a[name] != pytest.approx(
+            b[name], rel=1e-5
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -161,18 +234,30 @@ def poisoned(monkeypatch, steps):
     def loss(*args, **kwargs):
         value, metrics = plain(*args, **kwargs)
         return (value * float("nan") if next(calls) in steps else value), metrics
+
     monkeypatch.setattr(train.rl_algos, "policy_loss", loss)
 
 
 def test_a_poisoned_update_is_skipped_and_named(start, monkeypatch, capsys):  # noqa: F811
     poisoned(monkeypatch, {2, 3})  # both updates of step 2
-    folder = start("train.steps=3", "checkpoint.every=1", "checkpoint.keep_last=9", "optim.warmup_steps=8")
+    folder = start(
+        "train.steps=3", "checkpoint.every=1", "checkpoint.keep_last=9", "optim.warmup_steps=8"
+    )
     rows = rows_of(folder)
     assert rows[2]["policy/skipped_updates"] == 2 and len(rows[2]["policy/skipped_prompts"]) == 4
     assert "policy/skipped_updates" not in rows[1] and rows[3]["policy/grad_norm"] > 0
-    assert "update skipped, loss or gradient not finite, prompts " + ", ".join(rows[2]["policy/skipped_prompts"]) in capsys.readouterr().out
-    saved = [train.distributed.read_tensors(path) for path in train.distributed.checkpoints(folder / "checkpoints")]
-    assert [tensors["optimizer"]["param_groups"][0]["lr"] for tensors in saved] == pytest.approx([2e-3 / 8, 3e-3 / 8, 4e-3 / 8])  # of the last update tried
+    assert (
+        "update skipped, loss or gradient not finite, prompts "
+        + ", ".join(rows[2]["policy/skipped_prompts"])
+        in capsys.readouterr().out
+    )
+    saved = [
+        train.run_folder.read_tensors(path)
+        for path in train.run_folder.checkpoints(folder / "checkpoints")
+    ]
+    assert [tensors["optimizer"]["param_groups"][0]["lr"] for tensors in saved] == pytest.approx(
+        [2e-3 / 8, 3e-3 / 8, 4e-3 / 8]
+    )  # of the last update tried
     first, second, third = (tensors["policy"] for tensors in saved)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], third[name]) for name in first)
@@ -192,20 +277,36 @@ def test_out_of_memory_names_the_groups(start, monkeypatch, capsys):  # noqa: F8
         if next(calls) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return plain(self, prompts, *args)
+
     monkeypatch.setattr(train.Policy, "forward", forward)
-    monkeypatch.setattr(train.report, "make_examples", lambda *_: [])  # which needs forward passes, too, and would go on without
+    monkeypatch.setattr(
+        train.report, "make_examples", lambda *_: []
+    )  # which needs forward passes, too, and would go on without
     with pytest.raises(SystemExit):
         start("train.micro_batch_tokens=1")
     error = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"error: out of memory at a packed row of \d+ tokens, the groups of the prompts .*; lower rollout.group_size, ", error)
+    assert re.match(
+        r"error: out of memory at a packed row of \d+ tokens, the groups of the prompts .*; lower rollout.group_size, ",
+        error,
+    )
 
 
-@pytest.mark.parametrize("name, extra", [("dapo", ["algo.dynamic_sampling=false", "algo.mask_truncated=true"]), ("grpo", ["algo.kl=0"])])
+@pytest.mark.parametrize(
+    "name, extra",
+    [
+        ("dapo", ["algo.dynamic_sampling=false", "algo.mask_truncated=true"]),
+        ("grpo", ["algo.kl=0"]),
+    ],
+)
 def test_nothing_to_learn_from(start, tmp_path, name, extra):  # noqa: F811
     """All responses truncated and left out of the loss, or all rewards equal: no gradient, finite figures, the run goes on."""
-    folder = start(f"algo.name={name}", *extra, "reward.custom_weight=0", "rollout.max_new_tokens=1")
+    folder = start(
+        f"algo.name={name}", *extra, "reward.custom_weight=0", "rollout.max_new_tokens=1"
+    )
     for row in rows_of(folder)[1:]:
-        assert row["policy/grad_norm"] == 0 and row["policy/loss"] == 0 and row["response/length"] == 1
+        assert (
+            row["policy/grad_norm"] == 0 and row["policy/loss"] == 0 and row["response/length"] == 1
+        )
     before = train.load_policy(tmp_path / "model", torch.device("cpu")).state_dict()
     after = train.load_policy(folder / "final", torch.device("cpu")).state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -219,15 +320,20 @@ def test_empty_responses(start, monkeypatch):  # noqa: F811
         policy = plain(*args, **kwargs)
         policy.eos_ids = set(range(policy.hf.config.text_config.vocab_size))
         return policy
+
     monkeypatch.setattr(train, "load_policy", ending)
     monkeypatch.setattr(train.rewards, "call_custom", lambda *_: next(turn) % 2)
     for row in rows_of(start())[1:]:
-        assert row["response/length"] == 1 and row["response/truncated"] == 0 and row["policy/grad_norm"] > 0
+        assert (
+            row["response/length"] == 1
+            and row["response/truncated"] == 0
+            and row["policy/grad_norm"] > 0
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ custom rewards
 
-BAD_REWARDS = '''
+BAD_REWARDS = """
 import re, time
 def raises(response, answer, sample): return [][0]
 def sleeps(response, answer, sample): time.sleep(1000)
@@ -240,13 +346,22 @@ def nan(response, answer, sample): return float("nan")
 def none(response, answer, sample): return None
 def huge(response, answer, sample): return -1e100
 def leaves(response, answer, sample): raise SystemExit(0)
-'''
+"""
 
 
-@pytest.mark.parametrize("name, message", [("raises", "IndexError: list index out of range"), ("sleeps", "no result after 0.2 s"),
-                                           ("spins", "no result"), ("backtracks", "no result"), ("nan", "a finite number .*, found nan"),
-                                           ("none", "a finite number .*, found None"), ("huge", "that float32 holds, found -1e"),
-                                           ("leaves", "SystemExit")])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("raises", "IndexError: list index out of range"),
+        ("sleeps", "no result after 0.2 s"),
+        ("spins", "no result"),
+        ("backtracks", "no result"),
+        ("nan", "a finite number .*, found nan"),
+        ("none", "a finite number .*, found None"),
+        ("huge", "that float32 holds, found -1e"),
+        ("leaves", "SystemExit"),
+    ],
+)
 def test_a_bad_reward_is_a_clear_error(tmp_path, name, message):
     (tmp_path / "bad.py").write_text(BAD_REWARDS)
     function = rewards.load_custom(f"{tmp_path / 'bad.py'}:{name}")
@@ -261,20 +376,59 @@ def test_a_bad_reward_in_a_run(start, tmp_path, capsys):  # noqa: F811
     with pytest.raises(SystemExit) as caught:
         start(bad, folder="stopped")
     error = capsys.readouterr().err.splitlines()[-1]
-    assert caught.value.code == 2 and error.startswith("error: custom reward raises: IndexError") and "custom_on_error=zero" in error
+    assert (
+        caught.value.code == 2
+        and error.startswith("error: custom reward raises: IndexError")
+        and "custom_on_error=zero" in error
+    )
     folder = start(bad, "reward.custom_on_error=zero", folder="went on")
     assert len(rows_of(folder)) == 3 and "its reward is 0" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------ bad config
 
-KEYS = st.sampled_from(["run", "model", "data", "algo", "recipes", "dyco", "rollout", "train", "optim", "dir", "name", "kl", "alpha",
-                        "layers", "grpo", "steps", "lr", "path", "toy", "?", "a.b", ""])
+KEYS = st.sampled_from(
+    [
+        "run",
+        "model",
+        "data",
+        "algo",
+        "recipes",
+        "dyco",
+        "rollout",
+        "train",
+        "optim",
+        "dir",
+        "name",
+        "kl",
+        "alpha",
+        "layers",
+        "grpo",
+        "steps",
+        "lr",
+        "path",
+        "toy",
+        "?",
+        "a.b",
+        "",
+    ]
+)
 LEAVES = KEYS | st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
-TREES = st.recursive(LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(KEYS | LEAVES, x, max_size=4), max_leaves=10)
-OVERRIDES = st.lists(st.text(max_size=12) | st.tuples(KEYS, KEYS, st.text(max_size=6) | LEAVES.map(str)).map(lambda x: f"{x[0]}.{x[1]}={x[2]}"),
-                     max_size=3)
-FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TREES = st.recursive(
+    LEAVES,
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(KEYS | LEAVES, x, max_size=4),
+    max_leaves=10,
+)
+OVERRIDES = st.lists(
+    st.text(max_size=12)
+    | st.tuples(KEYS, KEYS, st.text(max_size=6) | LEAVES.map(str)).map(
+        lambda x: f"{x[0]}.{x[1]}={x[2]}"
+    ),
+    max_size=3,
+)
+FUZZ = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def only_config_errors(path: Path, content: bytes, overrides: list[str]) -> None:
@@ -293,7 +447,10 @@ def load_config_text(text: str, path: Path):
 
 
 @FUZZ
-@given(st.binary(max_size=60) | st.text(max_size=60).map(lambda x: x.encode(errors="surrogatepass")), OVERRIDES)
+@given(
+    st.binary(max_size=60) | st.text(max_size=60).map(lambda x: x.encode(errors="surrogatepass")),
+    OVERRIDES,
+)
 @pytest.mark.filterwarnings("ignore")
 def test_random_text_as_config(tmp_path, content, overrides):
     only_config_errors(tmp_path / "c.yaml", content, overrides)
@@ -307,8 +464,15 @@ def test_random_trees_as_config(tmp_path, tree, overrides):
 
 
 def test_yaml_cannot_run_code_or_grow(tmp_path):
-    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{n}: &{n} [{','.join(['*' + p] * 9)}]\n" for p, n in zip("abcdefgh", "bcdefghi"))
-    for content in (f"run: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']", bomb, "run: " + "[" * 3000, "run: {dir: *x}"):
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{n}: &{n} [{','.join(['*' + p] * 9)}]\n" for p, n in zip("abcdefgh", "bcdefghi")
+    )
+    for content in (
+        f"run: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']",
+        bomb,
+        "run: " + "[" * 3000,
+        "run: {dir: *x}",
+    ):
         started = time.monotonic()
         with pytest.raises(ConfigError) as caught:
             (tmp_path / "c.yaml").write_text(content)
@@ -323,6 +487,7 @@ def test_yaml_cannot_run_code_or_grow(tmp_path):
 def test_image_paths_stay_below_the_root(tmp_path):
     """Thousands of hostile image paths: no file outside the data root is opened."""
     from conftest import picture
+
     from data import DataError, load_image
 
     root, seen = tmp_path / "data", []
@@ -336,8 +501,26 @@ def test_image_paths_stay_below_the_root(tmp_path):
     def watch(event, args):
         if watching and watching[0] and event == "open" and isinstance(args[0], str):
             seen.append(args[0])
+
     sys.addaudithook(watch)
-    parts = ["..", ".", "sub", "in.png", "out.png", "link.png", "linked", "", "/", str(tmp_path), "etc", "passwd", "~", "\0", "%2e%2e", "a" * 300]
+    parts = [
+        "..",
+        ".",
+        "sub",
+        "in.png",
+        "out.png",
+        "link.png",
+        "linked",
+        "",
+        "/",
+        str(tmp_path),
+        "etc",
+        "passwd",
+        "~",
+        "\0",
+        "%2e%2e",
+        "a" * 300,
+    ]
     chance, opened = random.Random(0), 0
     for _ in range(3000):
         path = "/".join(chance.choice(parts) for _ in range(chance.randint(1, 5)))
@@ -348,4 +531,6 @@ def test_image_paths_stay_below_the_root(tmp_path):
             pass
     watching.clear()
     files = [os.path.realpath(path) for path in seen if not path.endswith((".py", ".pyc", ".so"))]
-    assert opened > 10 and all(path.startswith(str(root.resolve())) for path in files), [p for p in files if str(root) not in p][:3]
+    assert opened > 10 and all(path.startswith(str(root.resolve())) for path in files), [
+        p for p in files if str(root) not in p
+    ][:3]

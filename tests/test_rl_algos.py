@@ -1,4 +1,5 @@
 """Group advantages and policy losses: numbers by hand, an independent loop with its own gradients, invariances."""
+
 import doctest
 import math
 from types import SimpleNamespace
@@ -9,7 +10,10 @@ import torch
 import rl_algos
 
 NAMES = ["grpo", "dapo", "gspo", "sapo", "dr_grpo", "cispo"]
-PER_TOKEN = ["dapo", "cispo"]       # normalised by the number of tokens, the others by the number of responses
+PER_TOKEN = [
+    "dapo",
+    "cispo",
+]  # normalised by the number of tokens, the others by the number of responses
 F64 = dict(rtol=1e-12, atol=1e-13)  # a few hundred float64 roundings of numbers near 1
 
 
@@ -23,7 +27,14 @@ def close(actual, expected, **tolerance):
 
 
 def make_settings(**changes):
-    values = dict(clip_low=0.2, clip_high=0.28, kl=0.0, temperature_pos=1.0, temperature_neg=1.05, max_new_tokens=16)
+    values = dict(
+        clip_low=0.2,
+        clip_high=0.28,
+        kl=0.0,
+        temperature_pos=1.0,
+        temperature_neg=1.05,
+        max_new_tokens=16,
+    )
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -42,8 +53,16 @@ def run(name, case, settings, normalizer=None, with_ref=True):
     """-> loss (detached), gradient with respect to logprobs, metrics."""
     logprobs, old, advantages, mask, ref = case
     leaf = logprobs.detach().clone().requires_grad_()
-    loss, metrics = rl_algos.policy_loss(name, leaf, old, advantages, mask, settings,
-                                         ref_logprobs=ref if with_ref else None, normalizer=normalizer)
+    loss, metrics = rl_algos.policy_loss(
+        name,
+        leaf,
+        old,
+        advantages,
+        mask,
+        settings,
+        ref_logprobs=ref if with_ref else None,
+        normalizer=normalizer,
+    )
     assert loss.dim() == 0
     loss.backward()
     return loss.detach(), leaf.grad, metrics
@@ -51,12 +70,19 @@ def run(name, case, settings, normalizer=None, with_ref=True):
 
 def one_token(name, ratio, advantage, **changes):
     """Loss and gradient of a single token of a single response whose current log-probability is -1."""
-    case = tensor([[-1.0]]), tensor([[-1.0 - math.log(ratio)]]), tensor([[advantage]]), torch.tensor([[True]]), None
+    case = (
+        tensor([[-1.0]]),
+        tensor([[-1.0 - math.log(ratio)]]),
+        tensor([[advantage]]),
+        torch.tensor([[True]]),
+        None,
+    )
     loss, gradient, _ = run(name, case, make_settings(**changes), with_ref=False)
     return loss.item(), gradient.item()
 
 
 # ---------------------------------------------------------------- the independent implementation
+
 
 def ref_token(name, logp, ratio, sequence_ratio, a, c):
     """Objective (maximised) of one token and its derivative with respect to logp; stop-gradients held constant."""
@@ -79,12 +105,16 @@ def ref_loss(name, case, c, normalizer=None):
         normalizer = max(sum(lengths), 1) if name in PER_TOKEN else len(mask)
     total, gradient = 0.0, [[0.0] * len(row) for row in mask]
     for b, n in enumerate(lengths):
-        share = {"dapo": 1, "cispo": 1, "dr_grpo": c.max_new_tokens}.get(name, max(n, 1)) * normalizer
+        share = {"dapo": 1, "cispo": 1, "dr_grpo": c.max_new_tokens}.get(
+            name, max(n, 1)
+        ) * normalizer
         real = [t for t, m in enumerate(mask[b]) if m]
         sequence_ratio = math.exp(sum(logprobs[b][t] - old[b][t] for t in real) / max(n, 1))
         for t in real:
             logp, gap = logprobs[b][t], ref[b][t] - logprobs[b][t]
-            value, slope = ref_token(name, logp, math.exp(logp - old[b][t]), sequence_ratio, advantages[b][t], c)
+            value, slope = ref_token(
+                name, logp, math.exp(logp - old[b][t]), sequence_ratio, advantages[b][t], c
+            )
             total -= (value - c.kl * (math.exp(gap) - gap - 1)) / share
             gradient[b][t] = -(slope - c.kl * (1 - math.exp(gap))) / share
     return total, gradient
@@ -96,8 +126,11 @@ def ref_loss(name, case, c, normalizer=None):
 def test_losses_match_the_loop_in_value_and_gradient(name, kl, normalizer):
     for seed in range(10):
         case, settings = make_case(seed), make_settings(kl=kl)
-        if name == "gspo" and seed % 2:   # the recipe's own, narrow clip range
-            case, settings = make_case(seed, spread=1e-3), make_settings(kl=kl, clip_low=3e-4, clip_high=4e-4)
+        if name == "gspo" and seed % 2:  # the recipe's own, narrow clip range
+            case, settings = (
+                make_case(seed, spread=1e-3),
+                make_settings(kl=kl, clip_low=3e-4, clip_high=4e-4),
+            )
         loss, gradient, metrics = run(name, case, settings, normalizer)
         expected, expected_gradient = ref_loss(name, case, settings, normalizer)
         close(loss, expected)
@@ -110,33 +143,45 @@ def test_losses_match_the_loop_in_value_and_gradient(name, kl, normalizer):
 def test_gradient_is_that_of_the_value(name):
     """Central differences; only for objectives without stop-gradients. Kinks are missed: they have width 1e-6."""
     logprobs, old, advantages, mask, ref = make_case(11)
+
     def loss(x):
-        return rl_algos.policy_loss(name, x, old, advantages, mask, make_settings(kl=0.1), ref_logprobs=ref)[0]
+        return rl_algos.policy_loss(
+            name, x, old, advantages, mask, make_settings(kl=0.1), ref_logprobs=ref
+        )[0]
+
     assert torch.autograd.gradcheck(loss, logprobs.requires_grad_())
 
 
 # ---------------------------------------------------------------- signs and clipping, one token at a time
+
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "sapo", "cispo"])
 def test_a_single_token_at_ratio_one(name):
     """The objective is maximised: the loss has slope -A in a good token's log-probability, and in a bad one's too."""
     assert one_token(name, 1.0, 2.0)[1] == pytest.approx(-2.0, rel=1e-12)
     assert one_token(name, 1.0, -3.0)[1] == pytest.approx(3.0, rel=1e-12)
-    value = {"sapo": -2 * 2.0, "cispo": -2.0 * -1.0}.get(name, -2.0)   # sapo: 4/1 * sigmoid(0) * 2; cispo: A * logp
+    value = {"sapo": -2 * 2.0, "cispo": -2.0 * -1.0}.get(
+        name, -2.0
+    )  # sapo: 4/1 * sigmoid(0) * 2; cispo: A * logp
     assert one_token(name, 1.0, 2.0)[0] == pytest.approx(value, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "dr_grpo"])
-@pytest.mark.parametrize("ratio, advantage, low, high, objective, flows", [
-    (1.25, 1, 0.2, 0.20, 1.20, False),    # encouraged far enough already
-    (1.25, 1, 0.2, 0.28, 1.25, True),     # clip-higher leaves room
-    (0.75, -1, 0.20, 0.28, -0.80, False),  # discouraged far enough already
-    (0.75, -1, 0.28, 0.20, -0.75, True),
-    (1.25, -1, 0.2, 0.20, -1.25, True),   # moved the wrong way: never clipped
-    (0.75, 1, 0.2, 0.20, 0.75, True),
-])
+@pytest.mark.parametrize(
+    "ratio, advantage, low, high, objective, flows",
+    [
+        (1.25, 1, 0.2, 0.20, 1.20, False),  # encouraged far enough already
+        (1.25, 1, 0.2, 0.28, 1.25, True),  # clip-higher leaves room
+        (0.75, -1, 0.20, 0.28, -0.80, False),  # discouraged far enough already
+        (0.75, -1, 0.28, 0.20, -0.75, True),
+        (1.25, -1, 0.2, 0.20, -1.25, True),  # moved the wrong way: never clipped
+        (0.75, 1, 0.2, 0.20, 0.75, True),
+    ],
+)
 def test_clipping_on_either_side(name, ratio, advantage, low, high, objective, flows):
-    loss, gradient = one_token(name, ratio, advantage, clip_low=low, clip_high=high, max_new_tokens=1)
+    loss, gradient = one_token(
+        name, ratio, advantage, clip_low=low, clip_high=high, max_new_tokens=1
+    )
     assert loss == pytest.approx(-objective, rel=1e-12)
     assert gradient == (pytest.approx(-ratio * advantage, rel=1e-12) if flows else 0.0)
 
@@ -153,8 +198,12 @@ def test_sapo_gate_and_temperatures():
     tau 4 for bad tokens, r = 1 - ln(3)/4: sigmoid(-ln 3) = 1/4. Value -4/4 * 1/4; slope -0.75 r."""
     temperatures = dict(temperature_pos=2.0, temperature_neg=4.0)
     up, down = 1 + math.log(3) / 2, 1 - math.log(3) / 4
-    assert one_token("sapo", up, 1.0, **temperatures) == pytest.approx((-1.5, -0.75 * up), rel=1e-12)
-    assert one_token("sapo", down, -1.0, **temperatures) == pytest.approx((0.25, 0.75 * down), rel=1e-12)
+    assert one_token("sapo", up, 1.0, **temperatures) == pytest.approx(
+        (-1.5, -0.75 * up), rel=1e-12
+    )
+    assert one_token("sapo", down, -1.0, **temperatures) == pytest.approx(
+        (0.25, 0.75 * down), rel=1e-12
+    )
 
 
 def test_gspo_token_form_by_hand():
@@ -194,12 +243,18 @@ def test_gspo_token_form_equals_the_sequence_form_when_the_advantage_is_one_per_
 
 # ---------------------------------------------------------------- KL
 
+
 @pytest.mark.parametrize("name", NAMES)
 def test_kl_is_k3_added_to_the_loss_unscaled_by_ratio_and_advantage(name):
     """ref / pi = 2: k3 = 2 - ln 2 - 1 = 0.306853, its slope in logp 1 - 2 = -1. A = 0 and ratio 3 leave it alone.
     The second response is empty: it counts as a response and not as a token."""
-    case = (tensor([[-1.0], [0.0]]), tensor([[-1.0 - math.log(3)], [0.0]]), tensor([[0.0], [0.0]]),
-            torch.tensor([[True], [False]]), tensor([[-1.0 + math.log(2)], [0.0]]))
+    case = (
+        tensor([[-1.0], [0.0]]),
+        tensor([[-1.0 - math.log(3)], [0.0]]),
+        tensor([[0.0], [0.0]]),
+        torch.tensor([[True], [False]]),
+        tensor([[-1.0 + math.log(2)], [0.0]]),
+    )
     share = {"dapo": 1, "cispo": 1, "dr_grpo": 2 * 16}.get(name, 2)
     loss, gradient, metrics = run(name, case, make_settings(kl=0.5))
     close(loss, 0.5 * 0.306852819440055 / share)
@@ -223,6 +278,7 @@ def test_kl_needs_reference_logprobs(name):
 
 # ---------------------------------------------------------------- normalisers, masks, micro-batches
 
+
 @pytest.mark.parametrize("name", NAMES)
 def test_micro_batches_add_up_to_the_whole(name):
     """Uneven splits, an empty response alone; DAPO's count and the others' B are those of the whole."""
@@ -231,7 +287,10 @@ def test_micro_batches_add_up_to_the_whole(name):
         normalizer = int(case[3].sum()) if name in PER_TOKEN else len(case[3])
         loss, gradient, _ = run(name, case, settings)
         for sizes in ((1, 1, 1, 1, 1), (2, 3), (3, 1, 1)):
-            parts = [run(name, part, settings, normalizer) for part in zip(*(x.split(sizes) for x in case))]
+            parts = [
+                run(name, part, settings, normalizer)
+                for part in zip(*(x.split(sizes) for x in case))
+            ]
             close(sum(p[0] for p in parts), loss)
             close(torch.cat([p[1] for p in parts]), gradient)
 
@@ -245,17 +304,25 @@ def test_normalizer_semantics_with_a_fully_masked_response(name):
     mask = torch.tensor([[1, 1], [1, 0], [0, 0]], dtype=torch.bool)
     case = zero, zero, tensor([[3.0, 3.0], [5.0, 0.0], [9.0, 9.0]]), mask, zero
     _, gradient, _ = run(name, case, make_settings())
-    expected = {"dapo": [[1, 1], [5 / 3, 0]], "cispo": [[1, 1], [5 / 3, 0]], "dr_grpo": [[1 / 16, 1 / 16], [5 / 48, 0]]}
+    expected = {
+        "dapo": [[1, 1], [5 / 3, 0]],
+        "cispo": [[1, 1], [5 / 3, 0]],
+        "dr_grpo": [[1 / 16, 1 / 16], [5 / 48, 0]],
+    }
     expected = expected.get(name, [[0.5, 0.5], [5 / 3, 0]]) + [[0, 0]]
     close(gradient, -tensor(expected))
-    _, gradient, _ = run(name, case, make_settings(), normalizer=12)   # four times as many in the whole step
+    _, gradient, _ = run(
+        name, case, make_settings(), normalizer=12
+    )  # four times as many in the whole step
     close(gradient, -tensor(expected) / 4)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_empty_mask_gives_zero_and_still_has_a_backward(name):
     logprobs, old, advantages, mask, ref = make_case(0)
-    loss, gradient, metrics = run(name, (logprobs, old, advantages, mask & False, ref), make_settings(kl=0.04))
+    loss, gradient, metrics = run(
+        name, (logprobs, old, advantages, mask & False, ref), make_settings(kl=0.04)
+    )
     assert loss == 0 and gradient.eq(0).all()
     assert all(math.isfinite(float(m)) for m in metrics.values())
 
@@ -268,8 +335,17 @@ def test_padding_may_hold_anything(name, garbage):
         case, settings = make_case(2, dtype=dtype), make_settings(kl=0.04)
         mask = case[3]
         loss, gradient, _ = run(name, case, settings)
-        for dirty in [(0,), (1,), (2,), (4,), (0, 1), (0, 1, 2, 4)]:   # one argument at a time, two, and all
-            filled = tuple(x.masked_fill(~mask, garbage) if i in dirty else x for i, x in enumerate(case))
+        for dirty in [
+            (0,),
+            (1,),
+            (2,),
+            (4,),
+            (0, 1),
+            (0, 1, 2, 4),
+        ]:  # one argument at a time, two, and all
+            filled = tuple(
+                x.masked_fill(~mask, garbage) if i in dirty else x for i, x in enumerate(case)
+            )
             dirty_loss, dirty_gradient, metrics = run(name, filled, settings)
             assert torch.equal(dirty_loss, loss) and torch.equal(dirty_gradient, gradient)
             assert dirty_gradient[~mask].eq(0).all()
@@ -294,17 +370,26 @@ def test_extreme_log_ratios_stay_finite(name, dtype, log_ratio, advantage):
     """exp(100) overflows float32 and exp(800) float64; the unused branch of a minimum then has gradient 0 * inf."""
     logprobs = tensor([[-1.0, -1.0, -1.0]], dtype)
     old = logprobs - tensor([[log_ratio, 0, 0]], dtype)
-    case = logprobs, old, torch.full_like(logprobs, advantage), torch.ones(1, 3, dtype=torch.bool), old.clone()
+    case = (
+        logprobs,
+        old,
+        torch.full_like(logprobs, advantage),
+        torch.ones(1, 3, dtype=torch.bool),
+        old.clone(),
+    )
     for kl in (0.0, 0.04):
         loss, gradient, metrics = run(name, case, make_settings(kl=kl))
         assert torch.isfinite(loss) and torch.isfinite(gradient).all()
         assert all(math.isfinite(float(m)) for m in metrics.values())
-    if name in ("grpo", "dapo") and log_ratio * advantage > 0:   # far on the clipped side: no push at all
+    if (
+        name in ("grpo", "dapo") and log_ratio * advantage > 0
+    ):  # far on the clipped side: no push at all
         _, gradient, _ = run(name, case, make_settings())
         assert gradient[0, 0] == 0
 
 
 # ---------------------------------------------------------------- relations between the algorithms
+
 
 def test_grpo_gspo_and_sapo_share_their_gradient_at_ratio_one():
     for seed in range(10):
@@ -314,9 +399,11 @@ def test_grpo_gspo_and_sapo_share_their_gradient_at_ratio_one():
         close(gradients["gspo"], gradients["grpo"])
         close(gradients["sapo"], gradients["grpo"])
         narrow = make_settings(kl=0.02, clip_high=0.2)
-        close(run("dapo", case, narrow)[1], gradients["dapo"])   # clip-higher does nothing
+        close(run("dapo", case, narrow)[1], gradients["dapo"])  # clip-higher does nothing
         close(gradients["cispo"], gradients["dapo"])
-        assert not torch.allclose(gradients["dapo"], gradients["grpo"])   # lengths differ, so the normaliser matters
+        assert not torch.allclose(
+            gradients["dapo"], gradients["grpo"]
+        )  # lengths differ, so the normaliser matters
         moved = run("sapo", (logprobs, logprobs - 0.1, advantages, mask, ref), settings)[1]
         assert not torch.allclose(moved, gradients["sapo"])
 
@@ -326,7 +413,9 @@ def test_a_group_of_equal_rewards_has_exactly_no_gradient(name):
     rewards = torch.full((1, 5), 0.1)
     logprobs, old, _, mask, ref = make_case(1, dtype=torch.float32)
     advantages = rl_algos.group_advantages(rewards).reshape(-1, 1).expand(mask.shape)
-    loss, gradient, _ = run(name, (logprobs, old, advantages, mask, ref), make_settings(), with_ref=False)
+    loss, gradient, _ = run(
+        name, (logprobs, old, advantages, mask, ref), make_settings(), with_ref=False
+    )
     assert loss == 0 and gradient.eq(0).all()
 
 
@@ -334,8 +423,15 @@ def test_a_group_of_equal_rewards_has_exactly_no_gradient(name):
 def test_advantages_are_constants(name):
     logprobs, old, advantages, mask, ref = make_case(3)
     advantages.requires_grad_()
-    loss, _ = rl_algos.policy_loss(name, logprobs.requires_grad_(), old, advantages, mask, make_settings(kl=0.1),
-                                   ref_logprobs=ref)
+    loss, _ = rl_algos.policy_loss(
+        name,
+        logprobs.requires_grad_(),
+        old,
+        advantages,
+        mask,
+        make_settings(kl=0.1),
+        ref_logprobs=ref,
+    )
     gradient, none = torch.autograd.grad(loss, (logprobs, advantages), allow_unused=True)
     assert gradient.ne(0).any() and (none is None or none.eq(0).all())
 
@@ -346,9 +442,14 @@ def test_half_precision_is_computed_in_float32(name):
     half = make_case(7, dtype=torch.bfloat16)
     single = tuple(x.float() if x.is_floating_point() else x for x in half)
     settings = make_settings(kl=0.04)
-    (low, low_gradient, _), (high, high_gradient, _) = run(name, half, settings), run(name, single, settings)
+    (low, low_gradient, _), (high, high_gradient, _) = (
+        run(name, half, settings),
+        run(name, single, settings),
+    )
     assert low.dtype == torch.float32 and torch.equal(low, high)
-    assert torch.equal(low_gradient, high_gradient.bfloat16())   # rounded once, when it is handed back
+    assert torch.equal(
+        low_gradient, high_gradient.bfloat16()
+    )  # rounded once, when it is handed back
     mixed, _, _ = run(name, (half[0],) + single[1:], settings)
     assert mixed.dtype == torch.float32 and torch.equal(mixed, high)
 
@@ -362,17 +463,28 @@ def test_unknown_algorithm_names_the_choices():
 
 # ---------------------------------------------------------------- group advantages
 
+
 def test_group_advantages_by_hand():
     """(1, 0, 0, 1): mean 1/2, unbiased std sqrt(4 * .25 / 3) = .57735, so .5 / .57745 = .865875 (biased: .9998).
     (3, 1, 2, 2): mean 2, std sqrt(2/3) = .816497, so 1 / .816597 = 1.224595."""
     rewards = tensor([[1, 0, 0, 1], [3, 1, 2, 2]])
-    close(rl_algos.group_advantages(rewards), [[.8658754297607, -.8658754297607, -.8658754297607, .8658754297607],
-                                               [1.2245948897605, -1.2245948897605, 0, 0]], rtol=0, atol=1e-12)
-    close(rl_algos.group_advantages(rewards, scale="none"), [[.5, -.5, -.5, .5], [1, -1, 0, 0]])
+    close(
+        rl_algos.group_advantages(rewards),
+        [
+            [0.8658754297607, -0.8658754297607, -0.8658754297607, 0.8658754297607],
+            [1.2245948897605, -1.2245948897605, 0, 0],
+        ],
+        rtol=0,
+        atol=1e-12,
+    )
+    close(rl_algos.group_advantages(rewards, scale="none"), [[0.5, -0.5, -0.5, 0.5], [1, -1, 0, 0]])
     # eps 1 beside the std .816497
-    close(rl_algos.group_advantages(rewards, eps=1.0)[1], [0.550510257216822, -0.550510257216822, 0, 0])
+    close(
+        rl_algos.group_advantages(rewards, eps=1.0)[1],
+        [0.550510257216822, -0.550510257216822, 0, 0],
+    )
     single = rl_algos.group_advantages(rewards.float())
-    close(single, rl_algos.group_advantages(rewards), rtol=1e-6, atol=1e-6)   # float32 rounding
+    close(single, rl_algos.group_advantages(rewards), rtol=1e-6, atol=1e-6)  # float32 rounding
 
 
 @pytest.mark.parametrize("scale", ["std", "none"])
@@ -382,7 +494,7 @@ def test_equal_rewards_are_exactly_zero(scale, dtype):
     for value in (0.1, 0.3, 0.7, 1 / 3, -1.1, 1e6 + 0.1, 0.0, 1.0):
         for size in range(2, 17):
             rewards = torch.full((2, size), value, dtype=dtype)
-            rewards[1, 0] += 1   # the neighbour is not constant
+            rewards[1, 0] += 1  # the neighbour is not constant
             advantages = rl_algos.group_advantages(rewards, scale=scale)
             assert advantages[0].eq(0).all() and advantages[1, 0] > 0, (value, size)
 
@@ -391,7 +503,7 @@ def test_groups_are_independent_and_shift_does_not_matter():
     rewards = torch.rand(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     whole = rl_algos.group_advantages(rewards)
     for p in range(6):
-        close(rl_algos.group_advantages(rewards[p:p + 1]), whole[p:p + 1])
+        close(rl_algos.group_advantages(rewards[p : p + 1]), whole[p : p + 1])
     close(rl_algos.group_advantages(rewards + 3), whole)
     close(whole.sum(1), torch.zeros(6))
 
@@ -409,12 +521,15 @@ def test_group_advantages_refuse_what_has_no_meaning():
 
 # ---------------------------------------------------------------- DAPO's soft overlong punishment
 
+
 def test_overlong_penalty_by_hand():
     """100 tokens at most, buffer 20: free up to 80, then linear, -1 from 100 on."""
     lengths = torch.tensor([0, 1, 80, 81, 85, 90, 99, 100, 120])
     penalty = rl_algos.overlong_penalty(lengths, 100, 20)
     assert penalty.is_floating_point()
-    close(penalty, [0, 0, 0, -.05, -.25, -.5, -.95, -1, -1], rtol=0, atol=1e-7)   # float32 quotients of small integers
+    close(
+        penalty, [0, 0, 0, -0.05, -0.25, -0.5, -0.95, -1, -1], rtol=0, atol=1e-7
+    )  # float32 quotients of small integers
     close(rl_algos.overlong_penalty(lengths.reshape(3, 3), 100, 20), penalty.reshape(3, 3))
     assert rl_algos.overlong_penalty(lengths, 100, 0).eq(0).all()
 

@@ -1,4 +1,5 @@
 """toy.py: the task, its tokenizer and model, and the cached warm start."""
+
 import random
 from dataclasses import replace
 
@@ -18,7 +19,10 @@ def test_samples_are_what_they_say(number):
     level = LEVELS[number]
     for index in range(20):
         sample, again = make_sample(level, 0, "train", index), make_sample(level, 0, "train", index)
-        assert sample.question == again.question and sample.images[0].tobytes() == again.images[0].tobytes()
+        assert (
+            sample.question == again.question
+            and sample.images[0].tobytes() == again.images[0].tobytes()
+        )
         asked = [word.strip(" .,") for word in sample.question.split("Sum")[1].split(",")]
         assert asked == sample.extra["asked"] and len(set(asked)) == level.operands
         colors, values = sample.extra["colors"], sample.extra["values"]
@@ -53,16 +57,27 @@ def test_slips_happen_at_their_rates():
         sample = make_sample(level, 0, "train", index)
         names, values = list(sample.extra["colors"]), sample.extra["values"]
         before = 0
-        for step in write_trace(sample, level, random.Random(index)).removeprefix("<think>").split("</think>")[0].split(". "):
+        for step in (
+            write_trace(sample, level, random.Random(index))
+            .removeprefix("<think>")
+            .split("</think>")[0]
+            .split(". ")
+        ):
             shape, _, color, _, _, total = step.strip(".").replace(",", "").split()
             totals.append(int(total) != before + values[color])
             before = int(total)
             neighbour = sample.extra["colors"][names[(names.index(shape) + 1) % len(names)]]
             if neighbour != sample.extra["colors"][shape]:  # otherwise a slip does not show
                 (habits if shape == names[0] else colors).append(color == neighbour)
-    for found, rate in ((colors, level.visual_slip), (habits, level.habit_slip), (totals, level.textual_slip)):
+    for found, rate in (
+        (colors, level.visual_slip),
+        (habits, level.habit_slip),
+        (totals, level.textual_slip),
+    ):
         assert abs(sum(found) / len(found) - rate) < 0.03
-    assert level.habit_slip > 0.5, "greedy decoding must be wrong somewhere, or it has nothing to learn"
+    assert level.habit_slip > 0.5, (
+        "greedy decoding must be wrong somewhere, or it has nothing to learn"
+    )
 
 
 @pytest.mark.parametrize("number", LEVELS)
@@ -92,15 +107,22 @@ def test_model_is_a_small_qwen(tokenizer):
 
 def test_warm_start_learns_and_is_cached(tmp_path, monkeypatch):
     """Ten batches lower the loss of traces; the second call trains nothing; another template or level is another folder."""
-    short = replace(LEVELS[1], stages=(("colors", 2, 6e-3), ("traces", 8, 4e-3), ("slips", 2, 1e-3)))
+    short = replace(
+        LEVELS[1], stages=(("colors", 2, 6e-3), ("traces", 8, 4e-3), ("slips", 2, 1e-3))
+    )
     monkeypatch.setitem(LEVELS, 1, short)
     losses = []
-    monkeypatch.setattr(toy.torch.nn.functional, "cross_entropy",
-                        lambda *a, plain=torch.nn.functional.cross_entropy: losses.append(plain(*a)) or losses[-1])
+    monkeypatch.setattr(
+        toy.torch.nn.functional,
+        "cross_entropy",
+        lambda *a, plain=torch.nn.functional.cross_entropy: losses.append(plain(*a)) or losses[-1],
+    )
     folder = toy.prepare(1, 0, TEMPLATE, tmp_path, progress=False)
     assert len(losses) == 12 and losses[9] < 0.7 * losses[2]
     assert toy.prepare(1, 0, TEMPLATE, tmp_path, progress=False) == folder and len(losses) == 12
     assert toy.prepare(1, 1, TEMPLATE, tmp_path, progress=False) != folder and len(losses) == 24
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in tmp_path.glob("toy-1-*") if "." not in path.name}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        path.name for path in tmp_path.glob("toy-1-*") if "." not in path.name
+    }
     with pytest.raises(ValueError, match="toy.level: expected one of 1.*found 9"):
         toy.prepare(9, 0, TEMPLATE, tmp_path)

@@ -1,4 +1,5 @@
 """train.py end to end, on a tiny random policy: every algorithm with and without DyCo, logs, resume, interruption."""
+
 import json
 import math
 import shutil
@@ -34,17 +35,35 @@ def start(make_policy, tmp_path):
     (tmp_path / "reward.py").write_text(REWARD)
 
     def run(*overrides, folder="run") -> Path:
-        train.main([str(config_module.DEFAULTS), f"run.dir={tmp_path / folder}", f"model.path={tmp_path / 'model'}",
-                    f"reward.custom={tmp_path / 'reward.py'}:vowels", "rollout.prompts_per_step=4", "rollout.group_size=3",
-                    "rollout.max_new_tokens=12", "train.steps=2", "eval.samples=5", "eval.every=2", "checkpoint.every=2",
-                    "optim.lr=1e-3", *overrides])
+        train.main(
+            [
+                str(config_module.DEFAULTS),
+                f"run.dir={tmp_path / folder}",
+                f"model.path={tmp_path / 'model'}",
+                f"reward.custom={tmp_path / 'reward.py'}:vowels",
+                "rollout.prompts_per_step=4",
+                "rollout.group_size=3",
+                "rollout.max_new_tokens=12",
+                "train.steps=2",
+                "eval.samples=5",
+                "eval.every=2",
+                "checkpoint.every=2",
+                "optim.lr=1e-3",
+                *overrides,
+            ]
+        )
         return tmp_path / folder
+
     return run
 
 
 def rows_of(folder: Path, timeless: bool = True) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows] if timeless else rows
+    return (
+        [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
+        if timeless
+        else rows
+    )
 
 
 def weights_of(folder: Path) -> dict:
@@ -55,25 +74,44 @@ def weights_of(folder: Path) -> dict:
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo", "sapo", "dr_grpo", "cispo"])
 def test_two_steps(start, tmp_path, algorithm, dyco):
     # dapo's own dynamic sampling would find no group with both right and wrong answers here, and masks truncated responses
-    extra = ["algo.dynamic_sampling=false", "algo.mask_truncated=false"] if algorithm == "dapo" else []
+    extra = (
+        ["algo.dynamic_sampling=false", "algo.mask_truncated=false"] if algorithm == "dapo" else []
+    )
     folder = start(f"algo.name={algorithm}", f"dyco.enabled={dyco}", *extra)
     rows = rows_of(folder, timeless=False)
     assert [row["step"] for row in rows] == [0, 1, 2]
-    assert {"eval/accuracy", "eval/accuracy_greedy", "eval/accuracy_swapped"} <= rows[0].keys() & rows[2].keys()
+    assert {"eval/accuracy", "eval/accuracy_greedy", "eval/accuracy_swapped"} <= rows[
+        0
+    ].keys() & rows[2].keys()
     for row in rows[1:]:
-        assert {"reward/mean", "reward/accuracy", "reward/format", "response/length", "response/truncated", "policy/entropy",
-                "policy/loss", "policy/grad_norm", "policy/clip_fraction", "time/tokens_per_second", "time/rollout"} <= row.keys()
+        assert {
+            "reward/mean",
+            "reward/accuracy",
+            "reward/format",
+            "response/length",
+            "response/truncated",
+            "policy/entropy",
+            "policy/loss",
+            "policy/grad_norm",
+            "policy/clip_fraction",
+            "time/tokens_per_second",
+            "time/rollout",
+        } <= row.keys()
         assert row["policy/grad_norm"] > 0 and row["response/length"] <= 12
         assert row["policy/ratio_deviation"] > 0  # the second update of a step is off policy
         assert ("dyco/alignment" in row) == dyco
         assert ("policy/kl" in row) == (algorithm in ("grpo", "gspo", "sapo"))
         if dyco:
-            assert row["dyco/visual_share"] + row["dyco/text_share"] + row["dyco/neutral_share"] == pytest.approx(1)
+            assert row["dyco/visual_share"] + row["dyco/text_share"] + row[
+                "dyco/neutral_share"
+            ] == pytest.approx(1)
     before, after = load_file(tmp_path / "model" / "model.safetensors"), weights_of(folder)
     assert all(torch.isfinite(w).all() for w in after.values())
     assert any(not torch.equal(before[name], after[name]) for name in before)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in samples] == [1] * 4 + [2] * 4 and all(len(s["response"]) for s in samples)
+    assert [s["step"] for s in samples] == [1] * 4 + [2] * 4 and all(
+        len(s["response"]) for s in samples
+    )
     for sample in samples:
         assert 1 <= len(sample["tokens"]) <= 12 and ("roles" in sample) == dyco
         assert not dyco or len(sample["tokens"]) == len(sample["roles"]) == len(sample["scores"])
@@ -84,36 +122,77 @@ def test_two_steps(start, tmp_path, algorithm, dyco):
 def test_every_setting_reaches_its_stage(make_policy, prompts, monkeypatch, rule):
     """All knobs off their defaults: rewards by hand, shifts by what Fisher–Rao and Hellinger have in common, the chord |√p − √q|,
     advantages from the pure functions, whose own tests have numbers."""
-    config = load_config(config_module.DEFAULTS, [
-        f"dyco.rule={rule}", "dyco.alpha=0.7", "dyco.tau=0.3", "dyco.ratio=minmax", "dyco.shift=hellinger", "dyco.text_scope=all",
-        "dyco.layers=[0]", "algo.scale=none", "algo.overlong_buffer=4", "algo.overlong_weight=0.5", "reward.accuracy_weight=2",
-        "reward.format_weight=3", "reward.custom_weight=5", "rollout.group_size=4", "rollout.max_new_tokens=8", "train.seed=11"])
+    config = load_config(
+        config_module.DEFAULTS,
+        [
+            f"dyco.rule={rule}",
+            "dyco.alpha=0.7",
+            "dyco.tau=0.3",
+            "dyco.ratio=minmax",
+            "dyco.shift=hellinger",
+            "dyco.text_scope=all",
+            "dyco.layers=[0]",
+            "algo.scale=none",
+            "algo.overlong_buffer=4",
+            "algo.overlong_weight=0.5",
+            "reward.accuracy_weight=2",
+            "reward.format_weight=3",
+            "reward.custom_weight=5",
+            "rollout.group_size=4",
+            "rollout.max_new_tokens=8",
+            "train.seed=11",
+        ],
+    )
     policy = make_policy()
     samples = [Sample(p.id, (), p.question, p.answer) for p in prompts]
-    monkeypatch.setattr(train, "encode_prompt",
-                        lambda sample, position, *_: replace(next(p for p in prompts if p.id == sample.id), index=position))
+    monkeypatch.setattr(
+        train,
+        "encode_prompt",
+        lambda sample, position, *_: replace(
+            next(p for p in prompts if p.id == sample.id), index=position
+        ),
+    )
     turn = iter(range(100))
     monkeypatch.setattr(train.rewards, "accuracy", lambda text, answer: float(len(text) % 2))
     monkeypatch.setattr(train.rewards, "format", lambda text: float(len(text) % 3 == 0))
-    batch = train.collect(config, policy, samples, [(7, 0), (8, 1), (9, 2)], 3, lambda text, answer, sample: next(turn) / 10)
+    batch = train.collect(
+        config,
+        policy,
+        samples,
+        [(7, 0), (8, 1), (9, 2)],
+        3,
+        lambda text, answer, sample: next(turn) / 10,
+    )
     lengths, texts = batch.rollout.mask.sum(1).tolist(), batch.rollout.texts
-    total = [2 * (len(text) % 2) + 3 * (len(text) % 3 == 0) + 5 * i / 10 - 0.5 * max(0, n - 4) / 4
-             for i, (text, n) in enumerate(zip(texts, lengths))]
+    total = [
+        2 * (len(text) % 2) + 3 * (len(text) % 3 == 0) + 5 * i / 10 - 0.5 * max(0, n - 4) / 4
+        for i, (text, n) in enumerate(zip(texts, lengths))
+    ]
     assert batch.rewards.flatten().tolist() == pytest.approx(total) and max(lengths) > 4
 
-    default = generate(policy, batch.rollout.prompts, 4, 8, (11, 3), load_config().dyco)  # the same tokens, other signals
+    default = generate(
+        policy, batch.rollout.prompts, 4, 8, (11, 3), load_config().dyco
+    )  # the same tokens, other signals
     assert torch.equal(default.tokens, batch.rollout.tokens)
-    mine = generate(policy, batch.rollout.prompts, 4, 8, (11, 3), replace(config.dyco, shift="fisher_rao")).signals
+    mine = generate(
+        policy, batch.rollout.prompts, 4, 8, (11, 3), replace(config.dyco, shift="fisher_rao")
+    ).signals
     chord = batch.rollout.signals.text_shift / math.pi * math.sqrt(2) / 2  # half of |√p − √q|
-    torch.testing.assert_close(4 * chord.clamp(max=math.sqrt(0.5)).asin(), mine.text_shift, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(mine.text_mass, default.signals.text_mass, atol=1e-3)  # another layer, another scope
+    torch.testing.assert_close(
+        4 * chord.clamp(max=math.sqrt(0.5)).asin(), mine.text_shift, rtol=1e-4, atol=1e-4
+    )
+    assert not torch.allclose(
+        mine.text_mass, default.signals.text_mass, atol=1e-3
+    )  # another layer, another scope
 
     train.assign_advantages(config, batch, 3)
     signals, mask = batch.rollout.signals, batch.rollout.mask
     group = (batch.rewards - batch.rewards.mean(1, keepdim=True)).flatten()
     roles = dyco.assign_roles(signals.visual_shift, signals.text_shift, mask, 0.3)
     scores = dyco.alignment_scores(signals.visual_mass, signals.text_mass, roles, mask, "minmax")
-    streams = [keyed_generator(11, 3, "shuffle", position, i) for position in (7, 8, 9) for i in range(4)]
+    streams = [
+        keyed_generator(11, 3, "shuffle", position, i) for position in (7, 8, 9) for i in range(4)
+    ]
     expected = dyco.reweight_advantages(group, scores, roles, mask, 0.7, rule, streams, 4)
     torch.testing.assert_close(batch.advantages, expected)
     assert torch.equal(batch.roles, roles) and torch.equal(batch.scores, scores)
@@ -127,17 +206,31 @@ def test_the_reference_is_the_policy_that_training_began_with(start):
 
 def test_the_model_is_built_as_the_config_says(start, tmp_path):
     start("train.steps=0")
-    settings = load_config(tmp_path / "run" / "config.yaml", ["rollout.temperature=0.7", "model.freeze_vision=true", "model.gradient_checkpointing=true",
-                                                              "model.attention=eager", "algo.kl=0"])
+    settings = load_config(
+        tmp_path / "run" / "config.yaml",
+        [
+            "rollout.temperature=0.7",
+            "model.freeze_vision=true",
+            "model.gradient_checkpointing=true",
+            "model.attention=eager",
+            "algo.kl=0",
+        ],
+    )
     policy, reference, *_ = train.build(settings, ALONE)
     assert policy.temperature == 0.7 and policy.kernel == "eager" and reference is None
-    assert not any(p.requires_grad for p in policy.hf.model.visual.parameters()) and policy.hf.lm_head.weight.requires_grad
+    assert (
+        not any(p.requires_grad for p in policy.hf.model.visual.parameters())
+        and policy.hf.lm_head.weight.requires_grad
+    )
     assert policy.hf.model.language_model.layers[0].gradient_checkpointing
 
 
 def test_capture_in_rollout_and_in_scoring_train_the_same_policy(start):
     """The signals agree to 1e-4, so a step's figures do, too; a role at the edge of τ may differ, hence not exactly."""
-    one, two = start(folder="one"), start("dyco.capture=scoring", "train.old_logprobs=scored", folder="two")
+    one, two = (
+        start(folder="one"),
+        start("dyco.capture=scoring", "train.old_logprobs=scored", folder="two"),
+    )
     for a, b in zip(rows_of(one)[1:2], rows_of(two)[1:2]):
         assert b.pop("policy/rollout_gap") < 1e-4
         assert a.keys() == b.keys()
@@ -152,7 +245,9 @@ def test_a_run_repeats_and_resumes_exactly(start):
     assert rows_of(whole) == rows_of(again)
     start("train.steps=2", folder="cut")
     cut = start("train.steps=4", folder="cut")
-    assert rows_of(cut)[:2] + rows_of(cut)[3:] == rows_of(whole)[:2] + rows_of(whole)[3:]  # step 2 also holds an evaluation
+    assert (
+        rows_of(cut)[:2] + rows_of(cut)[3:] == rows_of(whole)[:2] + rows_of(whole)[3:]
+    )  # step 2 also holds an evaluation
     assert rows_of(cut) == rows_of(whole)
     a, b = weights_of(whole), weights_of(cut)
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -194,11 +289,20 @@ def test_a_log_longer_than_the_checkpoint_is_neither_cut_nor_repeated(start, tmp
 
 def test_another_run_cannot_resume(start, capsys):
     start()
-    for key, before, after in [("train.seed", 0, 1), ("algo.kl", 0.04, 0.5), ("dyco.rule", "paper", "uniform"), ("reward.format_weight", 1.0, 0.5)]:
+    for key, before, after in [
+        ("train.seed", 0, 1),
+        ("algo.kl", 0.04, 0.5),
+        ("dyco.rule", "paper", "uniform"),
+        ("reward.format_weight", 1.0, 0.5),
+    ]:
         with pytest.raises(SystemExit):
             start(f"{key}={after}", "train.steps=3")
-        assert f"holds a run with another {key} ({before!r}, now {after!r})" in capsys.readouterr().err
-    start("optim.lr=1e-4", "reward.custom_on_error=zero", "train.steps=3")  # what the error of a failing reward advises
+        assert (
+            f"holds a run with another {key} ({before!r}, now {after!r})" in capsys.readouterr().err
+        )
+    start(
+        "optim.lr=1e-4", "reward.custom_on_error=zero", "train.steps=3"
+    )  # what the error of a failing reward advises
     assert "changed since the checkpoint: optim.lr 0.001 -> 0.0001" in capsys.readouterr().out
 
 
@@ -206,7 +310,11 @@ def test_dynamic_sampling_skips_a_step_without_a_useful_group(start, tmp_path):
     """A random policy is never right, so every group's accuracy is constant: refills are tried and the step is skipped."""
     folder = start("algo.name=dapo", "algo.max_refills=1", "train.steps=1")
     row = rows_of(folder)[1]
-    assert row["policy/skipped_updates"] == 2 and "policy/loss" not in row and row["reward/accuracy"] == 0
+    assert (
+        row["policy/skipped_updates"] == 2
+        and "policy/loss" not in row
+        and row["reward/accuracy"] == 0
+    )
     before, after = load_file(tmp_path / "model" / "model.safetensors"), weights_of(folder)
     assert all(torch.equal(before[name], after[name]) for name in before)
     facts = json.loads((folder / "checkpoints" / "step-00000001" / "facts.json").read_text())
@@ -216,16 +324,25 @@ def test_dynamic_sampling_skips_a_step_without_a_useful_group(start, tmp_path):
 def test_dynamic_sampling_keeps_mixed_groups_up_to_the_quota(start, monkeypatch):
     """Right by turns where the answer is odd, never where it is even: only odd prompts are learned from, four at most."""
     turn, learned = iter(range(10**6)), []
-    monkeypatch.setattr(train.rewards, "accuracy", lambda text, answer: float(int(answer) % 2 and next(turn) % 2))
-    monkeypatch.setattr(train, "assign_advantages",
-                        lambda config, batch, step, plain=train.assign_advantages: learned.append(batch) or plain(config, batch, step))
+    monkeypatch.setattr(
+        train.rewards, "accuracy", lambda text, answer: float(int(answer) % 2 and next(turn) % 2)
+    )
+    monkeypatch.setattr(
+        train,
+        "assign_advantages",
+        lambda config, batch, step, plain=train.assign_advantages: (
+            learned.append(batch) or plain(config, batch, step)
+        ),
+    )
     folder = start("algo.name=dapo", "algo.mask_truncated=false", "eval.every=100", "train.steps=1")
     (batch,) = learned
     assert len(batch.positions) == len(batch.rollout.prompts) == 4
     assert all(int(prompt.answer) % 2 for prompt in batch.rollout.prompts)
     assert all(0 < row.sum() < 3 for row in batch.accuracy)
     facts = json.loads((folder / "checkpoints" / "step-00000001" / "facts.json").read_text())
-    assert facts["sampler"]["consumed"] in (8, 12, 16) and rows_of(folder)[1]["reward/accuracy"] < 0.5
+    assert (
+        facts["sampler"]["consumed"] in (8, 12, 16) and rows_of(folder)[1]["reward/accuracy"] < 0.5
+    )
 
 
 def test_rows_of_another_run_are_not_mixed_in(start, capsys):
@@ -240,8 +357,14 @@ def test_rows_of_another_run_are_not_mixed_in(start, capsys):
     start("train.steps=1", "checkpoint.every=100", "optim.lr=1e-4")
     assert "optim.lr 0.001 -> 0.0001" in capsys.readouterr().out
     assert [row["step"] for row in rows_of(folder)] == [0, 1]
-    superseded = [json.loads(line) for line in (folder / "metrics.superseded.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in superseded] == [0, 1] and first[0] == rows_of(folder)[0] and first[1] != rows_of(folder)[1]
+    superseded = [
+        json.loads(line) for line in (folder / "metrics.superseded.jsonl").read_text().splitlines()
+    ]
+    assert (
+        [row["step"] for row in superseded] == [0, 1]
+        and first[0] == rows_of(folder)[0]
+        and first[1] != rows_of(folder)[1]
+    )
 
 
 def test_an_extended_run_has_no_old_final(start, monkeypatch):
@@ -251,6 +374,7 @@ def test_an_extended_run_has_no_old_final(start, monkeypatch):
 
     def killed(*_):
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "save_policy", killed)
         start("train.steps=2", "checkpoint.every=1")
@@ -266,15 +390,23 @@ def test_other_inputs_cannot_resume(start, tmp_path, capsys):
     rows.write_text('{"question": "Sum cross.", "answer": "4"}\n' * 3)
     with pytest.raises(SystemExit):
         start(f"data.path={rows}", "train.steps=3", folder="text")
-    assert "data.path: what is there is not what this run's checkpoint was made with" in capsys.readouterr().err
+    assert (
+        "data.path: what is there is not what this run's checkpoint was made with"
+        in capsys.readouterr().err
+    )
     start(folder="copied")
     kept = tmp_path / "copied" / "checkpoints"
     shutil.copytree(kept / "step-00000002", kept / "step-best")  # somebody's copy, no checkpoint
     (tmp_path / "reward.py").write_text(REWARD + "\n")
     start("train.steps=3", folder="copied")
     assert "changed since the checkpoint: the file of reward.custom" in capsys.readouterr().out
-    assert [path.name for path in train.distributed.checkpoints(kept)] == ["step-00000002", "step-00000003"] and (kept / "step-best").exists()
-    shutil.copytree(tmp_path / "copied" / "final", tmp_path / "model", dirs_exist_ok=True)  # the reference would be another
+    assert [path.name for path in train.run_folder.checkpoints(kept)] == [
+        "step-00000002",
+        "step-00000003",
+    ] and (kept / "step-best").exists()
+    shutil.copytree(
+        tmp_path / "copied" / "final", tmp_path / "model", dirs_exist_ok=True
+    )  # the reference would be another
     with pytest.raises(SystemExit):
         start("train.steps=4", folder="copied")
     assert "model.path: what is there is not what this run's checkpoint" in capsys.readouterr().err
@@ -284,14 +416,21 @@ def test_a_prompt_drawn_twice_in_a_step_is_answered_twice(start, tmp_path):
     """Three rows, four prompts a step: the two groups of the same row must not be copies."""
     (tmp_path / "rows.jsonl").write_text('{"question": "Sum circle.", "answer": "4"}\n' * 3)
     folder = start(f"data.path={tmp_path / 'rows.jsonl'}", "log.samples_per_step=12", folder="text")
-    texts = [json.loads(line)["response"] for line in (folder / "samples.jsonl").read_text().splitlines()]
+    texts = [
+        json.loads(line)["response"] for line in (folder / "samples.jsonl").read_text().splitlines()
+    ]
     assert len(set(texts)) == len(texts) == 24
 
 
 def test_mistakes_end_with_one_line(start, capsys, tmp_path):
-    for override, message in [("dyco.layers=[5]", "dyco.layers: [5] out of range"), ("model.path=/nowhere", "model.path: '/nowhere'"),
-                              ("reward.custom=/nowhere.py:f", "/nowhere.py"), ("data.path=/nowhere.jsonl", "/nowhere.jsonl"),
-                              ("trian.steps=1", "did you mean 'train'?"), ("data.max_pixels=100", "data.max_pixels: expected at least 3136")]:
+    for override, message in [
+        ("dyco.layers=[5]", "dyco.layers: [5] out of range"),
+        ("model.path=/nowhere", "model.path: '/nowhere'"),
+        ("reward.custom=/nowhere.py:f", "/nowhere.py"),
+        ("data.path=/nowhere.jsonl", "/nowhere.jsonl"),
+        ("trian.steps=1", "did you mean 'train'?"),
+        ("data.max_pixels=100", "data.max_pixels: expected at least 3136"),
+    ]:
         with pytest.raises(SystemExit) as caught:
             start(override)
         error = capsys.readouterr().err
@@ -306,18 +445,40 @@ def test_own_jsonl_with_held_out_rows(start, tmp_path):
     picture(84, 56, 1).save(tmp_path / "a.png")
     picture(280, 280, 2).save(tmp_path / "b.png")
     long = "<image>How many?" + " Count." * 10
-    rows = [{"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": long}, {"from": "gpt", "value": "3"}]},
-            {"images": ["a.png", "b.png"], "question": "<image>Is it larger than <image>?", "answer": "yes"},
-            {"question": "Sum circle, cross.", "answer": "4"}, {"images": ["b.png"], "question": "How many?", "answer": 2}]
+    rows = [
+        {
+            "id": "1",
+            "image": "a.png",
+            "conversations": [{"from": "human", "value": long}, {"from": "gpt", "value": "3"}],
+        },
+        {
+            "images": ["a.png", "b.png"],
+            "question": "<image>Is it larger than <image>?",
+            "answer": "yes",
+        },
+        {"question": "Sum circle, cross.", "answer": "4"},
+        {"images": ["b.png"], "question": "How many?", "answer": 2},
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     policy = load_policy(tmp_path / "model", torch.device("cpu"))
-    count = lambda question, *sizes: count_prompt_tokens(question, sizes, policy.tokenizer, policy.image_processor,
-                                                         load_config().data.prompt_template)
+    count = lambda question, *sizes: count_prompt_tokens(
+        question,
+        sizes,
+        policy.tokenizer,
+        policy.image_processor,
+        load_config().data.prompt_template,
+    )
     longest = count(rows[1]["question"], (84, 56), (280, 280))
     assert count(long, (84, 56)) < longest < count(long, (280, 280))
-    folder = start(f"data.path={tmp_path / 'rows.jsonl'}", f"data.eval_path={tmp_path / 'rows.jsonl'}", "train.updates_per_rollout=1",
-                   f"data.max_prompt_tokens={longest}")
-    assert [row["step"] for row in rows_of(folder)] == [0, 1, 2] and rows_of(folder)[2]["policy/grad_norm"] > 0
+    folder = start(
+        f"data.path={tmp_path / 'rows.jsonl'}",
+        f"data.eval_path={tmp_path / 'rows.jsonl'}",
+        "train.updates_per_rollout=1",
+        f"data.max_prompt_tokens={longest}",
+    )
+    assert [row["step"] for row in rows_of(folder)] == [0, 1, 2] and rows_of(folder)[2][
+        "policy/grad_norm"
+    ] > 0
 
 
 def test_torchrun_and_ask(start, tmp_path):
@@ -327,15 +488,40 @@ def test_torchrun_and_ask(start, tmp_path):
     root = Path(train.__file__).parent
     start("train.steps=1", folder="seen")
     common = dict(cwd=root, capture_output=True, text=True, timeout=300)
-    command = ["train.py", "config.yaml", f"run.dir={tmp_path / 'seen'}", f"model.path={tmp_path / 'model'}", "rollout.prompts_per_step=4",
-               "rollout.group_size=3", "rollout.max_new_tokens=12", "train.steps=2", "eval.samples=5",
-               f"reward.custom={tmp_path / 'reward.py'}:vowels", "optim.lr=1e-3"]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", *command], **common)
+    command = [
+        "train.py",
+        "config.yaml",
+        f"run.dir={tmp_path / 'seen'}",
+        f"model.path={tmp_path / 'model'}",
+        "rollout.prompts_per_step=4",
+        "rollout.group_size=3",
+        "rollout.max_new_tokens=12",
+        "train.steps=2",
+        "eval.samples=5",
+        f"reward.custom={tmp_path / 'reward.py'}:vowels",
+        "optim.lr=1e-3",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *command], **common
+    )
     assert done.returncode == 0, done.stderr
     assert "resumed" in done.stdout and "step    2/2" in done.stdout
     picture(112, 112, 0).save(tmp_path / "p.png")
-    asked = subprocess.run([sys.executable, "evaluate.py", "ask", "--model", str(tmp_path / "seen" / "final"), "--max-new-tokens", "5",
-                            "--image", str(tmp_path / "p.png"), "Sum circle, cross."], **common)
+    asked = subprocess.run(
+        [
+            sys.executable,
+            "evaluate.py",
+            "ask",
+            "--model",
+            str(tmp_path / "seen" / "final"),
+            "--max-new-tokens",
+            "5",
+            "--image",
+            str(tmp_path / "p.png"),
+            "Sum circle, cross.",
+        ],
+        **common,
+    )
     assert asked.returncode == 0 and asked.stdout.strip(), asked.stderr
 
 
@@ -346,7 +532,11 @@ def test_the_default_run_learns(tmp_path):
     train.main([str(config_module.DEFAULTS), f"run.dir={folder}", f"toy.cache_dir={tmp_path}"])
     rows = rows_of(folder)
     first, last = rows[0], rows[-1]
-    assert 0.10 <= first["eval/accuracy"] <= 0.40 and first["eval/accuracy_greedy"] <= 0.60 and first["eval/format"] > 0.9
+    assert (
+        0.10 <= first["eval/accuracy"] <= 0.40
+        and first["eval/accuracy_greedy"] <= 0.60
+        and first["eval/format"] > 0.9
+    )
     assert last["eval/accuracy"] >= first["eval/accuracy"] + 0.50
     assert last["eval/accuracy_greedy"] >= first["eval/accuracy_greedy"] + 0.20
     # chance is 580/4096 = 0.14, two shapes of three agree now and then; 200 samples have a standard error of 0.025

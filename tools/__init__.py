@@ -1,0 +1,1 @@
+"""The laboratory beside the core: each tool runs as `python -m tools.NAME`."""
