@@ -20,6 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import data
 from data import DataError, JsonlDataset, Sample, Sampler, check_lengths, encode_prompt, load_image
+from rows import QWEN_SPECIAL_TOKENS, parse_row
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
@@ -30,7 +31,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-SPECIAL = list(data.QWEN_SPECIAL_TOKENS)
+SPECIAL = list(QWEN_SPECIAL_TOKENS)
 
 
 def make_tokenizer(**options) -> Qwen2Tokenizer:
@@ -481,7 +482,7 @@ def test_exif_rotation_is_applied(tmp_path, name):
     upright = load_image(name, tmp_path)
     assert upright.size == (16, 32)
     assert min(upright.getpixel((8, 4))) > 250 and max(upright.getpixel((8, 28))) < 5
-    assert load(tmp_path, [plain(image=name)])._sizes == {name: (16, 32)}
+    assert load(tmp_path, [plain(image=name)]).image_sizes == {name: (16, 32)}
 
 
 @pytest.mark.parametrize("name", ["m.gif", "m.webp", "m.png"])
@@ -572,7 +573,7 @@ def test_broken_images_keep_no_pixels_alive(tmp_path):
     (tmp_path / "t.png").write_bytes((tmp_path / "t.png").read_bytes()[:3000])
     problems: dict[int, DataError] = {}
     dataset = load(tmp_path, [plain()])
-    dataset._rows = [data._parse_row(json.dumps(plain(image="t.png")).encode(), 1)]
+    dataset.rows = [parse_row(json.dumps(plain(image="t.png")).encode(), 1)]
     dataset._check_images(problems)
     assert (
         problems[1].__traceback__ is None
