@@ -352,7 +352,6 @@ class Decoding:
     ):
         """kept: layer -> (keys, values) of each prompt, [1, H_kv, P, D] each; emptied here."""
         self.tap, self.capacity, self.length = tap, capacity, 0
-        self.intervention = None  # while a step is computed for the second time: its `shift` changes the attention scores
         count, lengths = (
             len(prompts),
             torch.tensor([len(p.input_ids) for p in prompts], device=device),
@@ -423,9 +422,7 @@ class Decoding:
             [self._from_grid(shared_scores), float32_product(query, own_keys.transpose(-1, -2))],
             dim=-1,
         ).mul_(scale)
-        if self.intervention is not None:
-            scores = self.intervention.shift(layer, scores, *self._members(self.length + 1))
-        attention = torch.softmax(scores, dim=-1)  # [R, H_kv, H/H_kv, K]
+        attention = torch.softmax(self.adjust_scores(layer, scores), dim=-1)  # [R, H_kv, H/H_kv, K]
         if self.tap is not None and layer in self.tap.layers:
             self.tap.read_step(layer, attention.mean(dim=(1, 2)))
         attention = attention.to(value.dtype)
@@ -445,28 +442,28 @@ class Decoding:
                 layer: [x[rows] for x in steps] for layer, steps in self.tap.steps.items()
             }
 
-    def _members(self, own: int) -> tuple[Tensor, Tensor]:
+    def members(self, own: int) -> tuple[Tensor, Tensor]:
         """[R, K] bool each: visual keys and text keys in scope, of the prompts and `own` tokens of the rows."""
         return F.pad(self.visual, (0, own)), F.pad(self.text, (0, own), value=True)
 
+    @property
+    def waiting(self) -> int:
+        """How many steps `signals` would return now."""
+        return 0 if self.tap is None else self.tap.waiting
+
     def signals(self) -> Signals:
-        """The tap's signals [R, steps] of the steps since the last call."""
-        return self.tap.reduce_steps(*self._members(self.length))
+        """The signals [R, steps] of the steps since the last call; only with a tap."""
+        return self.tap.reduce_steps(*self.members(self.length))
 
-    def intervene(
-        self, intervention, names: list[tuple[int, int]], step: int, going: Tensor, compute
-    ) -> tuple[Tensor, Signals]:
-        """The last step once more, as `intervention` would have it: it has seen the signals of the first computation and chosen rows.
+    def advance(self, compute, going: Tensor) -> Tensor:
+        """One decoding step: compute() passes the new token of each row through the decoder. Returns its result.
 
-        compute() repeats the decoder's pass; its keys and values overwrite the first ones, and stay. Returns its result and the
-        signals [R, 1]: masses as they are now, shifts, and with them the roles, between rows of first computations.
+        going [R] bool: the rows that have not ended. This and `adjust_scores` are what a layout that changes attention overrides.
         """
-        natural = self.signals()
-        intervention.choose(names, step, Signals(*(x[:, 0] for x in natural)), going)
-        rows = {layer: list(steps) for layer, steps in self.tap.steps.items()}
-        self.intervention, self.length = intervention, self.length - 1
         result = compute()
-        self.intervention, self.length = None, self.length + 1
-        changed = self.signals()
-        self.tap.steps = rows
-        return result, Signals(*changed[:2], *natural[2:])
+        self.length += 1
+        return result
+
+    def adjust_scores(self, layer: int, scores: Tensor) -> Tensor:
+        """The attention scores [R, H_kv, H/H_kv, K] of one step and layer on their way to the softmax: here as they are."""
+        return scores

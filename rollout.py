@@ -13,6 +13,7 @@ Shapes: P prompts, G responses per prompt, B = P·G, T response tokens, R rows s
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -124,15 +125,15 @@ def generate(
     capture=None,
     max_cache_tokens: int = 131072,
     temperature: float | None = None,
-    intervention=None,
     greedy_last: bool = False,
+    decoding: Callable[..., Decoding] = Decoding,
 ) -> Rollout:
     """Sample G responses to each prompt, in waves of at most `max_cache_tokens` prompt and response tokens.
 
     key: what the random streams depend on besides Prompt.index and the response's place in its group, say (seed, step);
     None decodes greedily. greedy_last: the last response of each group is greedy, whatever the key. capture: settings with
-    layers, shift and text_scope, to record DyCo's signals. temperature: by default the policy's. intervention: changes the
-    attention of chosen tokens (analyze.Intervention); needs `capture`.
+    layers, shift and text_scope, to record DyCo's signals. temperature: by default the policy's. decoding: makes the layout
+    of a wave, Decoding or a subclass of it that changes attention.
     """
     waves = runs_within(
         [len(prompt.input_ids) + group_size * max_new_tokens for prompt in prompts],
@@ -151,8 +152,8 @@ def generate(
                     key,
                     capture,
                     temperature,
-                    intervention,
                     greedy_last,
+                    decoding,
                 )
                 for wave in waves
             ]
@@ -194,8 +195,8 @@ def _decode(
     key,
     capture,
     temperature,
-    intervention=None,
     greedy_last: bool = False,
+    make_layout: Callable[..., Decoding] = Decoding,
 ) -> Rollout:
     rows, device = len(prompts) * group_size, policy.device
     tap = None if capture is None else policy.tap(capture)
@@ -236,7 +237,7 @@ def _decode(
                 Signals(*(torch.cat(x).repeat_interleave(group_size, dim=0) for x in zip(*first))),
                 1,
             )
-        decoding = Decoding(prompts, kept, group_size, max_new_tokens, tap, device)
+        decoding = make_layout(prompts, kept, group_size, max_new_tokens, tap, device)
         head = policy.hf.lm_head.weight.to(policy.dtype)
         following = torch.tensor(
             [int(p.max()) + 1 for p in positions], device=device
@@ -266,27 +267,18 @@ def _decode(
                 count == 0 or step + 1 == max_new_tokens,
                 count <= COMPACT_BELOW * len(alive),
             )
-            if tap is not None and tap.waiting and (last or leave or tap.waiting == tap.STEPS):
+            if decoding.waiting and (last or leave or decoding.waiting == Tap.STEPS):
                 record(decoding.signals(), step + 1)
             if last:
                 break
             if leave:
                 places = going.nonzero().squeeze(-1)
                 decoding.keep(places)
-                alive, chosen = alive[places], chosen[places]
+                alive, chosen, going = alive[places], chosen[places], going[places]
             embedded = policy.look_up(chosen)[:, None]
             position = (following[alive] + step)[None, :, None].expand(3, -1, -1)
             compute = lambda: policy.decoder(embedded, position, decoding)[:, 0]
-            hidden = compute()
-            decoding.length += 1
-            if intervention is not None:
-                names = [
-                    (prompts[row // group_size].index, row % group_size) for row in alive.tolist()
-                ]
-                hidden, found = decoding.intervene(
-                    intervention, names, step + 1, ~ended[alive], compute
-                )
-                record(found, step + 2)
+            hidden = decoding.advance(compute, going)
 
     width = int(mask.sum(1).max())
     ids = tokens.tolist()
