@@ -12,6 +12,7 @@ the dtype of its input, at least float32, and without gradient: the weights are 
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -266,18 +267,44 @@ def _flat(t: Tokens) -> Tokens:
     return t._replace(scores=torch.zeros_like(t.scores))
 
 
+class Rule(NamedTuple):
+    """One way to assign token advantages."""
+
+    compute: Callable[[Tokens], Tensor]
+    description: str
+    source: str
+    controls: tuple[str, ...] = ()  # the rules that it must be compared with
+
+
 RULES = {
-    "off": lambda t: t.advantages,
-    "paper": _paper,
-    "signed": _signed,
-    "centered": lambda t: _signed(t, offset=1.0),
-    "uniform": lambda t: _paper(_flat(t)),
-    "shuffled": lambda t: _paper(t._replace(scores=_shuffle(t.scores, t.mask, t.generator))),
-    "signed_uniform": lambda t: _signed(_flat(t)),
-    "signed_shuffled": lambda t: _signed(
-        t._replace(scores=_shuffle(t.scores, t.roles != 0, t.generator))
+    "off": Rule(lambda t: t.advantages, "the host's own advantage", "host algorithm"),
+    "paper": Rule(_paper, "(1 + α·w)·Â", "eq. 8", ("uniform", "shuffled")),
+    "signed": Rule(
+        _signed,
+        "(1 + α·sign(Â)·w)·Â on non-neutral tokens",
+        "the authors' later revision",
+        ("signed_uniform", "signed_shuffled"),
     ),
-    "response": lambda t: _response_factor(t.scores, t.roles, t.alpha, t.group_size) * t.advantages,
+    "centered": Rule(
+        lambda t: _signed(t, offset=1.0), "signed with w − 1", "the authors' later revision"
+    ),
+    "uniform": Rule(lambda t: _paper(_flat(t)), "paper with w = 1", "control"),
+    "shuffled": Rule(
+        lambda t: _paper(t._replace(scores=_shuffle(t.scores, t.mask, t.generator))),
+        "paper with permuted scores",
+        "control",
+    ),
+    "signed_uniform": Rule(lambda t: _signed(_flat(t)), "signed with w = 1", "control"),
+    "signed_shuffled": Rule(
+        lambda t: _signed(t._replace(scores=_shuffle(t.scores, t.roles != 0, t.generator))),
+        "signed with permuted scores",
+        "control",
+    ),
+    "response": Rule(
+        lambda t: _response_factor(t.scores, t.roles, t.alpha, t.group_size) * t.advantages,
+        "(1 + α·tanh z)·Â",
+        "the authors' release",
+    ),
 }
 
 
@@ -306,7 +333,7 @@ def reweight_advantages(
     ...                     torch.ones(1, 4).bool())
     tensor([[-1.1388, -1.2288, -1.2937, -1.1388]])
     """
-    compute = _choose(RULES, rule, "dyco.rule")
+    compute = _choose(RULES, rule, "dyco.rule").compute
     advantages = _at_least_float32(advantages)
     if advantages.dim() == 1:
         advantages = advantages[:, None]
