@@ -60,6 +60,7 @@ def bootstrap_mean(
     """(mean, low, high) of values that are drawn one by one; fewer than four have no interval."""
     x = torch.tensor(values, dtype=torch.float64)
     mean = float(x.mean())
+    # Below four there are too few different draws for quantiles to mean anything.
     if len(values) < 4:
         return mean, None, None
     means = x[draw(len(values), replicates)].mean(1)
@@ -72,6 +73,7 @@ def bootstrap_mean(
 
 def sums_by_prompt(values: Tensor, prompt: Tensor) -> Tensor:
     """Sums over the responses to each prompt: values [S, B], prompt [B] -> [S, P] float64."""
+    # Prompts without responses would count as prompts; `place` numbers those that occur.
     _, place = prompt.unique(return_inverse=True)
     sums = torch.zeros(len(values), int(place.max()) + 1, dtype=torch.float64)
     return sums.index_add_(1, place, values.double())
@@ -93,6 +95,7 @@ def bootstrap(numerators: Tensor, denominators: Tensor, prompt: Tensor) -> tuple
     numerators = sums_by_prompt(numerators, prompt)
     denominators = sums_by_prompt(denominators, prompt)
     prompts = numerators.shape[1]
+    # How often a replicate drew each prompt is all that its sums depend on.
     times_drawn = [row.bincount(minlength=prompts) for row in draw(prompts, REPLICATES)]
     times_drawn = torch.stack(times_drawn, dim=1).double()  # [P, N]
     ratios = _ratio(numerators.sum(1), denominators.sum(1))
@@ -111,12 +114,17 @@ def within_prompts(
 
     right and wrong (numerators, denominators), [S, B] each; prompt [B] -> as `bootstrap`.
     """
-    right_sum, right_count = (sums_by_prompt(values, prompt) for values in right)
-    wrong_sum, wrong_count = (sums_by_prompt(values, prompt) for values in wrong)
+    right_sum = sums_by_prompt(right[0], prompt)
+    right_count = sums_by_prompt(right[1], prompt)
+    wrong_sum = sums_by_prompt(wrong[0], prompt)
+    wrong_count = sums_by_prompt(wrong[1], prompt)
     has_both = (right_count > 0) & (wrong_count > 0)
-    weight = torch.where(has_both, right_count * wrong_count / (right_count + wrong_count), 0)
+    weight = right_count * wrong_count / (right_count + wrong_count)
     difference = wrong_sum / wrong_count - right_sum / right_count
+    # A prompt without both has a weight or a difference of 0/0, which must not reach the sums.
+    weight = torch.where(has_both, weight, 0)
     weighted = torch.where(has_both, weight * difference, 0)
+    # Each prompt is one value now, so what is drawn is again prompts.
     return bootstrap(weighted, weight, torch.arange(weight.shape[1]))
 
 

@@ -102,6 +102,7 @@ def batch_gradient(
 
     Advantages are assigned by `rule`, or, where scores [B, T] are given, by eq. 7 and 8 with these.
     """
+    # The roles are assigned along with the advantages, under "off" as well.
     assigned_by = rule if scores is None else "off"
     config = replace(config, dyco=replace(config.dyco, rule=assigned_by))
     train.assign_advantages(config, batch, step)
@@ -177,6 +178,7 @@ def compare_batches(
             continue  # a direction is what a zero gradient lacks
         host_advantages = batches[place].advantages
         for name in names:
+            # Computing a gradient assigns the batch's advantages, which the factors are read from.
             mine = host if name == "off" else gradient(place, name)
             factors = batches[place].advantages / host_advantages
             factors = factors[host_advantages != 0]

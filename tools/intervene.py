@@ -65,6 +65,7 @@ def mass_bias(mass: Tensor, rest: Tensor, factor: float) -> tuple[Tensor, Tensor
     >>> mass_bias(torch.tensor([.2, .6, .0]), torch.tensor([.8, .4, 1.]), 2.0)[0]
     tensor([0.9808, 4.1897, 0.0000])
     """
+    # The differences of logarithms below cancel where λ is close to 1: float64 keeps their digits.
     r = mass.double()
     outside = rest.double()
     capped = (factor * r > r.clamp(min=HIGHEST_MASS)) & (outside > 0)
@@ -313,8 +314,9 @@ class Passes:
         self.finished = read_log(log, settings)
         responses = range(config.rollout.group_size)
         self.names = [(place, response) for place in range(count) for response in responses]
+        # For the progress bar: how many passes there are, and how many were asked for so far.
+        self.total = 0
         self.begun = 0
-        self.total = 0  # for the progress bar
 
     def make(
         self, role: str | None, arm: str, factor: float, intervention: Intervention | None = None
@@ -347,7 +349,9 @@ class Passes:
         append_jsonl(self.log, [{"settings": self.settings, **row}])
         return row
 
-    def make_all(self, roles: list[str], factors: list[float], layers: list[int] | None):
+    def make_all(
+        self, roles: list[str], factors: list[float], layers: list[int] | None
+    ) -> list[dict]:
         """The rows of all passes, λ = 1 first."""
         self.total = 1 + len(roles) * len(factors) * len(ARMS)
         scale = partial(
@@ -358,6 +362,7 @@ class Passes:
             role = ROLES[name]
             for factor in factors:
                 main = self.make(name, "role tokens", factor, scale(factor, role, role=role))
+                # The control touches as many tokens as the main pass did, so it has to come second.
                 plan = random_plan(
                     torch.tensor(main["touched"]),
                     torch.tensor(main["length"]),
@@ -382,7 +387,7 @@ def describe_arm(row: dict, base: dict, control: dict, role: str) -> dict:
     def of_each_response(row: dict, key: str) -> Tensor:
         return torch.tensor(row[key], dtype=torch.float64)
 
-    # All four in one draw of the bootstrap, so that the differences are paired.
+    # All four go through one draw of the bootstrap, so that their differences are paired.
     ones = torch.ones(len(base["prompt"]), dtype=torch.float64)
     numerators = [
         of_each_response(row, "correct"),
@@ -417,6 +422,7 @@ def describe_intervention(rows: list[dict]) -> list[dict]:
     for role in dict.fromkeys(row["role"] for row in others):
         factors = {row["factor"] for row in others if row["role"] == role}
         for arm in ARMS:
+            # At λ = 1 nothing is changed, so all arms share the one pass that was made there.
             for factor in sorted(factors | {base["factor"]}):
                 row = by_name.get((role, arm, factor), base)
                 control = by_name.get((role, "random tokens", factor), base)

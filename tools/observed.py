@@ -144,7 +144,7 @@ def sample_responses(
                 decoding=decoding,
             )
             if each is not None:
-                each(rollout)
+                each(rollout)  # before the verifier, so that responses are kept whatever it does
             part = observe(
                 prompt_of_each(rollout),
                 rollout.texts,
@@ -234,6 +234,7 @@ def read_responses(
     by_place: dict[int, list] = {}
     for place, ids, text in recorded:
         by_place.setdefault(place, []).append((ids, text))
+    # The responses to one sample are one group of the packed forward, which encodes it once.
     parts = []
     for place, responses in tqdm(by_place.items(), desc="recorded responses"):
         prompt = encode(policy, samples, place, config)
@@ -275,7 +276,7 @@ def load(
     Of the toy these are the held-out samples, from which responses are sampled, and behind them the
     training samples, since a run's samples.jsonl is about those.
     """
-    if config.train.threads:
+    if config.train.threads:  # 0: as many as PyTorch chooses
         torch.set_num_threads(config.train.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = model_folder(options, config)

@@ -59,7 +59,8 @@ def _mean_over(values: Tensor, marked: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def role_switches(roles: Tensor) -> Tensor:
-    """[B, T] bool: tokens whose role is not that of the last token before them that has one."""
+    """[B, T] bool: tokens that have a role, and another one than the last token before them with a
+    role."""
     has_role = roles != 0
     # Places count from 1, so that 0 can say: no token so far has a role.
     place = torch.arange(1, roles.shape[1] + 1)
@@ -74,7 +75,9 @@ def statistics(seen: Observed) -> dict[str, tuple[Tensor, Tensor]]:
 
     Summed over responses they give means over tokens, or shares of tokens.
     """
-    mask, roles, signals = seen.mask, seen.roles, seen.signals
+    mask = seen.mask
+    roles = seen.roles
+    signals = seen.signals
     visual = roles > 0
     text = roles < 0
     has_role = roles != 0
@@ -156,9 +159,9 @@ def token_strings(seen: Observed, tokenizer, shown: int = 10) -> dict[str, list[
 def describe_roles(seen: Observed, tokenizer) -> dict:
     """What roles.json holds: [estimate, low, high] of each statistic for right and for wrong
     responses, and of their difference within prompts."""
-    # A column is what it is over all responses, with those of the other outcome counting nothing.
     pairs = statistics(seen)
     numerators, denominators = (torch.stack(part) for part in zip(*pairs.values(), strict=True))
+    # Times `correct`, the wrong responses add nothing to either sum, and the other way round.
     right = (numerators * seen.correct, denominators * seen.correct)
     wrong = (numerators * ~seen.correct, denominators * ~seen.correct)
     columns = {

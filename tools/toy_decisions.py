@@ -37,6 +37,7 @@ def toy_decisions(pieces: list[str], sample: Sample) -> dict[int, tuple[str, boo
 
     pieces: the response's tokens as text.
     """
+    # Where each token ends in the text, to find the token that a match begins in.
     ends = np.cumsum([len(piece) for piece in pieces])
     colors = sample.extra["colors"]
     values = sample.extra["values"]
@@ -52,7 +53,7 @@ def toy_decisions(pieces: list[str], sample: Sample) -> dict[int, tuple[str, boo
         )
         for group, kind, is_right in zip((2, 3, 4), kinds, are_right, strict=True):
             place = int(np.searchsorted(ends, step.start(group), side="right"))
-            decisions[place] = (kind, is_right)
+            decisions[place] = (kind, is_right)  # of two in one token the last one stays
         total = int(total_after)
     return decisions
 
