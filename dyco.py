@@ -356,7 +356,7 @@ CONTROL = "a control of this project"
 RULES = {
     "off": Rule(_off, "Â for every token; the signals are only logged", "the host algorithm"),
     "paper": Rule(
-        _paper, "eq. 8: (1 + α·w)·Â", f"{PAPER}, eq. 7 and 8", ("uniform", "shuffled", "response")
+        _paper, "eq. 8: (1 + α·w)·Â", f"{PAPER}, eq. 7 and 8", ("uniform", "shuffled")
     ),
     "signed": Rule(
         _signed,

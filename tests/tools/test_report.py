@@ -11,6 +11,7 @@ import torch
 import yaml
 from browser import CHROMIUM, Browser
 from conftest import TEMPLATE, picture
+from observations import observed
 
 import config as config_module
 import run_folder
@@ -20,7 +21,7 @@ from config import load_config
 from data import Sample, encode_prompt
 from model import Policy, save_policy
 from rollout import generate
-from tools import analyze, report
+from tools import intervene, report, roles
 
 HOSTILE = (
     '</script><script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">\' " & <!-- ]]> {{data}} '
@@ -279,23 +280,21 @@ def test_a_young_run_has_a_report(run_dir, keep):
 
 
 def test_what_analyze_found_is_on_the_page(run_dir):
-    from test_analyze import observed
-
     (run_dir / "analysis").mkdir()
     seen = observed([[0, 1, -1, 0, 1]] * 12, [[0.0, 0.3, 0.6, 0.0, 0.4]] * 12, [True, False] * 6)
     tokenizer = type("T", (), {"decode": lambda self, token: f"</b>{token}"})()
     (run_dir / "analysis" / "roles.json").write_text(
-        json.dumps({"model": "<m>", "data": "d", **analyze.describe_roles(seen, tokenizer)})
+        json.dumps({"model": "<m>", "data": "d", **roles.describe_roles(seen, tokenizer)})
     )
     row = lambda role, arm, factor: {
         "role": role,
         "arm": arm,
         "factor": factor,
         "capped": 0.1,
-        **analyze.arm_row(seen, torch.ones(12)),
+        **intervene.arm_row(seen, torch.ones(12)),
     }
     arms = ("role tokens", "random tokens", "other modality")
-    arms = analyze.describe_intervention(
+    arms = intervene.describe_intervention(
         [
             row(None, "none", 1.0),
             *(row("visual", arm, factor) for arm in arms for factor in (0.0, 2.0)),
@@ -342,7 +341,7 @@ def test_what_analyze_found_is_on_the_page(run_dir):
 def test_what_cannot_be_read_is_one_clear_error(run_dir, capsys, name, content, message):
     (run_dir / name).unlink() if content is None else (run_dir / name).write_text(content)
     with pytest.raises(SystemExit) as caught:
-        analyze.main(["report", str(run_dir)])
+        report.main([str(run_dir)])
     assert (
         message in str(caught.value)
         and str(caught.value).startswith("error: ")
