@@ -3,23 +3,25 @@
     accuracy("<think>…</think><answer>50 %</answer>", "50%") -> 1.0
     format("<think>…</think><answer>B</answer>")             -> 1.0
 
-The reward of a response is their weighted sum (reward.accuracy_weight, reward.format_weight). Both are verifiable:
-rules decide, no model does. Source: DyCo-RL (arXiv 2606.08035).
+The reward of a response is their weighted sum (reward.accuracy_weight, reward.format_weight). Both
+are verifiable: rules decide, no model does. Source: DyCo-RL (arXiv 2606.08035).
 
 A reward of your own needs no change here. Write a function into a file, say mine.py,
 
     def short(response, answer, sample):
         return 1.0 if len(response) < 400 else 0.0
 
-and train with `reward.custom=mine.py:short reward.custom_weight=0.5`; `sample` holds what else is known of the
-question. To replace the two rewards of the paper, set their weights to 0.
+and train with `reward.custom=mine.py:short reward.custom_weight=0.5`. What it returns, times its
+weight, is added to the sum; `sample` is the data.Sample that was asked. To do without the paper's
+two rewards, set their weights to 0.
 
 The rest of this folder decides whether an answer is right:
-    answers.py       what an answer says, and when two are equal; the rules where tastes differ
+    answers.py       when two answers are equal; the rules where tastes differ
+    values.py        what an answer says: a number, a relation, a list, words
     spelling.py      one spelling for Unicode, LaTeX and Markdown
     units.py         units and currencies
     expressions.py   mathematics: from text to trees, and their values
-    prover.py        equality of expressions with variables, by SymPy in a process that can be killed
+    prover.py        proofs that expressions are equal, by SymPy in a process that can be killed
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 FLOAT32_MAX = 1e38  # about: rewards are stored as float32
 
 
-# ----------------------------------------------------------------------------------------------- accuracy and format
+# ------------------------------------------------------------------------------ accuracy and format
 
 
 def accuracy(response: str, answer: str) -> float:
@@ -69,7 +71,7 @@ def accuracy(response: str, answer: str) -> float:
 
 
 def format(response: str) -> float:
-    """1.0 if the whole response is one think block and one answer block that is not empty, else 0.0.
+    """1.0 if the response is one think block and then one non-empty answer block, else 0.0.
 
     >>> format("<think>2+2</think> <answer>4</answer>"), format("<answer>4</answer>")
     (1.0, 0.0)
@@ -85,7 +87,9 @@ def format(response: str) -> float:
 
 
 def extract_answer(response: str) -> str | None:
-    """The content of the last complete ``<answer>…</answer>`` block, None without one. Takes linear time.
+    """The content of the last complete ``<answer>…</answer>`` block, None without one.
+
+    It takes linear time, whatever the response is.
 
     >>> extract_answer("<answer>5</answer> no: <answer>6</answer>"), extract_answer("5")
     ('6', None)
@@ -100,11 +104,11 @@ def extract_answer(response: str) -> str | None:
     return response[start : response.index("</answer>", start)]
 
 
-# ------------------------------------------------------------------------------------------------- a reward of your own
+# ----------------------------------------------------------------------------- a reward of your own
 
 
 class RewardError(ValueError):
-    """A custom reward that raised, took too long, or returned something other than a finite number."""
+    """A custom reward raised, took too long, or returned something other than a finite number."""
 
 
 def load_custom(spec: str, what: str = "custom reward") -> Callable[[str, str, Any], Any]:
@@ -126,10 +130,9 @@ def load_custom(spec: str, what: str = "custom reward") -> Callable[[str, str, A
     function = getattr(module, name, None)
     if callable(function):
         return function
+    there = "nothing of that name"
     if hasattr(module, name):
         there = f"{type(function).__name__} {name}"
-    else:
-        there = "nothing of that name"
     raise ValueError(
         f"{what} {spec!r}: found {there}, expected a function; "
         f"nearest in the file: {_nearest_functions(module, name)}"
@@ -160,8 +163,8 @@ def call_custom(
 ) -> float:
     """What a custom reward gives for a response, within `limit` seconds.
 
-    In the main thread only: the limit is an alarm signal. Python looks at signals between its own instructions
-    and in `re`; other C code is interrupted when it returns. Raises RewardError.
+    In the main thread only: the limit is an alarm signal. Python looks at signals between its own
+    instructions and in `re`; other C code is interrupted when it returns. Raises RewardError.
     """
     name = getattr(function, "__name__", repr(function))
     value = None

@@ -3,8 +3,8 @@ r"""Mathematical expressions: from text to a tree, and from a tree to its value.
     Parser("2x").whole()                -> ("*", ("num", 2, 1), ("var", "x"))
     evaluate(Parser("1/2").whole())     -> Fraction(1, 2)
 
-A tree is a tuple (operation, operand, …) of trees, numbers and names. It is data: nothing here runs what an
-answer says, and the length, the depth and the size of all numbers are bounded.
+A tree is a tuple (operation, operand, …) of trees, numbers and names. It is data: nothing here runs
+what an answer says, and the length, the depth and the size of all numbers are bounded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_DEPTH = 40  # nested operations
 MAX_BITS = 4096  # of a numerator or denominator
 
 
-# ------------------------------------------------------------------------------------------------------------ parsing
+# ------------------------------------------------------------------------------------------ parsing
 
 TOKEN = re.compile(
     r"""
@@ -68,12 +68,12 @@ FUNCTIONS = {
 }
 GREEK_COMMANDS = {f"\\{name}" for name in GREEK.values()}
 
-# "no" must not become n·o, which would equal "on": four letters in a row, or letters alone, are words.
+# Four letters in a row, or letters alone, are words: "no" must not become n·o, which equals "on".
 WORDS = re.compile(r"(?<![A-Za-z\\])(?<!_\{)[A-Za-z]{4,} | ^[A-Za-z\s]{2,}\Z", re.VERBOSE)
 
 
 class Parser:
-    r"""LaTeX or ASCII mathematics as a tree, by operator precedence. Raises ValueError for all else.
+    r"""LaTeX or ASCII mathematics as a tree, by operator precedence; ValueError for all else.
 
     >>> Parser("2x").whole()
     ('*', ('num', 2, 1), ('var', 'x'))
@@ -126,8 +126,9 @@ class Parser:
         return self.operand()
 
     def operator(self) -> str:
-        """The operator that comes next, or a token that is none. A digit does not multiply: 5 6 is not 30."""
+        """The operator that comes next, or a token that is none."""
         token = self.tokens[self.at]
+        # Letters, commands and brackets multiply without a sign, digits do not: 5 6 is not 30.
         if token != END and re.match(r"[A-Za-z\\({\[]", token):
             return JUXTAPOSED
         return token
@@ -137,7 +138,7 @@ class Parser:
         sign = self.operator()
         if sign != JUXTAPOSED:
             self.at += 1
-        # Operators of one level are done from the left, 5-2-1 = (5-2)-1, only powers from the right.
+        # Operators of one level are done from the left, 5-2-1 is (5-2)-1, powers from the right.
         right = self.operation(POWER if sign == "^" else BINDING[sign] + 1)
         if sign == "-":
             return ("+", left, ("-", right))
@@ -194,7 +195,7 @@ class Parser:
         return tree if exponent is None else ("^", tree, exponent)
 
     def argument(self) -> tuple:
-        """What a function applies to: the bracket after it, or a product of a number and letters."""
+        """What a function applies to: the bracket after it, or a number times letters."""
         if self.tokens[self.at] in ("(", "{"):
             return self.operation(OPERAND)
         argument = self.operation(SIGN)
@@ -206,11 +207,11 @@ class Parser:
     COMMANDS = {r"\frac": fraction, r"\sqrt": root}
 
 
-# --------------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 def bounded(value: Any, power: Any = 1) -> Any:
-    """The value, if its power has at most MAX_BITS; else ValueError, before the power is computed."""
+    """The value; ValueError if its power would have more than MAX_BITS, which is not computed."""
     bits = 0
     if isinstance(value, Fraction):
         bits = max(value.numerator.bit_length(), value.denominator.bit_length())
@@ -236,7 +237,7 @@ def divided(a: Any, b: Any) -> Any:
     return bounded(a / b)
 
 
-# Exact for fractions; a root or π makes a float of it, and a complex number where that is the value.
+# Fractions stay exact. A root or π makes floats of them, or complex numbers.
 ARITHMETIC = {
     "num": Fraction,
     "pi": lambda: math.pi,
@@ -257,9 +258,10 @@ ARITHMETIC = {
 
 
 def evaluate(tree: tuple, names: Iterable[str] = (), seed: int = 0) -> Any:
-    """The value of a tree, with variables at rational points that depend on their names and the seed.
+    """The value of a tree; that of a variable is rational and depends on its name and the seed.
 
-    A Fraction as long as it is rational, else a float or complex; None where it is undefined or too large.
+    The result is a Fraction as long as it is rational, else a float or a complex number, and None
+    where it is undefined or too large.
 
     >>> evaluate(("/", ("num", 3, 1), ("num", 6, 1)))
     Fraction(1, 2)
@@ -276,5 +278,5 @@ def evaluate(tree: tuple, names: Iterable[str] = (), seed: int = 0) -> Any:
 
 
 def coordinate(name: str, seed: int) -> Fraction:
-    """An odd number of fourteenths between -39/14 and 39/14: never 0, 1 or another special point."""
+    """An odd number of fourteenths from -39/14 to 39/14, so never 0, 1 or another whole number."""
     return Fraction(random.Random(f"{name} {seed}").randrange(-39, 40, 2), 14)

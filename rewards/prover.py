@@ -1,10 +1,12 @@
-"""Whether two expressions are equal, proved by SymPy in a process of its own that can be killed at any time.
+"""Proofs that two expressions are equal, by SymPy in a process of its own that can be killed.
 
-    PROVER.equal(("+", ("var", "x"), ("var", "x")), ("*", ("num", 2, 1), ("var", "x")), Budget(0.8))  -> True
+    x = ("var", "x")
+    PROVER.equal(("+", x, x), ("*", ("num", 2, 1), x), Budget(0.8))    -> True
 
-SymPy may think about a short expression for hours and in gigabytes. So one worker process imports it once, and each
-proof is a fork of that worker which an alarm ends. The worker runs this file as a script, by its path: no module
-of ours is imported there, so nothing that lies beside the files of this project can be taken for a part of SymPy.
+SymPy may think about a short expression for hours, and in gigabytes. So one worker process imports
+it once, and each proof is a fork of that worker, which an alarm ends. The worker runs this file as
+a script, by its path. It imports no other module of ours, and the folders of this project are not
+on its search path, so that no file in them can be taken for a part of SymPy.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ class Budget:
 
 
 def fold(tree: Any, operations: dict[str, Callable]) -> Any:
-    """The value of a tree (operation, operand, …), each operation done by the function of that name.
+    """The value of a tree (operation, operand, …); `operations` has a function for each operation.
 
-    Numbers are computed with it in the main process, SymPy's objects in the worker.
+    The main process computes numbers with it, the worker SymPy's objects.
 
     >>> fold(("+", ("num", 2, 1), ("num", 3, 1)), {"num": lambda a, b: a / b, "+": operator.add})
     5.0
@@ -57,13 +59,14 @@ def fold(tree: Any, operations: dict[str, Callable]) -> Any:
     return operations[name](*values)
 
 
-# ---------------------------------------------------------------------------------------------------- the side that asks
+# ------------------------------------------------------------------------------- the side that asks
 
 
 class Prover:
     """One worker, started by the first question, and replaced when it overruns or dies.
 
-    It is a plain subprocess: the children of `multiprocessing` would import the caller's main script again.
+    It is a plain subprocess: the children of `multiprocessing` would import the caller's main
+    script again.
     """
 
     def __init__(self) -> None:
@@ -71,7 +74,7 @@ class Prover:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        """Raises RuntimeError if the worker does not come up: no answer may be wrong because of that."""
+        """Raises RuntimeError if the worker does not come up; no answer is wrong for that."""
         # PYTHONSAFEPATH: the folder of this file is not searched for modules.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
         self.process = subprocess.Popen(
@@ -105,7 +108,7 @@ class Prover:
         return os.read(self.process.stdout.fileno(), 1)
 
     def equal(self, first: tuple, second: tuple, budget: Budget) -> bool:
-        """Whether two trees are proved equal within the budget. What cannot be proved counts as different."""
+        """Whether two trees are proved equal within the budget."""
         question = json.dumps([first, second]).encode() + b"\n"
         with self.lock:
             for _ in range(2):  # a worker that was killed from outside is replaced and asked again
@@ -118,7 +121,7 @@ class Prover:
         return False
 
     def ask(self, question: bytes, budget: Budget) -> bytes:
-        """The worker's reply, b"" if there is none. The start of the worker costs nothing of the budget."""
+        """The worker's reply, b"" without one. A start of the worker costs no budget."""
         try:
             if self.process is None:
                 self.start()
@@ -137,7 +140,7 @@ class Prover:
 PROVER = Prover()  # starts nothing before the first question
 
 
-# ------------------------------------------------------------------------------------------------------------ the worker
+# --------------------------------------------------------------------------------------- the worker
 
 
 def sympy_operations() -> dict[str, Callable]:
@@ -172,7 +175,10 @@ def prove(first: Any, second: Any, operations: dict[str, Callable]) -> bool:
 
 
 def prove_in_fork(question: bytes, operations: dict[str, Callable]) -> bool:
-    """A proof in a fork, which an alarm ends whatever SymPy is doing. Here SymPy stays loaded, its caches clean."""
+    """A proof in a fork, which an alarm ends whatever SymPy is doing.
+
+    In the worker itself SymPy stays loaded and its caches stay clean.
+    """
     child = os.fork()
     if child == 0:
         signal.setitimer(signal.ITIMER_REAL, PROOF_LIMIT)

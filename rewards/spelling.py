@@ -1,7 +1,9 @@
-r"""One spelling for what can be written in many ways: Unicode and LaTeX, Markdown, "the answer is …".
+r"""One spelling for what can be written in many ways: in Unicode, LaTeX, Markdown, in a sentence.
 
-    clean(r"The answer is $\boxed{\dfrac{1}{2}}$.")  -> r"\frac{1}{2}"       still the text of an answer
-    as_mathematics(r"1\frac{1}{2}")                  -> "(1+1/2)"            what the parser of expressions reads
+    clean(r"The answer is $\boxed{\dfrac{1}{2}}$.")  -> r"\frac{1}{2}"
+    as_mathematics(r"1\frac{1}{2}")                  -> "(1+1/2)"
+
+`clean` leaves an answer that people can read. `as_mathematics` writes it as the parser reads it.
 
 A new notation is one pair in LATEX or NOTATION, or one small function and its line in CLEANING.
 """
@@ -15,16 +17,34 @@ from collections.abc import Callable
 Rewrite = tuple[re.Pattern, str | Callable[[re.Match], str]]
 
 
-# ------------------------------------------------------------------------------------------------- single characters
+# -------------------------------------------------------------------------------- single characters
 
-GREEK = dict(
-    zip(
-        "αβγδεζηθικλνξοπρστυφχψω",  # without μ, which is also a prefix of units, and the final ς
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda nu xi omicron pi rho "
-        "sigma tau upsilon phi chi psi omega".split(),
-        strict=True,
-    )
-)
+# Without μ, which is a prefix of units, too.
+GREEK = {
+    "α": "alpha",
+    "β": "beta",
+    "γ": "gamma",
+    "δ": "delta",
+    "ε": "epsilon",
+    "ζ": "zeta",
+    "η": "eta",
+    "θ": "theta",
+    "ι": "iota",
+    "κ": "kappa",
+    "λ": "lambda",
+    "ν": "nu",
+    "ξ": "xi",
+    "ο": "omicron",
+    "π": "pi",
+    "ρ": "rho",
+    "σ": "sigma",
+    "τ": "tau",
+    "υ": "upsilon",
+    "φ": "phi",
+    "χ": "chi",
+    "ψ": "psi",
+    "ω": "omega",
+}
 LOOK_ALIKES = {
     "-": "−–—‐‑",
     "/": "⁄∕÷",
@@ -45,7 +65,7 @@ RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 
-# ------------------------------------------------------------------------------------------------- tables of rewrites
+# ------------------------------------------------------------------------------- tables of rewrites
 
 
 def _compiled(
@@ -187,7 +207,7 @@ def as_mathematics(text: str, grouped: bool = True) -> str:
     return rewrite(text, NOTATION)
 
 
-# ------------------------------------------------------------------------------------------------ the steps of `clean`
+# ----------------------------------------------------------------------------- the steps of `clean`
 
 
 def separate_fractions(text: str) -> str:
@@ -295,8 +315,8 @@ def clean(text: str) -> str:
 
     >>> clean(r"The answer is $\boxed{\dfrac{1}{2}}$.")
     '\\frac{1}{2}'
-    >>> clean("**x² ≤ 3·π**")
-    'x^{2} ≤ 3*\\pi'
+    >>> clean("**x² \\leq 3**")
+    'x^{2} ≤ 3'
     >>> clean("25 °C at 8:00 A.M.")
     '25 degC at 8:00 am'
     """

@@ -2,15 +2,15 @@
 
     unit("m/s^2", spaced=False) -> (("m", 1), ("s", -2))
 
-A unit is a product of powers, written as pairs (symbol, power) in the order of the symbols. Units are
-compared as they stand, none is converted into another.
+A unit is a product of powers, written as pairs (symbol, power) in the order of the symbols. Units
+are compared as they stand, none is converted into another.
 """
 
 from __future__ import annotations
 
 import re
 
-# ------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 PREFIXES = {
     "": "",
@@ -107,19 +107,18 @@ SPELLED_OUT = {
 POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3}
 
 # Words that change the number before them, so that "5 million" is not "5 of something".
-NO_NOUNS = set(
-    """
+WORDS_OF_NUMBERS = """
     and not more less than least most plus minus over under about but between from
     negative squared cubed factorial point
     half halve quarter third fourth fifth sixth seventh eighth ninth tenth
     hundredth thousandth millionth
     zero one two three four five six seven eight nine ten dozen
     hundred thousand lakh million crore billion trillion
-    """.split()
-)
+"""
+NO_NOUNS = set(WORDS_OF_NUMBERS.split())
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 
 TOKEN = re.compile(
     r"""
