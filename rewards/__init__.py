@@ -167,16 +167,13 @@ def call_custom(
     instructions and in `re`; other C code is interrupted when it returns. Raises RewardError.
     """
     name = getattr(function, "__name__", repr(function))
-    value = None
 
-    def compute() -> float:
-        nonlocal value
+    def ask() -> tuple[Any, float]:
         value = function(response, answer, sample)
-        # float("1") would be a number, but a reward that returns text or nothing is a mistake.
-        return math.nan if value is None or isinstance(value, str) else float(value)
+        return value, _as_number(value)
 
     try:
-        number = _within(limit, compute)
+        value, number = _within(limit, ask)
     except _TooLong:
         raise RewardError(f"custom reward {name}: no result after {limit} s") from None
     except (Exception, SystemExit) as error:
@@ -193,12 +190,19 @@ def call_custom(
     return number
 
 
+def _as_number(value: Any) -> float:
+    """The value as a float. Text and None give NaN, since a reward that returns them is a mistake."""
+    if value is None or isinstance(value, str):
+        return math.nan
+    return float(value)
+
+
 class _TooLong(BaseException):
     """Not an Exception: a reward that catches those must not catch this."""
 
 
-def _within(seconds: float, compute: Callable[[], float]) -> float:
-    """What `compute` returns, or _TooLong raised inside it when the time is over."""
+def _within(seconds: float, function: Callable[[], Any]) -> Any:
+    """What a function returns, or _TooLong raised inside it when the time is over."""
 
     def ring(*_):
         raise _TooLong
@@ -206,9 +210,9 @@ def _within(seconds: float, compute: Callable[[], float]) -> float:
     before = signal.signal(signal.SIGALRM, ring)
     try:
         try:
-            # It rings again every second, should the function catch it.
+            # It rings again every second, should the function catch what is raised.
             signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-            return compute()
+            return function()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
