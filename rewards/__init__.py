@@ -191,7 +191,7 @@ def call_custom(
 
 
 def _as_number(value: Any) -> float:
-    """The value as a float. Text and None give NaN, since a reward that returns them is a mistake."""
+    """The value as a float. Text and None give NaN, a reward that returns them is a mistake."""
     if value is None or isinstance(value, str):
         return math.nan
     return float(value)
