@@ -76,7 +76,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers from `low` to `high`, about `count` steps apart.
 
     >>> ticks(0, 87)
-    [0, 25, 50, 75]
+    [0.0, 25.0, 50.0, 75.0]
     """
     raw_step = (high - low) / count
     power = 10 ** math.floor(math.log10(raw_step))
@@ -101,9 +101,9 @@ def decimals(step: float) -> int:
 class Line(NamedTuple):
     """One curve of a chart.
 
-    color: a custom property of the page: visual, text, neutral, good, bad, first, second, third or
-    run-0 to run-7. low, high: the ends of an interval around each point. noisy: draw the points thin
-    and their running mean bold.
+    color: a custom property of the page: visual, text, neutral, good, bad, first, second, third, or
+    run-0 to run-7. low, high: the ends of an interval around each point. noisy: draw the points
+    thin and their running mean bold.
     """
 
     label: str
@@ -288,9 +288,10 @@ def chart(
 ) -> Html:
     """A line chart: an HTML figure with inline SVG, a read-out and its numbers as a table.
 
-    x_names: names of the places 0, 1, … on the x axis. top: where the y axis ends, by default at the
-    largest value. values: show each line's last value. end_names: write the lines' names at their
-    ends, if there are several. note: how to read the chart. Empty if there is nothing to draw.
+    x_names: names of the places 0, 1, … on the x axis. top: where the y axis ends, by default at
+    the largest value. values: show each line's last value. end_names: write the lines' names at
+    their ends, if there are several. note: how to read the chart. Empty if there is nothing to
+    draw.
     """
     lines = [thin(line) for line in lines if line.xs]
     if not lines:

@@ -54,7 +54,8 @@ def tag(name: str, *content, **attributes) -> Html:
 def table(heads, rows, **attributes) -> Html:
     """A table in a box that scrolls sideways where the table is too wide.
 
-    heads: the columns' heads, possibly none. rows: lists of cells; the first cell of each is its head.
+    heads: the columns' heads, possibly none. rows: lists of cells; the first cell of each row is
+    its head.
     """
     parts = []
     if heads:
