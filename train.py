@@ -42,7 +42,6 @@ from config import Config, ConfigError, load_config
 from data import DataError, JsonlDataset, Prompt, Sampler, check_lengths, encode_prompt
 from model import Policy, policy_from_config, save_policy
 from rollout import Rollout, generate, join, keyed_generator, runs_within
-from tools import report
 
 # config keys that decide what a run *is*: a checkpoint of another value cannot be continued
 FIXED_ON_RESUME = (
@@ -844,11 +843,13 @@ def run(config: Config, world) -> None:
             if not world.is_main:
                 return
             try:
+                from tools import examples, report  # training needs no tool
+
                 if evaluated:
                     source = dataset if held_out is None else held_out
-                    some = [source[i] for i in range(min(report.EXAMPLES, len(source)))]
+                    some = [source[i] for i in range(min(examples.EXAMPLES, len(source)))]
                     run_folder.save_examples(
-                        folder, step, report.make_examples(policy, some, config)
+                        folder, step, examples.make_examples(policy, some, config)
                     )
                 report.write(folder)
             except Exception as error:

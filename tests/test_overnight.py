@@ -271,6 +271,8 @@ def test_too_many_poisoned_steps_end_the_run(start, monkeypatch, capsys):  # noq
 
 
 def test_out_of_memory_names_the_groups(start, monkeypatch, capsys):  # noqa: F811
+    from tools import examples
+
     plain, calls = train.Policy.forward, iter(range(10**6))
 
     def forward(self, prompts, *args):
@@ -280,7 +282,7 @@ def test_out_of_memory_names_the_groups(start, monkeypatch, capsys):  # noqa: F8
 
     monkeypatch.setattr(train.Policy, "forward", forward)
     monkeypatch.setattr(
-        train.report, "make_examples", lambda *_: []
+        examples, "make_examples", lambda *_: []
     )  # which needs forward passes, too, and would go on without
     with pytest.raises(SystemExit):
         start("train.micro_batch_tokens=1")

@@ -16,7 +16,7 @@ TABLE_ROWS = 40  # of the table below a chart
 # A chart's size and margins, in the units of its own SVG. The page scales all of it to its column.
 WIDTH, HEIGHT = 384, 190
 TOP, BOTTOM = 10, 40
-CHARACTER = 7.2  # width of a character of 12 units, on the safe side: fonts differ between machines
+CHARACTER = 8  # width of a character of 12 units in the widest of the usual fonts
 LABEL_DISTANCE = 15  # between the baselines of two labels
 
 
@@ -187,7 +187,11 @@ def make_axes(lines: list[Line], top: float | None, labels: list[str]) -> Axes:
     if high <= low:
         high = low + 1
     marks = ticks(low, high)
-    digits = decimals(marks[1] - marks[0])
+    step = marks[1] - marks[0]
+    if marks[-1] < high - 1e-9 * step:
+        # The axis ends at a tick, so that the largest value has one above it.
+        marks.append(marks[-1] + step)
+    digits = decimals(step)
     mark_labels = [f"{mark:.{digits}f}".replace("-", "−") for mark in marks]
     longest_mark = max(len(label) for label in mark_labels)
     longest_label = max((len(label) for label in labels), default=0)

@@ -42,12 +42,12 @@ HELD_OUT = [
 
 TRAINING = [
     ChartOf(
-        "Rollout: right and well-formed",
-        "% of responses",
+        "Rollout responses",
+        "%",
         "Higher is better.",
         [
             Curve("right", "reward/accuracy", "first", 100),
-            Curve("format", "reward/format", "neutral", 100),
+            Curve("well-formed", "reward/format", "neutral", 100),
         ],
         top=100,
     ),

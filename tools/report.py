@@ -1,7 +1,7 @@
 """report.py: a run as one HTML file that needs nothing else: no network, no library, no server.
 
-    python -m tools.report runs/toy              # writes runs/toy/report.html
-    python -m tools.report runs/a runs/b         # lays their curves over one another: comparison.html
+    python -m tools.report runs/toy          # writes runs/toy/report.html
+    python -m tools.report runs/a runs/b     # writes comparison.html, their curves over one another
     python -m tools.report runs/a runs/b --out seeds.html
 
 The page of a run shows what its folder holds: metrics.jsonl as curves; examples/step-*.json, the
@@ -82,7 +82,7 @@ def write(run_dir: str | Path) -> Path:
 
 def run_page(run: Run, cells: int, count: int) -> str:
     """The whole page with at most `count` examples of `cells` heat-map cells."""
-    tau = (run.config.get("dyco") or {}).get("tau", "τ")
+    tau = (run.config.get("dyco") or {}).get("tau")
     pairs = []
     if run.evaluations and count:
         evaluations = [

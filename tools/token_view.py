@@ -70,6 +70,7 @@ def token_view(pairs: list[Pair], tau) -> tuple[Html, list[dict]]:
 
 def legend(tau) -> Html:
     """What colours, shades and bright cells mean, in plain words."""
+    limit = "τ" if tau is None else f"τ = {tau}"
     ramp = [tag("span", class_=f"t w{shade}") for shade in (0, 3, 6, 9)]
     entries = [
         (
@@ -82,7 +83,7 @@ def legend(tau) -> Html:
         ),
         (
             tag("span", "neutral", class_="n token"),
-            f"The two moved about equally: they differ by at most τ = {tau} radians (eq. 5).",
+            f"The two moved about equally: they differ by at most {limit} radians (eq. 5).",
         ),
         (
             tag("span", *ramp, class_="ramp"),
