@@ -172,12 +172,20 @@ class Axes(NamedTuple):
         return "M" + "L".join(points)
 
 
-def make_axes(lines: list[Line], top: float | None, labels: list[str]) -> Axes:
+def make_axes(
+    lines: list[Line],
+    top: float | None,
+    labels: list[str],
+    x_names: list[str] | None = None,
+) -> Axes:
     """Axes that hold all lines, with margins that hold the y ticks and the labels at the right.
 
-    top: where the y axis ends, or None for the largest value. It begins at 0 or below.
+    top: where the y axis ends, or None for the largest value. It begins at 0 or below. labels: what
+    stands at the right. x_names: as in `chart`.
     """
     xs = [x for line in lines for x in line.xs]
+    if x_names:
+        xs += [0, len(x_names) - 1]  # every named place is on the axis, with a value or without
     ys = [y for line in lines for y in line.ys + (line.low or []) + (line.high or [])]
     x_from, x_to = min(xs), max(xs)
     if x_to == x_from:
@@ -301,7 +309,7 @@ def chart(
     if not lines:
         return Html()
     named = lines if end_names and len(lines) > 1 else []
-    axes = make_axes(lines, top, [line.label for line in named])
+    axes = make_axes(lines, top, labels=[line.label for line in named], x_names=x_names)
     parts = grid(axes, x_label, x_names)
     for line in lines:
         parts += curve(axes, line)

@@ -230,14 +230,19 @@ def settings(config: dict) -> Html:
                 changed.append([name, tag("b", show_value(value), class_="changed"), shown])
     if not changed and not others:
         return Html()
-    heading = tag("h3", "Settings that differ from config.yaml")
     if changed:
         visible = table(["setting", "this run", "config.yaml"], changed, class_="settings")
+        summary = f"The other {len(others)} settings, as in config.yaml"
     else:
-        visible = tag("p", "None: every setting is as in config.yaml.")
-    summary = tag("summary", f"The other {len(others)} settings, as in config.yaml")
+        visible = tag("p", "Every setting is as in config.yaml.")
+        summary = f"All {len(others)} settings"
+    folded = table([], others, class_="settings")
     return join(
-        [heading, visible, tag("details", summary, table([], others, class_="settings columns"))]
+        [
+            tag("h3", "Settings that differ from config.yaml"),
+            visible,
+            tag("details", tag("summary", summary), folded),
+        ]
     )
 
 

@@ -113,14 +113,13 @@ class Browser:
 
     def _note(self, event: str | None, facts: dict) -> None:
         self.events.append(event)
-        if event in ("Runtime.exceptionThrown", "Page.javascriptDialogOpening"):
-            self.problems.append(facts)
-        elif event == "Runtime.consoleAPICalled" and facts["type"] in ("error", "assert"):
-            self.problems.append(facts)
-        elif event == "Log.entryAdded" and facts["entry"]["level"] == "error":
-            self.problems.append(facts["entry"])
-        elif event == "Network.requestWillBeSent":
+        if event == "Network.requestWillBeSent":
             self.requests.append(facts["request"]["url"])
+        logged = event == "Log.entryAdded" and facts["entry"]["level"] == "error"
+        printed = event == "Runtime.consoleAPICalled" and facts["type"] in ("error", "assert")
+        raised = event in ("Runtime.exceptionThrown", "Page.javascriptDialogOpening")
+        if logged or printed or raised:
+            self.problems.append(facts)
 
     def call(self, method: str, **parameters) -> dict:
         """Call a method of the protocol and wait for its result."""

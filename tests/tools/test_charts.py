@@ -49,7 +49,8 @@ def test_labels_lie_inside_the_picture_and_apart():
         assert float(x) + charts.CHARACTER * len(label) <= charts.WIDTH
     heights = [float(y) for _, y, _ in labels]
     assert all(below - above >= 14.9 for above, below in zip(heights, heights[1:], strict=False))
-    assert 0 < heights[0] and heights[-1] < charts.HEIGHT
+    assert heights[0] > 0
+    assert heights[-1] < charts.HEIGHT
     marks = re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="end">([^<]*)<', text)
     assert len(marks) >= 2
     for x, mark in marks:
@@ -83,3 +84,11 @@ def test_numbers():
     assert interval([None, None, None]) == "–"
     assert interval([0.5, None, None], 100) == "50.0"
     assert interval([-0.0001, -0.3, 0.2]) == "0.000 [−0.300, 0.200]"
+
+
+def test_named_places_without_a_value_are_on_the_axis():
+    """Such as tenths of a response that no response reaches."""
+    text = chart("t", "u", [Line("a", "first", [0, 1], [1, 2])], x_names=["1", "2", "3"])
+    places = re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="middle">[123]<', text)
+    assert len(places) == 3
+    assert float(places[2]) <= charts.WIDTH - charts.CHARACTER

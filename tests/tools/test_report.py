@@ -117,7 +117,8 @@ def run_dir(tmp_path, examples):
 
 
 class Page(HTMLParser):
-    """A page's ids, classes, addresses and texts. Wrongly closed elements and handlers are noted."""
+    """A page's ids, classes, addresses and texts, and what is wrong: elements that are not closed
+    in order, and attributes that run a script."""
 
     VOID = {"meta", "link", "img"}
 
@@ -251,7 +252,7 @@ def test_settings_are_folded_but_for_those_that_differ(run_dir):
     count = sum(len(section) for section in asdict(SETTINGS).values())
     assert f"The other {count - 2} settings" in page.shown
     (run_dir / "config.yaml").write_text(load_config(overrides=["run.dir=x"]).to_yaml())
-    assert "every setting is as in config.yaml" in written(run_dir)[1].shown
+    assert "Every setting is as in config.yaml" in written(run_dir)[1].shown
 
 
 def test_the_legend_says_what_colours_shades_and_cells_mean(run_dir):
@@ -535,7 +536,7 @@ def test_runs_lie_over_one_another(two_runs, tmp_path):
     for absent in ("run.dir", "algo.scale", "dyco.tau"):
         assert absent not in table, absent
     charts = re.findall(r"data-chart=\"([^\"]*)\"", text)
-    assert len(charts) == page.shown.count("Figures") == 10
+    assert len(charts) == page.shown.count("Figures") == 11
     for chart in charts:
         assert len(json.loads(chart.replace("&quot;", '"'))["lines"]) == 2
     for expected in ("Held-out accuracy: greedy", "Held-out accuracy: sampled", "Roles: text"):
