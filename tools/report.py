@@ -232,7 +232,7 @@ def settings(config: dict) -> Html:
         return Html()
     if changed:
         visible = table(["setting", "this run", "config.yaml"], changed, class_="settings")
-        summary = f"The other {len(others)} settings, as in config.yaml"
+        summary = f"The other {len(others)} settings: as in config.yaml, but for run.dir"
     else:
         visible = tag("p", "Every setting is as in config.yaml.")
         summary = f"All {len(others)} settings"

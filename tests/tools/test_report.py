@@ -250,7 +250,7 @@ def test_settings_are_folded_but_for_those_that_differ(run_dir):
     for name in ("run.dir", "rollout.group_size", "dyco.tau"):
         assert name in hidden and name not in visible
     count = sum(len(section) for section in asdict(SETTINGS).values())
-    assert f"The other {count - 2} settings" in page.shown
+    assert f"The other {count - 2} settings: as in config.yaml" in page.shown
     (run_dir / "config.yaml").write_text(load_config(overrides=["run.dir=x"]).to_yaml())
     assert "Every setting is as in config.yaml" in written(run_dir)[1].shown
 
