@@ -355,9 +355,7 @@ CONTROL = "a control of this project"
 
 RULES = {
     "off": Rule(_off, "Â for every token; the signals are only logged", "the host algorithm"),
-    "paper": Rule(
-        _paper, "eq. 8: (1 + α·w)·Â", f"{PAPER}, eq. 7 and 8", ("uniform", "shuffled")
-    ),
+    "paper": Rule(_paper, "eq. 8: (1 + α·w)·Â", f"{PAPER}, eq. 7 and 8", ("uniform", "shuffled")),
     "signed": Rule(
         _signed,
         "(1 + α·sign(Â)·w)·Â on tokens with a role, w of mean 1 over those; Â on neutral ones",

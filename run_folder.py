@@ -397,8 +397,8 @@ class RunFolder:
         training.sampler.load_state_dict(self.facts["sampler"])
         self.say(f"resumed {self.path} at step {self.step}")
 
-    def begin(self) -> None:
-        """Put the files in order, for the steps from here on."""
+    def begin(self, training) -> None:
+        """Put the files in order for the steps from here on, and say what this run is."""
         if not self.world.is_main:
             return
         last_step_that_stands = self.step if self.checkpoint else -1
@@ -408,12 +408,8 @@ class RunFolder:
         if self.final.exists():  # of a run that is now extended
             remove_folder(self.final)
         write_file(self.path / "config.yaml", self.config.to_yaml().encode())
-        append_jsonl(self.path / "starts.jsonl", [describe_start(self.step, self.world)])
-
-    def greet(self, training) -> None:
-        """Say what this run is, and how to read its lines."""
-        self.say(header(training))
-        self.say(f"{LEGEND}\n")
+        append_jsonl(self.path / "starts.jsonl", [describe_start(training, self.step)])
+        self.say(f"{header(training)}\n{LEGEND}\n")
 
     def record(self, row: dict) -> None:
         """Add a step to metrics.jsonl, and say how it went."""
@@ -492,7 +488,7 @@ def device_name(device: torch.device) -> str:
     return f"CPU ({platform.machine()})"
 
 
-def describe_start(step: int, world: World) -> dict:
+def describe_start(training, step: int) -> dict:
     """A row of starts.jsonl."""
     import transformers
 
@@ -500,8 +496,9 @@ def describe_start(step: int, world: World) -> dict:
         "step": step,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join([python_command(), *sys.argv]),
-        "device": device_name(world.device),
-        "processes": world.size,
+        "device": device_name(training.world.device),
+        "dtype": str(training.policy.dtype).removeprefix("torch."),
+        "processes": training.world.size,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -778,7 +778,7 @@ def refresh_report(training: Training, folder: RunFolder, step: int, evaluated: 
 
     A report that cannot be made stops no run, but is not missed silently.
     """
-    from tools import report
+    from tools import examples, report
 
     policy, config = training.policy, training.config
     with distributed.gathered(policy) if evaluated else contextlib.nullcontext():
@@ -787,9 +787,9 @@ def refresh_report(training: Training, folder: RunFolder, step: int, evaluated: 
         try:
             if evaluated:
                 source = training.dataset if training.held_out is None else training.held_out
-                samples = [source[i] for i in range(min(report.EXAMPLES, len(source)))]
-                examples = report.make_examples(policy, samples, config)
-                run_folder.save_examples(folder.path, step, examples)
+                samples = [source[i] for i in range(min(examples.EXAMPLES, len(source)))]
+                shown = examples.make_examples(policy, samples, config)
+                run_folder.save_examples(folder.path, step, shown)
             report.write(folder.path)
         except Exception as error:
             folder.say(f"warning: no report at step {step}: {type(error).__name__}: {error}")
@@ -809,8 +809,7 @@ def run(config: Config, world: World) -> None:
         return
     training = build(config, world)
     folder.restore(training)
-    folder.begin()
-    folder.greet(training)
+    folder.begin(training)
     stop = stop_signals()
     if folder.step == 0:
         folder.record({"step": 0, **evaluation(training)})

@@ -23,7 +23,7 @@ import run_folder
 import train
 from config import ConfigError, load_config
 from model import load_policy
-from tools import report
+from tools import examples
 
 ROOT = Path(train.__file__).parent
 
@@ -255,8 +255,7 @@ def test_a_poisoned_update_is_skipped_and_named(start, monkeypatch, capsys):  # 
         in capsys.readouterr().out
     )
     saved = [
-        run_folder.read_tensors(path)
-        for path in run_folder.checkpoints(folder / "checkpoints")
+        run_folder.read_tensors(path) for path in run_folder.checkpoints(folder / "checkpoints")
     ]
     assert [tensors["optimizer"]["param_groups"][0]["lr"] for tensors in saved] == pytest.approx(
         [2e-3 / 8, 3e-3 / 8, 4e-3 / 8]
@@ -274,6 +273,8 @@ def test_too_many_poisoned_steps_end_the_run(start, monkeypatch, capsys):  # noq
 
 
 def test_out_of_memory_names_the_groups(start, monkeypatch, capsys):  # noqa: F811
+    from tools import examples
+
     plain, calls = train.Policy.forward, iter(range(10**6))
 
     def forward(self, prompts, *args):
@@ -283,7 +284,7 @@ def test_out_of_memory_names_the_groups(start, monkeypatch, capsys):  # noqa: F8
 
     monkeypatch.setattr(train.Policy, "forward", forward)
     monkeypatch.setattr(
-        report, "make_examples", lambda *_: []
+        examples, "make_examples", lambda *_: []
     )  # which needs forward passes, too, and would go on without
     with pytest.raises(SystemExit):
         start("train.micro_batch_tokens=1")

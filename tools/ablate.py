@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 import dyco
 from run_folder import FolderError, append_jsonl, exclusive, read_jsonl
+from tools.charts import ticks
 from tools.estimates import bootstrap_mean
-from tools.report import ticks
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"

@@ -28,6 +28,7 @@ from config import Config, load_config
 from data import Sample
 from distributed import ALONE
 from model import Policy
+from tools.charts import interval
 from tools.estimates import bootstrap, estimate_each, expanded_percentile
 from tools.observed import (
     AnalysisError,
@@ -37,7 +38,6 @@ from tools.observed import (
     run_command,
     write_json,
 )
-from tools.report import interval
 from tools.toy_decisions import all_decisions
 
 # The two presets, each followed by what it must be compared with, and the response-level idea.

@@ -32,6 +32,7 @@ from dyco import Signals
 from model import Policy
 from rollout import keyed_generator
 from run_folder import append_jsonl, read_jsonl
+from tools.charts import interval
 from tools.estimates import bootstrap, estimate
 from tools.observed import (
     ROLES,
@@ -44,7 +45,6 @@ from tools.observed import (
     sample_responses,
     write_json,
 )
-from tools.report import interval
 
 HIGHEST_MASS = 0.99  # an intervention raises no head's mass above this
 ARMS = ("role tokens", "random tokens", "other modality")

@@ -26,6 +26,7 @@ from torch import Tensor
 from config import load_config
 from rollout import Rollout
 from run_folder import append_jsonl
+from tools.charts import interval
 from tools.estimates import bootstrap, estimate_each, within_prompts
 from tools.observed import (
     ROLES,
@@ -40,7 +41,6 @@ from tools.observed import (
     sample_responses,
     write_json,
 )
-from tools.report import interval
 from tools.toy_decisions import decisions_text, describe_decisions
 
 SHIFT_BINS = 32  # of the histograms over 0 … π

@@ -16,9 +16,9 @@ from torch import Tensor
 import dyco
 import toy
 from data import Sample
+from tools.charts import interval
 from tools.estimates import bootstrap, estimate_each, within_prompts
 from tools.observed import Observed
-from tools.report import interval
 
 STEP = re.compile(r"([a-z]+) is ([a-z]+) ([0-9]+), total ([0-9]+)\.")  # of toy.write_trace
 HABIT = f"{toy.SHAPES[0]}'s colour"  # the warm start has a bad habit with the first shape alone
