@@ -39,6 +39,7 @@ import dyco
 from config import Config, ConfigError, load_config
 from distributed import World
 from model import Policy, save_policy
+from rows import append_jsonl, read_jsonl
 
 # Config keys that decide what a run *is*: a checkpoint of another value cannot be continued.
 FIXED_ON_RESUME = (
@@ -64,10 +65,6 @@ class RunError(RuntimeError):
 
 class FolderError(OSError):
     """A folder that cannot be written to, or that another process writes to."""
-
-
-class RowError(ValueError):
-    """A file of rows that cannot be read."""
 
 
 # ------------------------------------------------------------------- files that are whole or absent
@@ -157,39 +154,6 @@ def exclusive(folder: Path, option: str):
 
 
 # --------------------------------------------------------------------------------------------- rows
-
-
-def read_jsonl(path: str | Path, growing: bool = False) -> list[tuple[int, dict]]:
-    """(line number, object) of each line that is not blank.
-
-    growing: the last line may be half-written, and is left out then. Raises RowError.
-    """
-    content = Path(path).read_bytes()
-    if growing:
-        content = content[: content.rfind(b"\n") + 1]
-    rows = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"{path}, line {number}: {error}; expected a JSON object") from None
-        if not isinstance(row, dict):
-            raise RowError(f"{path}, line {number}: found {row!r:.60}; expected a JSON object")
-        rows.append((number, row))
-    return rows
-
-
-def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
-    """Add rows to a file, over what a crash may have left half-written at its end."""
-    with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":
-                last_line_end = Path(path).read_bytes().rfind(b"\n")
-                file.truncate(last_line_end + 1)
-        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def append_finite(path: Path, rows: Iterable[dict]) -> None:

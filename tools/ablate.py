@@ -40,7 +40,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import dyco
-from run_folder import FolderError, append_jsonl, exclusive, read_jsonl
+from rows import append_jsonl, read_jsonl
+from run_folder import FolderError, exclusive
 from tools.charts import ticks
 from tools.estimates import bootstrap_mean
 

@@ -31,7 +31,7 @@ from data import Prompt
 from dyco import Signals
 from model import Policy
 from rollout import keyed_generator
-from run_folder import append_jsonl, read_jsonl
+from rows import append_jsonl, read_jsonl
 from tools.charts import interval
 from tools.estimates import bootstrap, estimate
 from tools.observed import (

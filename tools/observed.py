@@ -31,7 +31,8 @@ from data import JsonlDataset, Prompt, check_lengths
 from dyco import Signals
 from model import Policy, policy_from_config
 from rollout import Rollout, generate, runs_within
-from run_folder import read_jsonl, write_file
+from rows import read_jsonl
+from run_folder import write_file
 
 PROMPTS_AT_ONCE = 32  # whose pixels and signals are on the device together
 ROLES = {"visual": 1, "text": -1}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import yaml
 
-from run_folder import RowError, read_jsonl
+from rows import RowError, read_jsonl
 from tools.examples import EXAMPLE_CELLS, coarsen
 
 # The keys of each row of starts.jsonl, which train.py writes when a run starts or resumes.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from config import load_config
 from rollout import Rollout
-from run_folder import append_jsonl
+from rows import append_jsonl
 from tools.charts import interval
 from tools.estimates import bootstrap, estimate_each, within_prompts
 from tools.observed import (
