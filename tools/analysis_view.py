@@ -32,14 +32,19 @@ ARM_HEADS = [
 ]
 
 
-def estimates_line(label: str, color: str, points: list[tuple[float, list]], factor: float = 1):
+def estimates_line(
+    label: str, color: str, points: list[tuple[float, list]], factor: float = 1
+) -> Line:
     """A line of estimates (x, [value, low, high]), without those that are undefined."""
     defined = [(x, estimate) for x, estimate in points if None not in estimate]
-    columns = []
-    for place in range(3):
-        columns.append([factor * estimate[place] for _, estimate in defined])
-    values, low, high = columns
-    return Line(label, color, [x for x, _ in defined], values, low=low, high=high)
+    return Line(
+        label,
+        color,
+        xs=[x for x, _ in defined],
+        ys=[factor * value for _, (value, _, _) in defined],
+        low=[factor * low for _, (_, low, _) in defined],
+        high=[factor * high for _, (_, _, high) in defined],
+    )
 
 
 # ------------------------------------------------------------------- right and wrong responses
@@ -104,7 +109,8 @@ def shift_histogram(title: str, histograms: dict) -> Html:
         width = math.pi / len(counts)
         middles = [width * (place + 0.5) for place in range(len(counts))]
         total = max(sum(counts), 1)
-        lines.append(Line(label, color, middles, [100 * count / total for count in counts]))
+        percents = [100 * count / total for count in counts]
+        lines.append(Line(label, color, xs=middles, ys=percents))
     unit = f"% of tokens, bins of {width:.2f}"
     return chart(title, unit, lines, x_label="radians", values=False)
 
@@ -125,9 +131,9 @@ def intervention_section(content: dict) -> Html:
     charts = []
     for role in dict.fromkeys(arm["role"] for arm in arms):
         own = [arm for arm in arms if arm["role"] == role]
-        charts.append(arms_chart(f"Accuracy: {role} tokens", "%", own, "accuracy", 100))
+        charts.append(arms_chart(f"Accuracy: {role} tokens", "%", own, key="accuracy", factor=100))
         charts.append(
-            arms_chart(f"Alignment of {role} tokens", "mean score", own, "alignment", factor=1)
+            arms_chart(f"Alignment of {role} tokens", "mean score", own, key="alignment", factor=1)
         )
     lead = (
         f"Model {settings['model']}, data {settings['data']}: at the tokens of a role, every "
@@ -155,7 +161,7 @@ def arms_chart(title: str, unit: str, arms: list[dict], key: str, factor: float)
     lines = []
     for name, (label, color) in ARMS.items():
         points = [(factors.index(arm["factor"]), arm[key]) for arm in arms if arm["arm"] == name]
-        lines.append(estimates_line(label, color, points, factor))
+        lines.append(estimates_line(label, color, points, factor=factor))
     return chart(title, unit, lines, x_label="λ", x_names=[f"{value:g}" for value in factors])
 
 

@@ -81,7 +81,8 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     raw_step = (high - low) / count
     power = 10 ** math.floor(math.log10(raw_step))
     # The tolerances keep a bound that is a round number itself, whatever it was rounded to.
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw_step * 0.999)
+    round_steps = [power * factor for factor in (1, 2, 2.5, 5, 10)]
+    step = next(step for step in round_steps if step >= raw_step * 0.999)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [step * i for i in range(first, last + 1)]
@@ -133,7 +134,9 @@ def thin(line: Line) -> Line:
         return line
 
     def means(values: list[float]) -> list[float]:
-        chunks = [values[i : i + size] for i in range(0, len(values), size)]
+        chunks = []
+        for start in range(0, len(values), size):
+            chunks.append(values[start : start + size])
         return [sum(chunk) / len(chunk) for chunk in chunks]
 
     return line._replace(xs=means(line.xs), ys=means(line.ys))
@@ -142,8 +145,11 @@ def thin(line: Line) -> Line:
 def running_mean(values: list[float]) -> list[float]:
     """Centred means over about a twelfth of the curve, over fewer values at its ends."""
     half = max(1, len(values) // 24)
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+    means = []
+    for place in range(len(values)):
+        window = values[max(0, place - half) : place + half + 1]
+        means.append(sum(window) / len(window))
+    return means
 
 
 # ------------------------------------------------------------------------------------------ drawing
@@ -162,13 +168,17 @@ class Axes(NamedTuple):
     mark_labels: list[str]
 
     def across(self, x: float) -> float:
-        return self.left + (x - self.x_from) / (self.x_to - self.x_from) * (self.right - self.left)
+        share = (x - self.x_from) / (self.x_to - self.x_from)
+        return self.left + share * (self.right - self.left)
 
     def down(self, y: float) -> float:
-        return TOP + (self.high - y) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
+        share = (self.high - y) / (self.high - self.low)
+        return TOP + share * (HEIGHT - TOP - BOTTOM)
 
     def path(self, xs: list[float], ys: list[float]) -> str:
-        points = [f"{self.across(x):.1f} {self.down(y):.1f}" for x, y in zip(xs, ys, strict=True)]
+        points = []
+        for x, y in zip(xs, ys, strict=True):
+            points.append(f"{self.across(x):.1f} {self.down(y):.1f}")
         return "M" + "L".join(points)
 
 
@@ -238,21 +248,33 @@ def grid(axes: Axes, x_label: str, x_names: list[str] | None) -> list[Html]:
     return parts
 
 
-def curve(axes: Axes, line: Line) -> list[Html]:
-    """One line: the band of its intervals, its points where they are noisy, the bold curve."""
+def curves(axes: Axes, lines: list[Line]) -> list[Html]:
+    """All lines, each with the band of its intervals and with its points where they are noisy."""
     parts = []
-    if line.low and line.high:
-        outline = axes.path(line.xs + line.xs[::-1], line.high + line.low[::-1]) + "Z"
-        parts.append(tag("path", class_="band", style=line.style, d=outline))
-    bold = line.bold
-    if bold is not line.ys:
-        parts.append(tag("path", class_="raw", style=line.style, d=axes.path(line.xs, line.ys)))
-    parts.append(tag("path", class_="line", style=line.style, d=axes.path(line.xs, bold)))
-    if len(line.xs) <= MARKED_POINTS:
-        for x, y in zip(line.xs, bold, strict=True):
-            x_text, y_text = f"{axes.across(x):.1f}", f"{axes.down(y):.1f}"
-            parts.append(tag("circle", style=line.style, cx=x_text, cy=y_text, r=2.6))
+    for line in lines:
+        bold = line.bold
+        if line.low and line.high:
+            outline = axes.path(line.xs + line.xs[::-1], line.high + line.low[::-1])
+            parts.append(stroke("band", line, outline + "Z"))
+        if bold is not line.ys:
+            parts.append(stroke("raw", line, axes.path(line.xs, line.ys)))
+        parts.append(stroke("line", line, axes.path(line.xs, bold)))
+        if len(line.xs) <= MARKED_POINTS:
+            parts += dots(axes, line)
     return parts
+
+
+def stroke(name: str, line: Line, path: str) -> Html:
+    return tag("path", class_=name, style=line.style, d=path)
+
+
+def dots(axes: Axes, line: Line) -> list[Html]:
+    """A dot at each point of the bold curve."""
+    circles = []
+    for x, y in zip(line.xs, line.bold, strict=True):
+        across, down = f"{axes.across(x):.1f}", f"{axes.down(y):.1f}"
+        circles.append(tag("circle", style=line.style, cx=across, cy=down, r=2.6))
+    return circles
 
 
 def end_labels(axes: Axes, lines: list[Line]) -> list[Html]:
@@ -310,16 +332,38 @@ def chart(
         return Html()
     named = lines if end_names and len(lines) > 1 else []
     axes = make_axes(lines, top, labels=[line.label for line in named], x_names=x_names)
-    parts = grid(axes, x_label, x_names)
-    for line in lines:
-        parts += curve(axes, line)
-    parts += end_labels(axes, named)
-    parts.append(tag("path", class_="rule", d=f"M0 {TOP}V{HEIGHT - BOTTOM}"))
-    spoken = "; ".join(
-        f"{line.label} from {figure(line.ys[0])} to {figure(line.ys[-1])}" for line in lines
+    return tag(
+        "figure",
+        tag("figcaption", tag("b", title), " ", tag("span", unit, class_="unit")),
+        readout(lines, x_label, values),
+        tag(
+            "svg",
+            *grid(axes, x_label, x_names),
+            *curves(axes, lines),
+            *end_labels(axes, named),
+            tag("path", class_="rule", d=f"M0 {TOP}V{HEIGHT - BOTTOM}"),
+            viewBox=f"0 0 {WIDTH} {HEIGHT}",
+            role="img",
+            aria_label=f"{title}, {unit}: {spoken(lines)}",
+            data_chart=json.dumps(pointed(axes, lines, x_label, x_names=x_names)),
+        ),
+        tag("p", note, class_="note") if note else "",
+        numbers_table(lines, x_label, x_names),
+        class_="chart",
     )
-    # What the page's script needs to show the values under the pointer.
-    pointed = {
+
+
+def spoken(lines: list[Line]) -> str:
+    """What a screen reader says of the curves."""
+    parts = []
+    for line in lines:
+        parts.append(f"{line.label} from {figure(line.ys[0])} to {figure(line.ys[-1])}")
+    return "; ".join(parts)
+
+
+def pointed(axes: Axes, lines: list[Line], x_label: str, x_names: list[str] | None) -> dict:
+    """What the page's script needs to show the values under the pointer."""
+    return {
         "left": axes.left,
         "right": axes.right,
         "from": axes.x_from,
@@ -328,24 +372,6 @@ def chart(
         "names": x_names,
         "lines": [[line.xs, [figure(y) for y in line.ys]] for line in lines],
     }
-    svg = tag(
-        "svg",
-        *parts,
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-        aria_label=f"{title}, {unit}: {spoken}",
-        data_chart=json.dumps(pointed),
-    )
-    caption = tag("figcaption", tag("b", title), " ", tag("span", unit, class_="unit"))
-    return tag(
-        "figure",
-        caption,
-        readout(lines, x_label, values),
-        svg,
-        tag("p", note, class_="note") if note else "",
-        numbers_table(lines, x_label, x_names),
-        class_="chart",
-    )
 
 
 def numbers_table(lines: list[Line], x_label: str, x_names: list[str] | None) -> Html:

@@ -161,8 +161,8 @@ def metric_line(rows: list[dict], curve: Curve) -> Line:
     return Line(
         curve.label,
         curve.color,
-        [step for step, _ in points],
-        [value for _, value in points],
+        xs=[step for step, _ in points],
+        ys=[value for _, value in points],
         noisy=not curve.key.startswith("eval/"),
     )
 

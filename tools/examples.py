@@ -35,7 +35,12 @@ def make_examples(policy: Policy, samples: list[Sample], config: Config) -> list
     The response is the one that evaluate.held_out draws.
     """
     prompts = [
-        policy.encode(sample, place, config.data.prompt_template, config.data.max_prompt_tokens)
+        policy.encode(
+            sample,
+            place,
+            config.data.prompt_template,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+        )
         for place, sample in enumerate(samples)
     ]
     responses = generate(
@@ -52,7 +57,8 @@ def make_examples(policy: Policy, samples: list[Sample], config: Config) -> list
     for place, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
         response = responses.select([place])
         reading = read_tokens(policy, response, config.dyco)
-        examples.append(describe_response(sample, response, reading, visual_grids(prompt, merge)))
+        grids = visual_grids(prompt, merge)
+        examples.append(describe_response(sample, response, reading, grids=grids))
     return examples
 
 

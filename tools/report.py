@@ -216,18 +216,15 @@ def starts(rows: list[dict]) -> Html:
 
 def settings(config: dict) -> Html:
     """The settings that differ from config.yaml, and all the others folded."""
-    usual = usual_settings(config)
+    usual = flat_settings(usual_settings(config))
     changed, others = [], []
-    for section_name, keys in config.items():
-        for key, value in keys.items() if isinstance(keys, dict) else ():
-            name = f"{section_name}.{key}"
-            default = usual.get(section_name, {}).get(key, ...)
-            # Every run has a folder of its own, so a changed run.dir says nothing.
-            if section_name == "run" or value == default:
-                others.append([name, show_value(value)])
-            else:
-                shown = "(no such key)" if default is ... else show_value(default)
-                changed.append([name, tag("b", show_value(value), class_="changed"), shown])
+    for name, value in flat_settings(config).items():
+        # Every run has a folder of its own, so a changed run.dir says nothing.
+        if name == "run.dir" or (name in usual and usual[name] == value):
+            others.append([name, show_value(value)])
+        else:
+            shown = show_value(usual[name]) if name in usual else "(no such key)"
+            changed.append([name, tag("b", show_value(value), class_="changed"), shown])
     if not changed and not others:
         return Html()
     if changed:
@@ -252,6 +249,15 @@ def usual_settings(config: dict) -> dict:
         return asdict(load_config(overrides=[f"algo.name={config['algo']['name']}"]))
     except (ValueError, KeyError, TypeError):  # a run of another version, say
         return asdict(load_config())
+
+
+def flat_settings(config: dict) -> dict:
+    """section.key -> value, of all sections that hold keys."""
+    flat = {}
+    for section_name, keys in config.items():
+        if isinstance(keys, dict):
+            flat |= {f"{section_name}.{key}": value for key, value in keys.items()}
+    return flat
 
 
 def show_value(value) -> str:
@@ -327,12 +333,14 @@ def comparison_page(runs: dict[str, Run]) -> str:
 def differences(runs: dict[str, Run]) -> Html:
     """The settings that are not the same in all runs that hold a config.yaml, as a table."""
     known = {name: flat_settings(run.config) for name, run in runs.items() if run.config}
-    keys = dict.fromkeys(key for settings in known.values() for key in settings)
+    keys = dict.fromkeys(key for settings_of_run in known.values() for key in settings_of_run)
     rows = []
     for key in keys:
-        values = [settings.get(key, "(no such key)") for settings in known.values()]
-        if len(set(values)) > 1:
-            rows.append([key, *values])
+        shown = []
+        for values in known.values():
+            shown.append(show_value(values[key]) if key in values else "(no such key)")
+        if key != "run.dir" and len(set(shown)) > 1:
+            rows.append([key, *shown])
     parts = []
     if rows:
         parts.append(table(["setting", *known], rows, class_="settings"))
@@ -342,16 +350,6 @@ def differences(runs: dict[str, Run]) -> Html:
         if name not in known:
             parts.append(tag("p", f"{name} holds no config.yaml."))
     return join(parts)
-
-
-def flat_settings(config: dict) -> dict[str, str]:
-    """section.key -> text of the value, without run.dir, in which all runs differ."""
-    flat = {}
-    for section_name, keys in config.items():
-        for key, value in keys.items() if isinstance(keys, dict) else ():
-            if section_name != "run":
-                flat[f"{section_name}.{key}"] = show_value(value)
-    return flat
 
 
 # ------------------------------------------------------------------------- the frame of all pages

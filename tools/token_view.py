@@ -139,7 +139,8 @@ def panel(number: int, pair: Pair) -> Html:
     question = Html(esc(last["question"]).replace("&lt;image&gt;", marker))
     answer = tag("b", last["answer"])
     responses = [
-        response(f"t{number}-{run}", run, step, example) for run, (step, example) in enumerate(pair)
+        response(f"t{number}-{run}", run, step, example=example)
+        for run, (step, example) in enumerate(pair)
     ]
     said = tag(
         "div",
