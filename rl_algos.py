@@ -77,8 +77,7 @@ class Objective(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """A host of DyCo-RL. Config checks, help and tools derive from it; its recipe is in
-    config.yaml."""
+    """A host of DyCo-RL. Config checks and tools derive from it; its recipe is in config.yaml."""
 
     objective: Callable[..., Objective]  # (logprobs, log_ratio, advantages, mask, settings)
     average: str  # a key of AVERAGES
@@ -96,8 +95,9 @@ ALGORITHMS: dict[str, Algorithm] = {}
 
 
 def register(name: str, average: str, source: str = "your own"):
-    """Enter the decorated objective into ALGORITHMS. A recipe of the same name belongs in
-    config.yaml."""
+    """Enter the decorated objective into ALGORITHMS; its recipe belongs in config.yaml."""
+    if average not in AVERAGES:
+        raise ValueError(f"average {average!r} of {name}; expected one of {', '.join(AVERAGES)}")
 
     def add(objective: Callable) -> Callable:
         ALGORITHMS[name] = Algorithm(objective, average, source)
