@@ -12,6 +12,9 @@ M predicted tokens, D hidden width, V vocabulary.
 """
 
 import contextlib
+import json
+import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,8 +150,10 @@ class Policy(nn.Module):
         self.dtype = dtype
         hf.model.language_model.config._attn_implementation = ATTENTION
         hf.model.visual.config._attn_implementation = WINDOWS
-        end_ids = _as_list(hf.generation_config.eos_token_id)
-        self.eos_ids = set(end_ids or [tokenizer.eos_token_id])
+        # The tokenizer's end token counts, too: a generation_config.json that names only the end of
+        # the text would let a response run on behind the end of its turn.
+        end_ids = {*_as_list(hf.generation_config.eos_token_id), tokenizer.eos_token_id}
+        self.eos_ids = end_ids - {None}
         # A sampled placeholder of an image or video would ask for an image that is not there.
         placeholders = sorted({hf.config.image_token_id, hf.config.video_token_id})
         self.register_buffer("suppressed", torch.tensor(placeholders), persistent=False)
@@ -394,6 +399,11 @@ def _as_list(value) -> list:
 # ------------------------------------------------------------------------------------ load and save
 
 
+class ModelError(ValueError):
+    """A model that cannot be used. The message names the file, what was found, what was
+    expected."""
+
+
 def load_policy(
     path: str | Path,
     device: torch.device,
@@ -412,12 +422,9 @@ def load_policy(
     compile: "auto" (on a GPU), "on" or "off".
     max_pixels: larger images are shrunk to this area.
 
-    Raises ValueError where the path is not a Qwen2.5-VL.
+    Raises ModelError where the path is no Qwen2.5-VL, or a file of it is missing or damaged.
     """
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, logging
-
-    logging.disable_progress_bar()  # it would stand between the lines of a run
-    _check_family(path)
+    check_model(path)
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, dtype)
@@ -427,9 +434,21 @@ def load_policy(
         torch.backends.cuda.enable_cudnn_sdp(False)
         # float32 is float32: the patch embedding is a convolution.
         torch.backends.cudnn.allow_tf32 = False
-    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        path, dtype="auto" if trainable else dtype, attn_implementation="sdpa"
-    )
+    tokenizer = _load_tokenizer(path)
+    image_processor = _load_image_processor(path, max_pixels)
+    hf = _load_weights(path, dtype="auto" if trainable else dtype)
+    rows = hf.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"model.path: the tokenizer of {str(path)!r} has {len(tokenizer)} tokens, and the "
+            f"model has embeddings of {rows}; expected the tokenizer that it was trained with"
+        )
+    if tokenizer.eos_token_id not in _as_list(hf.generation_config.eos_token_id):
+        warnings.warn(
+            f"the generation_config.json of {str(path)!r} does not name the tokenizer's end token "
+            f"{tokenizer.eos_token}; here it ends a response, too",
+            stacklevel=2,
+        )
     hf.requires_grad_(trainable)
     if freeze_vision:
         hf.model.visual.requires_grad_(False)
@@ -437,8 +456,8 @@ def load_policy(
         hf.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(
         hf,
-        AutoTokenizer.from_pretrained(path),
-        _load_image_processor(path, max_pixels),
+        tokenizer,
+        image_processor,
         temperature=temperature,
         dtype=dtype,
         compiled=compile == "on" or (compile == "auto" and device.type == "cuda"),
@@ -449,32 +468,204 @@ def load_policy(
     return policy.train()  # gradient checkpointing asks for training mode; there is no dropout
 
 
+def check_model(path: str | Path) -> None:
+    """Find in a second what is wrong with a model directory, or with a hub id. Raises
+    ModelError."""
+    folder = Path(path)
+    if folder.is_dir():
+        _check_directory(folder)
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or folder.parent.is_dir():
+        raise ModelError(
+            f"model.path: there is no folder {str(path)!r}; expected a model directory"
+        )
+    else:
+        _check_hub_id(str(path))
+    _check_family(path)
+
+
+def _check_directory(folder: Path) -> None:
+    if (folder / "tensors.pt").exists():
+        raise ModelError(
+            f"model.path: {str(folder)!r} is a checkpoint of a run; "
+            f"python -m tools.export {folder} FOLDER makes a model directory of it"
+        )
+    if (folder / "metrics.jsonl").exists() or (folder / "final" / "config.json").exists():
+        raise ModelError(
+            f"model.path: {str(folder)!r} is the folder of a run; its model is in "
+            f"{str(folder / 'final')!r} once the run has ended"
+        )
+
+    def need(names: tuple[str, ...], what: str) -> None:
+        if not any((folder / name).is_file() for name in names):
+            raise ModelError(
+                f"model.path: {str(folder)!r} has no {names[0]} ({what}); "
+                "take it from the model that this one was trained from"
+            )
+
+    need(("config.json",), "the model's sizes")
+    need(("tokenizer.json", "vocab.json"), "the tokenizer")
+    need(("preprocessor_config.json", "processor_config.json"), "the image processor")
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if not weights:
+        raise ModelError(f"model.path: {str(folder)!r} holds no weights; expected *.safetensors")
+    for index in folder.glob("*.index.json"):
+        _check_index(index)
+    for file in folder.glob("*.safetensors"):
+        _check_safetensors(file)
+
+
+def _check_index(index: Path) -> None:
+    """The files that an index of shards names are there, and inside the folder."""
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"model.path: {index} cannot be read ({error})") from None
+    for name in sorted(map(str, names)):
+        inside = (index.parent / name).parent.resolve() == index.parent.resolve()
+        if not inside:
+            raise ModelError(
+                f"model.path: {index} names {name!r}; expected a file of the same folder"
+            )
+        if not (index.parent / name).is_file():
+            raise ModelError(f"model.path: {index} names {name!r}, which is missing")
+
+
+def _check_safetensors(file: Path) -> None:
+    """The file is as long as its header says. No weight is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"model.path: {file} is damaged or cut short ({error}); copy it again"
+        ) from None
+
+
+def _check_hub_id(name: str) -> None:
+    """The hub has it, or it was downloaded before. Without a network this fails at once."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # of the hub's client, or of whichever transport it uses
+        first_line = str(error).strip().splitlines()[:1]
+        raise ModelError(
+            f"model.path: {name!r} is no folder here, has not been downloaded, and the hub did not "
+            f"give it ({type(error).__name__}: {''.join(first_line)})"
+        ) from None
+
+
 def _check_family(path: str | Path) -> None:
     from transformers import AutoConfig
 
     try:
         family = AutoConfig.from_pretrained(path).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.path: {str(path)!r} is neither a Hugging Face directory nor a hub id: {error}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"model.path: the config.json of {str(path)!r} cannot be used ({first_line})"
         ) from None
     if family != "qwen2_5_vl":
-        raise ValueError(
+        raise ModelError(
             f"model.path: {str(path)!r} is a {family!r}; expected a Qwen2.5-VL "
             "(model_type 'qwen2_5_vl')"
         )
 
 
+def _load_weights(path: str | Path, dtype):
+    """The Hugging Face model, if the files hold exactly its weights, and finite ones."""
+    from transformers import Qwen2_5_VLForConditionalGeneration, logging
+
+    logging.disable_progress_bar()  # it would stand between the lines of a run
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what its report says, the errors below say
+    try:
+        hf, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are reported, and refused here
+        )
+    except Exception as error:  # of safetensors, pickle or whatever a broken file makes stumble
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"model.path: the weights of {str(path)!r} cannot be read ({first_line})"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+    problems = {
+        "missing": sorted(report["missing_keys"]),
+        # Files of older versions also hold this constant of the rotary embedding.
+        "unexpected": sorted(
+            key for key in report["unexpected_keys"] if not key.endswith("inv_freq")
+        ),
+        "of another shape": sorted(str(key[0]) for key in report["mismatched_keys"]),
+        "not finite": [
+            name for name, weight in hf.named_parameters() if not weight.isfinite().all()
+        ],
+    }
+    described = [_few(what, keys) for what, keys in problems.items() if keys]
+    if described:
+        raise ModelError(
+            f"model.path: the weights of {str(path)!r} are not those of its config.json: "
+            f"{'; '.join(described)}; expected exactly the weights of a Qwen2.5-VL, all finite"
+        )
+    return hf
+
+
+def _few(what: str, keys: list[str], most: int = 3) -> str:
+    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return f"{len(keys)} keys {what} ({', '.join(keys[:most])}{rest})"
+
+
+def _load_tokenizer(path: str | Path):
+    """The tokenizer with its chat template, which older folders keep in a JSON file of its own."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # of whatever a broken tokenizer.json makes stumble
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"model.path: the tokenizer of {str(path)!r} cannot be read ({first_line})"
+        ) from None
+    template = Path(path) / "chat_template.json"
+    if tokenizer.chat_template is None and template.is_file():
+        try:
+            tokenizer.chat_template = str(json.loads(template.read_text())["chat_template"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"model.path: {template} cannot be read ({error!r})") from None
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"model.path: {str(path)!r} has no chat_template.jinja (how a prompt is written); "
+            "take it from the model that this one was trained from"
+        )
+    return tokenizer
+
+
 def _load_image_processor(path: str | Path, max_pixels: int | None):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    try:
+        processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"model.path: the preprocessor_config.json of {str(path)!r} cannot be used "
+            f"({first_line})"
+        ) from None
     if max_pixels is None:
         return processor
     # Both edges of this processor are areas in pixels.
     smallest = processor.size["shortest_edge"]
     if max_pixels < smallest:
-        raise ValueError(
+        raise ModelError(
             f"data.max_pixels: expected at least {smallest}, the smallest image of this model, "
             f"found {max_pixels}"
         )

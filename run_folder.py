@@ -15,6 +15,7 @@ computed again after a resume move to NAME.superseded.jsonl.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -39,7 +40,7 @@ import dyco
 from config import Config, ConfigError, load_config
 from distributed import World
 from model import Policy, save_policy
-from rows import append_jsonl, read_jsonl
+from rows import RowError, append_jsonl, read_jsonl
 
 # Config keys that decide what a run *is*: a checkpoint of another value cannot be continued.
 FIXED_ON_RESUME = (
@@ -59,8 +60,23 @@ FIXED_ON_RESUME = (
 )
 
 
+# Names in run.dir that a new run writes, and would otherwise overwrite.
+WRITTEN_BY_A_RUN = (
+    "config.yaml",
+    "samples.jsonl",
+    "report.html",
+    "examples",
+    "checkpoints",
+    "final",
+)
+
+
 class RunError(RuntimeError):
     """A run that cannot start or go on."""
+
+
+class SharedError(RunError):
+    """A RunError that every process raises: the main one says it."""
 
 
 class FolderError(OSError):
@@ -94,9 +110,12 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.partial-"))
-    beside.chmod(0o755)
     fill(beside)
+    umask = os.umask(0)
+    os.umask(umask)
+    beside.chmod(0o777 & ~umask)  # mkdtemp and safetensors allow nobody but the owner
     for path in sorted(beside.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         sync(path)
     sync(beside)
     if target.exists():
@@ -195,6 +214,21 @@ def supersede(path: Path, step: int) -> None:
         write_file(path, b"".join(kept))
 
 
+def last_step(path: Path) -> int | None:
+    """The step of the last whole line of a file of steps; −1 if there is none.
+
+    None if that line cannot be read: what to do then is `supersede`'s to say.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if not whole:
+        return -1
+    try:
+        return int(json.loads(whole[-1])["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
 def save_examples(folder: str | Path, step: int, examples: list[dict]) -> None:
     """Write the held-out responses of an evaluation, for the report."""
     path = Path(folder) / "examples" / f"step-{step:08d}.json"
@@ -219,6 +253,8 @@ def save_checkpoint(folder: Path, step: int, tensors: dict, facts: dict, keep_la
     def fill(path: Path) -> None:
         torch.save(tensors, path / "tensors.pt")
         (path / "facts.json").write_text(json.dumps(facts))
+        checksums = {name: checksum(path / name) for name in ("tensors.pt", "facts.json")}
+        (path / "checksums.json").write_text(json.dumps(checksums))
 
     write_folder(folder / f"step-{step:08d}", fill)
     for old in checkpoints(folder)[:-keep_last]:
@@ -232,6 +268,26 @@ def checkpoints(folder: Path) -> list[Path]:
     """
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
     return sorted(path for path in found if path.is_dir())
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of every byte of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """Compare the files of a checkpoint with their checksums. Raises RunError that names the file.
+
+    A flipped bit in an exponent is enough to destroy a policy, and nothing else would notice.
+    """
+    try:
+        expected = json.loads((checkpoint / "checksums.json").read_text())
+        for name in ("tensors.pt", "facts.json"):
+            if checksum(checkpoint / name) != expected[name]:
+                raise RunError(f"{checkpoint / name} is not what was saved (its checksum differs)")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{checkpoint} is not whole ({error!r})") from None
 
 
 def read_facts(checkpoint: Path) -> dict:
@@ -262,6 +318,27 @@ def load_tensors(policy: Policy, optimizer, tensors: dict) -> None:
 # ----------------------------------------------------------------------------------- a run's folder
 
 
+def say(text: str) -> None:
+    """A line on standard output, above the progress bar. A terminal that has gone ends no run."""
+    try:
+        tqdm.write(text, file=sys.stdout)
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open until the end)
+
+
+def on_main(world: World, action: Callable[[], None]) -> None:
+    """Do something on the main process alone. Its RunError is raised on every process."""
+    problem = None
+    if world.is_main:
+        try:
+            action()
+        except (RunError, RowError) as error:
+            problem = str(error)
+    problem = world.gather(problem)[0]
+    if problem is not None:
+        raise SharedError(problem)
+
+
 class RunFolder:
     """The folder of one run: begun anew, or resumed from its newest checkpoint."""
 
@@ -274,10 +351,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.final = self.path / "final"
-        if world.is_main:
-            remove_partial(self.path)
-            remove_partial(self.path / "checkpoints")
-        world.barrier()
+        on_main(world, self._tidy)
         saved = checkpoints(self.path / "checkpoints")
         self.checkpoint = saved[-1] if saved else None
         names = {path and path.name for path in world.gather(self.checkpoint)}
@@ -287,11 +361,53 @@ class RunFolder:
                 f"{self.path}: processes find different checkpoints there ({listed}); expected a "
                 "folder that all nodes share"
             )
-        self.facts = read_facts(self.checkpoint) if self.checkpoint else {"step": 0}
+        self.facts = {"step": 0}
         if self.checkpoint:
+            on_main(world, self._check_newest)
+            self.facts = read_facts(self.checkpoint)
             self._refuse_changes(self.facts["config"])
         elif self.metrics.exists():  # a run that ended before its first checkpoint begins again
             self._refuse_changes(asdict(load_config(self.path / "config.yaml")))
+
+    def _tidy(self) -> None:
+        """Remove what was cut short. Raises RunError where the folder holds what no run wrote."""
+        ours = (self.path / "starts.jsonl").exists() or self.metrics.exists()
+        foreign = [name for name in WRITTEN_BY_A_RUN if (self.path / name).exists()]
+        if foreign and not ours:
+            raise RunError(
+                f"{self.path} holds {', '.join(foreign)} but no metrics.jsonl: no run wrote that, "
+                "and a run would overwrite it; set run.dir to a new folder"
+            )
+        remove_partial(self.path)
+        remove_partial(self.path / "checkpoints")
+
+    def _check_newest(self) -> None:
+        """Put a damaged checkpoint aside, and say so. Raises RunError then.
+
+        It is an error, and not a line among others, since steps are lost that the user may be able
+        to bring back from a copy. The same command goes on without it.
+        """
+        newest = self.checkpoint
+        try:
+            check_checkpoint(newest)
+        except RunError as error:
+            aside = newest.with_name(f"{newest.name}.damaged")
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}+")
+            os.rename(newest, aside)
+            older = checkpoints(self.path / "checkpoints")
+            goes_on = f"goes on from {older[-1].name}" if older else "begins anew at step 0"
+            raise RunError(
+                f"{error}; it now stands aside as {aside.name}. Put a good copy in its place "
+                f"({newest.name}), or give the same command again, which {goes_on}"
+            ) from None
+        last = last_step(self.metrics)
+        step = read_facts(newest)["step"]
+        if last is not None and last < step:
+            raise RunError(
+                f"{self.metrics} ends at step {last}, and the checkpoint is of step {step}: rows "
+                "are missing; restore the file, or set run.dir to a new folder"
+            )
 
     @property
     def step(self) -> int:
@@ -305,7 +421,7 @@ class RunFolder:
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""
         if self.world.is_main:
-            tqdm.write(text, file=sys.stdout)
+            say(text)
 
     def _refuse_changes(self, old: dict) -> None:
         """Compare the earlier config of this run with the present one.
@@ -371,9 +487,29 @@ class RunFolder:
         drop_examples(self.path, last_step_that_stands)
         if self.final.exists():  # of a run that is now extended
             remove_folder(self.final)
-        write_file(self.path / "config.yaml", self.config.to_yaml().encode())
+        # First of all: it tells that the folder is a run's own.
         append_jsonl(self.path / "starts.jsonl", [describe_start(training, self.step)])
+        write_file(self.path / "config.yaml", self.config.to_yaml().encode())
+        self._warn_of_space(training)
         self.say(f"{header(training)}\n{LEGEND}\n")
+
+    def _warn_of_space(self, training) -> None:
+        """Say so now, if the disk cannot hold what the run will write."""
+        weights = list(training.policy.parameters())
+        count = sum(p.numel() for p in weights)
+        trained = sum(p.numel() for p in weights if p.requires_grad)
+        # float32 weights, and of AdamW two numbers for each that is trained. One checkpoint more
+        # than are kept exists while it is written; final/ holds the weights alone.
+        a_checkpoint = 4 * count + 8 * trained
+        needed = a_checkpoint * (self.config.checkpoint.keep_last + 1) + 4 * count
+        kept = len(checkpoints(self.path / "checkpoints")) * a_checkpoint
+        free = shutil.disk_usage(self.path).free
+        if free < needed - kept:
+            self.say(
+                f"warning: checkpoints and final/ will need {(needed - kept) / 1e9:.1f} GB, and "
+                f"{free / 1e9:.1f} GB are free at {self.path}; lower checkpoint.keep_last or make "
+                "room"
+            )
 
     def record(self, row: dict) -> None:
         """Add a step to metrics.jsonl, and say how it went."""
@@ -406,13 +542,22 @@ class RunFolder:
                 "inputs": training.inputs,
                 "config": asdict(self.config),
             }
-            save_checkpoint(
-                self.path / "checkpoints",
-                step,
-                tensors,
-                facts=facts,
-                keep_last=self.config.checkpoint.keep_last,
-            )
+            try:
+                save_checkpoint(
+                    self.path / "checkpoints",
+                    step,
+                    tensors,
+                    facts=facts,
+                    keep_last=self.config.checkpoint.keep_last,
+                )
+            except (OSError, RuntimeError) as error:  # the latter from torch.save
+                saved = checkpoints(self.path / "checkpoints")
+                goes_on = f"goes on from {saved[-1].name}" if saved else "begins anew"
+                raise RunError(
+                    f"step {step}: no checkpoint could be written to "
+                    f"{self.path / 'checkpoints'} ({error}); nothing that was saved is lost, and "
+                    f"the same command {goes_on}"
+                ) from error
         self.world.barrier()
 
     def finish(self, training) -> None:
@@ -527,7 +672,7 @@ def step_lines(row: dict, steps: int) -> list[str]:
         width = min(shutil.get_terminal_size((120, 24)).columns, 120)
         lines.append(_fit(_step_fields(row, steps), width))
     if "policy/skipped_prompts" in row:
-        ids = ", ".join(row["policy/skipped_prompts"])
+        ids = printable(", ".join(row["policy/skipped_prompts"]))
         lines.append(f"  update skipped: loss or gradient not finite, prompts {ids}")
     elif "policy/skipped_updates" in row:
         lines.append("  no update: in every group the answers were all right or all wrong")
@@ -550,6 +695,7 @@ def _step_fields(row: dict, steps: int) -> list[tuple[int, str]]:
     fields += field(0, "reward", "reward/mean", ".3f")
     fields += field(0, "right", "reward/accuracy", ".0%")
     fields += field(1, "format", "reward/format", ".0%")
+    fields += field(1, "custom", "reward/custom", ".3f")
     fields += field(1, "len", "response/length", ".0f")
     if row.get("response/truncated"):
         fields += field(2, "cut", "response/truncated", ".0%")
@@ -576,6 +722,56 @@ def _fit(fields: list[tuple[int, str]], width: int) -> str:
         if len(line) <= width or least == 0:
             return line
         fields.remove(next(f for f in reversed(fields) if f[0] == least))
+
+
+class Watch:
+    """Warns once where a figure has been out of its healthy range for 20 steps in a row."""
+
+    STEPS = 20
+
+    def __init__(self, config: Config):
+        cut = f"rollout.max_new_tokens ({config.rollout.max_new_tokens}) is too small"
+        # What is wrong -> (is it so in this row of metrics.jsonl?, likely causes)
+        self.unhealthy: dict[str, tuple[Callable[[dict], bool], str]] = {
+            "no group had rewards that differ": (
+                lambda row: row.get("reward/constant_groups", 0) >= 1,
+                "the questions are too hard or too easy for this model, the references match no "
+                "answer, or rollout.temperature is too low",
+            ),
+            "every response was cut": (
+                lambda row: row.get("response/truncated", 0) >= 0.999,
+                f"{cut}, or the model never writes its end token",
+            ),
+            "the entropy was nearly 0": (
+                lambda row: row.get("policy/entropy", 1) < 1e-3,
+                "the policy has collapsed to one response: lower optim.lr, or raise algo.kl or "
+                "rollout.temperature",
+            ),
+            "the entropy was that of noise": (
+                lambda row: row.get("policy/entropy", 0) > 5,
+                "the weights are damaged, or optim.lr or rollout.temperature is too high",
+            ),
+            "the policy was far from its reference (KL above 1)": (
+                lambda row: row.get("policy/kl", 0) > 1,
+                "optim.lr is too high, or algo.kl too low",
+            ),
+        }
+        self.count = dict.fromkeys(self.unhealthy, 0)
+
+    def warnings(self, row: dict) -> list[str]:
+        """What to say after a step."""
+        said = []
+        for what, (is_so, causes) in self.unhealthy.items():
+            self.count[what] = self.count[what] + 1 if is_so(row) else 0
+            if self.count[what] == self.STEPS:
+                said.append(f"warning: for {self.STEPS} steps {what}; likely causes: {causes}")
+        return said
+
+
+def printable(text: str, most: int = 300) -> str:
+    """Text of a model or a file for the terminal: no control characters, and not too much of it."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most])
+    return shown + (" …" if len(text) > most else "")
 
 
 def held_out_curve(path: Path) -> str:

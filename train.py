@@ -24,6 +24,7 @@ Shapes: P prompts of this process, G responses per prompt, B = P·G, T response 
 import contextlib
 import hashlib
 import math
+import os
 import signal
 import sys
 import time
@@ -49,12 +50,17 @@ from data import DataError, JsonlDataset, Prompt, Sampler, check_lengths
 from distributed import World
 from model import Policy, policy_from_config
 from rollout import Rollout, generate, join, keyed_generator, runs_within
-from run_folder import FolderError, RunError, RunFolder
+from run_folder import RunError, RunFolder
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 MAX_FAILURES = 5  # steps in a row with a loss or gradient that is not finite, before the run stops
 
 
 # ----------------------------------------------------------------- what the stages work with and on
+
+
+class SampleError(RunError):
+    """A sample or its reward failed, before anything was learned from the step."""
 
 
 class Training(NamedTuple):
@@ -180,10 +186,10 @@ def ask_custom(training: Training, text: str, sample) -> float:
             limit=settings.custom_timeout,
         )
     except rewards.RewardError as error:
-        where = f"{error}, on a response to {sample.id}"
+        where = run_folder.printable(f"{error}, on a response to {sample.id}")
         if settings.custom_on_error == "raise":
             advice = "reward.custom_on_error=zero goes on with a reward of 0"
-            raise RunError(f"{where}; {advice}") from error
+            raise SampleError(f"{where}; {advice}") from error
         tqdm.write(f"{where}: its reward is 0", file=sys.stderr)
         return 0.0
 
@@ -538,6 +544,8 @@ def describe_responses(collected: list[Batch], world: World) -> dict[str, float]
         "response/length": (total(lambda batch: batch.rollout.mask), responses),
         "response/truncated": (total(lambda batch: batch.rollout.truncated), responses),
     }
+    if all(batch.custom is not None for batch in collected):
+        pairs["reward/custom"] = (total(lambda batch: batch.custom), responses)
     return means(pairs, world)
 
 
@@ -605,6 +613,8 @@ def sample_rows(training: Training, batch: Batch, step: int) -> Iterator[dict]:
             "accuracy": float(batch.accuracy[group, response]),
             "tokens": [tokenizer.decode(token) for token in rollout.tokens[row][mask].tolist()],
         }
+        if batch.custom is not None:
+            described["custom"] = float(batch.custom[group, response])
         if batch.roles is not None:
             described["roles"] = batch.roles[row][mask].tolist()
             described["scores"] = [round(x, 4) for x in batch.scores[row][mask].tolist()]
@@ -810,24 +820,26 @@ def run(config: Config, world: World) -> None:
     training = build(config, world)
     folder.restore(training)
     folder.begin(training)
-    stop = stop_signals()
+    stop = Stop(config, folder)
     if folder.step == 0:
         folder.record({"step": 0, **evaluation(training)})
         refresh_report(training, folder, step=0, evaluated=True)
-    failures = 0
+    failures, watch = 0, run_folder.Watch(config)
     with tqdm(
         total=config.train.steps, initial=folder.step, disable=not world.is_main, desc="train"
     ) as bar:
         for step in range(folder.step + 1, config.train.steps + 1):
             is_last = step == config.train.steps
             evaluated = is_last or step % config.eval.every == 0
-            with profiled(training, folder, step):
+            stop.step = step
+            with profiled(training, folder, step), save_first(training, folder, step):
                 row, batch = train_step(training, step)
             if evaluated:
                 row |= evaluation(training)
             if batch is not None:
                 folder.record_samples(sample_rows(training, batch, step))
             folder.record({"step": step, **row})
+            warn(watch.warnings(row), folder, batch)
             bar.update()
             # A step with nothing to learn from is no failure.
             failed = batch is not None and row.get("policy/skipped_updates")
@@ -838,7 +850,7 @@ def run(config: Config, world: World) -> None:
                     f"finite; those updates were left out, and the weights in "
                     f"{folder.path / 'checkpoints'} are finite; lower optim.lr"
                 )
-            stopping = any(world.gather(bool(stop)))
+            stopping = any(world.gather(stop.asked))
             # Before the checkpoint, so that a run that is resumed there has its examples.
             if evaluated or stopping:
                 refresh_report(training, folder, step, evaluated=evaluated)
@@ -860,12 +872,54 @@ def check_division(config: Config, world: World) -> None:
         )
 
 
-def stop_signals() -> list[bool]:
-    """A list that SIGTERM or SIGINT (Ctrl-C) adds to: finish the step, save, leave."""
-    stop: list[bool] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.append(True))
-    return stop
+class Stop:
+    """SIGTERM, SIGHUP or Ctrl-C: finish the step, save, leave. A second one leaves at once."""
+
+    def __init__(self, config: Config, folder: RunFolder):
+        self.asked = False
+        self.step = folder.step
+        self.folder = folder
+        for number in STOP_SIGNALS:
+            signal.signal(number, self)
+
+    def __call__(self, number: int, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        saved = run_folder.checkpoints(self.folder.path / "checkpoints")
+        last_saved = int(saved[-1].name.removeprefix("step-")) if saved else 0
+        lost = max(self.step - last_saved, 0)
+        self.folder.say(
+            f"finishing step {self.step}, then saving; once more to stop now, losing {lost} steps"
+        )
+
+
+@contextlib.contextmanager
+def save_first(training: Training, folder: RunFolder, step: int):
+    """A sample that cannot be read ends the run, but not before the steps so far are saved.
+
+    Nothing was learned from this step yet, so the weights are those of the step before. With
+    several processes the others would wait for this one: there the last checkpoint has to do.
+    """
+    drawn = training.sampler.state_dict()
+    try:
+        yield
+    except (DataError, SampleError):
+        if training.world.size == 1 and step > folder.step + 1:
+            training.sampler.load_state_dict(drawn)
+            folder.save(training, step - 1)
+            folder.say(f"saved step {step - 1}; the same command goes on from there")
+        raise
+
+
+def warn(warnings: list[str], folder: RunFolder, batch: Batch | None) -> None:
+    """Say what is unhealthy, with one response beside its reference."""
+    for warning in warnings:
+        folder.say(warning)
+    if warnings and batch is not None:
+        response = run_folder.printable(batch.rollout.texts[0])
+        reference = run_folder.printable(batch.rollout.prompts[0].answer)
+        folder.say(f"  a response: {response}\n  its reference: {reference}")
 
 
 @contextlib.contextmanager
@@ -887,7 +941,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(paths) != 1 or paths[0] in ("-h", "--help"):
         usage = "usage: {python|torchrun} train.py CONFIG.yaml [section.key=value ...]"
         sys.exit(f"{usage}\n\n{__doc__}")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     world = None
     try:
         config = load_config(paths[0], [argument for argument in arguments if "=" in argument])
@@ -898,17 +952,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run(config, world)
         # Not after an error: it would wait for processes that wait for this one.
         distributed.stop()
-    except (ConfigError, DataError, RunError, FolderError) as error:
-        process = ""
-        if world is not None and world.size > 1:
-            process = f"process {world.rank}: "
-        message = f"error: {process}{error}"
-        print(message, file=sys.stderr)
-        run_folder.state_for_launcher(message)
-        sys.exit(2)
+    except (ConfigError, DataError, RunError, OSError) as error:
+        leave_with(error, world)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def leave_with(error: Exception, world: World | None) -> None:
+    """Say what went wrong in one line, once where all processes have it, and exit with 2."""
+    rank = int(os.environ.get("RANK", 0)) if world is None else world.rank
+    said_by_main = world is None or isinstance(error, run_folder.SharedError)
+    if said_by_main and rank > 0:
+        sys.exit(2)
+    process = ""
+    if world is not None and world.size > 1 and not said_by_main:
+        process = f"process {world.rank}: "
+    message = f"error: {process}{error}"
+    print(message, file=sys.stderr)
+    run_folder.state_for_launcher(message)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
