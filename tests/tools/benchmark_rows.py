@@ -1,4 +1,4 @@
-"""benchmark_rows.py: rows of the benchmarks with responses, and files of them, as VLMEvalKit writes."""
+"""benchmark_rows.py: rows of the benchmarks with responses, and the files that hold them."""
 
 import base64
 import csv
@@ -46,7 +46,10 @@ def wemath(
     wrong="A",
     concepts=("Translation", "Area of Circles", "Area of Squares"),
 ):
-    """The rows of one composite problem; hits of the steps and then of the whole. The right answer is B."""
+    """The rows of one composite problem; hits of the steps and then of the whole.
+
+    The right answer is B. With fewer hits than parts there are fewer rows.
+    """
     parts = [*range(1, steps + 1), "multi"]
     return [
         dict(
@@ -59,7 +62,7 @@ def wemath(
             response=response if hit else wrong,
             **{"knowledge concept": "['a', 'b']" if part == "multi" else concepts[part - 1]},
         )
-        for part, hit in zip(parts, hits)
+        for part, hit in zip(parts, hits, strict=False)
     ]
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/files.py and responses.py: hostile files are read, or are one error that names the place."""
+"""benchmarks/files.py, responses.py: a hostile file is read, or is one error with its place."""
 
 import base64
 import csv
@@ -53,7 +53,10 @@ def test_exactly_what_pandas_takes_for_missing_is_missing(tmp_path):
 
 
 def test_rows_without_image_are_dropped_and_pointers_are_followed_once(tmp_path):
-    """A cell of 1 to 64 characters is the index of a row with a picture; a pointer to several pictures gets them all."""
+    """A cell of 1 to 64 characters is the index of a row with a picture.
+
+    A pointer to several pictures gets them all.
+    """
     rows, dropped = load(
         tmp_path,
         [
@@ -107,8 +110,12 @@ def test_image_paths_serve_where_there_is_no_image_column(tmp_path):
         ],
     )
     rows, _ = read_tsv(path, (), True)
-    size = lambda row: [image.size for image in find("MME").pictures(row, tmp_path)]
-    assert size(rows[0]) == [(40, 50), (60, 50)] and size(rows[1]) == [(40, 50)]
+
+    def size(row):
+        return [image.size for image in find("MME").pictures(row, tmp_path)]
+
+    assert size(rows[0]) == [(40, 50), (60, 50)]
+    assert size(rows[1]) == [(40, 50)]
     with pytest.raises(
         BenchmarkError, match="line 4: image '../a.png' lies outside the image root"
     ):
@@ -116,8 +123,9 @@ def test_image_paths_serve_where_there_is_no_image_column(tmp_path):
 
 
 def test_cells_with_tabs_quotes_lines_and_megabytes(tmp_path):
-    """Python's csv module stops at 131072 characters by default, and the limit is left as it was."""
-    limit, question = csv.field_size_limit(), 'a "quoted"\ttab,\r\nline — 圖 \U0001f600'
+    """Python's csv module stops at 131072 characters by default. That limit is left as it was."""
+    limit = csv.field_size_limit()
+    question = 'a "quoted"\ttab,\r\nline — 圖 \U0001f600'
     rows, _ = load(
         tmp_path,
         [
@@ -125,39 +133,59 @@ def test_cells_with_tabs_quotes_lines_and_megabytes(tmp_path):
             dict(index=2, image="B" * 65, question='"'),
         ],
     )
-    assert (
-        rows[0]["question"] == question
-        and rows[1]["question"] == '"'
-        and len(rows[0].images[0]) == 3_000_000
-    )
+    assert rows[0]["question"] == question
+    assert rows[1]["question"] == '"'
+    assert len(rows[0].images[0]) == 3_000_000
     assert csv.field_size_limit() == limit
     text = "\ufeffindex\timage\tquestion\r\n\r\n1\t" + RED + '\ta "b" c\r\n'
     (tmp_path / "y.tsv").write_bytes(text.encode())
     rows, _ = read_tsv(tmp_path / "y.tsv", ("question",), True)
-    assert rows[0]["question"] == 'a "b" c' and len(rows) == 1
+    assert rows[0]["question"] == 'a "b" c'
+    assert len(rows) == 1
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "no column 'index', 'question', 'image'; found the columns nothing"),
-    (b"index\timage\tquestion\n", "has no rows"),
-    (b"index,image,question\n1,2,3\n", "no column 'index', 'question', 'image'; found the columns index,image,question"),
-    (b"index\timage\tqeustion\n", "no column 'question'; found the columns index, image, qeustion; nearest: qeustion"),
-    (b"index\tquestion\n1\t2\n", "no column 'image'"),
-    (b"index\tindex\timage\tquestion\n", "the column 'index' stands twice"),
-    (b"index\timage\tquestion\n1\t\t?\n", "has no row with an image"),
-    (b"index\timage\tquestion\n1\t%s\t?\n1\t1\t?\n", "line 3: the index '1' stands on line 2, too"),
-    (b"index\timage\tquestion\n\t%s\t?\n", "line 2: 'index' is empty"),
-    (b"index\timage\tquestion\n1\t%s\n", "line 2: found 2 cells; expected 3"),
-    (b"index\timage\tquestion\n1\t%s\t?\t?\n", "line 2: found 4 cells; expected 3"),
-    (b"index\timage\tquestion\n1\t%s\ta\0b\n", "line 2: 'question' holds a NUL"),
-    (b"index\timage\tquestion\n1\t%s\t\"a\n2\tb", "line 3: unexpected end of data"),
-    (b"index\timage\tquestion\n1\t%s\t\"a\"b\n", "line 2: '\t' expected after '\"'"),
-    (b"index\timage\tquestion\n1\t%s\t\xff\n", "is not UTF-8"),
-    (b"index\timage\tquestion\n1\t['%s', 3]\t?\n", "line 2: 'image' is .*expected one value, or a list of texts"),
-    (b"index\timage\tquestion\n1\t[%s]\t?\n", "line 2: 'image' is .*cannot be read"),
-    (b"index\timage\tquestion\n1\t" + b"[" * 500 + b"]" * 500 + b"\t?\n", "line 2: 'image' is .*cannot be read .too many nested"),
-    (b"index\timage\tquestion\n1\t[" + b"-" * 100000 + b"1]\t?\n", "line 2: 'image' is .*cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "no column 'index', 'question', 'image'; found the columns nothing"),
+        (b"index\timage\tquestion\n", "has no rows"),
+        (
+            b"index,image,question\n1,2,3\n",
+            "no column 'index', 'question', 'image'; found the columns index,image,question",
+        ),
+        (
+            b"index\timage\tqeustion\n",
+            "no column 'question'; found the columns index, image, qeustion; nearest: qeustion",
+        ),
+        (b"index\tquestion\n1\t2\n", "no column 'image'"),
+        (b"index\tindex\timage\tquestion\n", "the column 'index' stands twice"),
+        (b"index\timage\tquestion\n1\t\t?\n", "has no row with an image"),
+        (
+            b"index\timage\tquestion\n1\t%s\t?\n1\t1\t?\n",
+            "line 3: the index '1' stands on line 2, too",
+        ),
+        (b"index\timage\tquestion\n\t%s\t?\n", "line 2: 'index' is empty"),
+        (b"index\timage\tquestion\n1\t%s\n", "line 2: found 2 cells; expected 3"),
+        (b"index\timage\tquestion\n1\t%s\t?\t?\n", "line 2: found 4 cells; expected 3"),
+        (b"index\timage\tquestion\n1\t%s\ta\0b\n", "line 2: 'question' holds a NUL"),
+        (b'index\timage\tquestion\n1\t%s\t"a\n2\tb', "line 3: unexpected end of data"),
+        (b'index\timage\tquestion\n1\t%s\t"a"b\n', "line 2: '\t' expected after '\"'"),
+        (b"index\timage\tquestion\n1\t%s\t\xff\n", "is not UTF-8"),
+        (
+            b"index\timage\tquestion\n1\t['%s', 3]\t?\n",
+            "line 2: 'image' is .*expected one value, or a list of texts",
+        ),
+        (b"index\timage\tquestion\n1\t[%s]\t?\n", "line 2: 'image' is .*cannot be read"),
+        (
+            b"index\timage\tquestion\n1\t" + b"[" * 500 + b"]" * 500 + b"\t?\n",
+            "line 2: 'image' is .*cannot be read .too many nested",
+        ),
+        (
+            b"index\timage\tquestion\n1\t[" + b"-" * 100000 + b"1]\t?\n",
+            "line 2: 'image' is .*cannot be read",
+        ),
+    ],
+)
 def test_a_malformed_file_is_one_error_that_names_the_place(tmp_path, content, message):
     (tmp_path / "x.tsv").write_bytes(content.replace(b"%s", RED.encode()))
     with pytest.raises(BenchmarkError, match=f"x.tsv.*{message}"):
@@ -175,9 +203,12 @@ def test_a_file_that_is_not_there_is_named_with_its_neighbours(tmp_path):
 
 def bomb(size) -> str:
     """A PNG of many pixels in a few hundred bytes."""
-    chunk = lambda kind, data: (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    )
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     return base64.b64encode(
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0))
@@ -187,17 +218,23 @@ def bomb(size) -> str:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("image, message", [
-    ("é" * 80, "image 1 of 1 is .*expected a picture in base64"),
-    ("A" * 81, "image 1 of 1 is 'AAA.*expected a picture in base64"),
-    ("<script>" * 10, "expected a picture in base64"),
-    (base64.b64encode(b"not a picture" * 9).decode(), "line 2: image 1 of 1 cannot be decoded"),
-    (RED[:len(RED) // 8 * 4], "line 2: image 1 of 1 cannot be decoded"),
-    (bomb(60000), "line 2: image 1 of 1 cannot be decoded .DecompressionBombError"),
-    (bomb(12000), "line 2: image 1 of 1 has 12000 x 12000 pixels; expected at most"),
-    (encode("red", (1, 900)), "line 2: image 1 of 1 has 1 x 900 pixels; expected an aspect ratio"),
-    (str([RED, "A" * 81]), "line 2: image 2 of 2 is 'AAA"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        ("é" * 80, "image 1 of 1 is .*expected a picture in base64"),
+        ("A" * 81, "image 1 of 1 is 'AAA.*expected a picture in base64"),
+        ("<script>" * 10, "expected a picture in base64"),
+        (base64.b64encode(b"not a picture" * 9).decode(), "line 2: image 1 of 1 cannot be decoded"),
+        (RED[: len(RED) // 8 * 4], "line 2: image 1 of 1 cannot be decoded"),
+        (bomb(60000), "line 2: image 1 of 1 cannot be decoded .DecompressionBombError"),
+        (bomb(12000), "line 2: image 1 of 1 has 12000 x 12000 pixels; expected at most"),
+        (
+            encode("red", (1, 900)),
+            "line 2: image 1 of 1 has 1 x 900 pixels; expected an aspect ratio",
+        ),
+        (str([RED, "A" * 81]), "line 2: image 2 of 2 is 'AAA"),
+    ],
+)
 def test_a_bad_picture_is_an_error_that_names_the_row(tmp_path, image, message):
     rows, _ = load(tmp_path, [dict(index=1, image=image)])
     with pytest.raises(BenchmarkError, match=message):
@@ -215,7 +252,8 @@ def test_pictures_become_rgb_in_order(tmp_path):
     )
     rows, _ = load(tmp_path, [dict(index=1, image=cell)])
     images = find("MMBench").pictures(rows[0], tmp_path)
-    assert [image.mode for image in images] == ["RGB"] * 4 and images[1].getpixel((5, 5)) == (
+    assert [image.mode for image in images] == ["RGB"] * 4
+    assert images[1].getpixel((5, 5)) == (
         255,
         0,
         0,
@@ -259,7 +297,8 @@ def test_no_file_breaks_the_reader(tmp_path_factory, lines, tail, pictures):
     )
     try:
         rows, dropped = read_tsv(path, ("question",), pictures)
-        assert rows and not {row.index for row in rows} & dropped
+        assert rows
+        assert not {row.index for row in rows} & dropped
         assert all(not pictures or row.images for row in rows)
     except BenchmarkError as error:
         assert str(error).startswith(str(path))

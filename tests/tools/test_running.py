@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmark_rows import write_tsv
-from benchmark_runs import FILES, QUICK, A, lines, run_benchmark
+from benchmark_runs import FILES, QUICK, A, lines, run_benchmark, save_tiny_policy
 from conftest import picture
 from safetensors.torch import load_file, save_file
 
@@ -23,20 +23,16 @@ from benchmarks import BenchmarkError, find, running
 from benchmarks.processes import on_main, together
 from benchmarks.visual import MME
 from config import load_config
-from data import Sample, encode_prompt
+from data import Sample
 from distributed import World
-from model import Policy, load_policy, save_policy
+from model import load_policy
 from rollout import generate
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer, image_processor):
     """The folder of a tiny random policy."""
-    folder = tmp_path_factory.mktemp("model")
-    save_policy(
-        Policy(toy.build_model(tokenizer, hidden=64, layers=2), tokenizer, image_processor), folder
-    )
-    return folder
+    return save_tiny_policy(tmp_path_factory.mktemp("model"), tokenizer, image_processor)
 
 
 @pytest.fixture
@@ -69,10 +65,8 @@ def test_run_and_score_each_benchmark(run, tmp_path, capsys, name):
         list(row) == ["index", "response"] and isinstance(row["response"], str) for row in found
     )
     printed = capsys.readouterr()
-    assert (
-        f"{folder / 'responses.jsonl'}: {len(found)} responses" in printed.out
-        and "the released" in printed.err
-    )
+    assert f"{folder / 'responses.jsonl'}: {len(found)} responses" in printed.out
+    assert "the released" in printed.err
     for mode in ("raw", "final"):
         evaluate.main(
             [
@@ -90,34 +84,34 @@ def test_run_and_score_each_benchmark(run, tmp_path, capsys, name):
         printed = capsys.readouterr()
         score = json.loads(printed.out)
         assert list(score) == ["benchmark", "mode", "headline", "scores", "counts", "judge"]
-        assert (
-            score["benchmark"] == name
-            and score["mode"] == mode
-            and score["counts"]["scored"] == len(found)
-        )
+        assert score["benchmark"] == name
+        assert score["mode"] == mode
+        assert score["counts"]["scored"] == len(found)
 
 
 def test_responses_are_those_to_each_row_alone(run, model):
-    """The pictures first, in order, then the dataset's prompt in one user turn; what a batch holds changes no response."""
+    """The pictures first, in order, then the dataset's prompt in one user turn.
+
+    What a batch holds changes no response.
+    """
     folder = run("MMBench_DEV_EN_V11")
     policy = load_policy(model, torch.device("cpu"), trainable=False)
     a, b = picture(56, 56, 0), picture(84, 140, 1)
     asked = (("What?", (a,)), ("Are they the same?", (a, b)), ("What?", (a,)), ("Sum?", (b,)))
     for row, (question, images) in zip(lines(folder), asked, strict=True):
-        text = f"Question: {question}\nOptions:\nA. red\nB. blue\nPlease select the correct answer from the options above. \n"
-        prompt = encode_prompt(
-            Sample("", images, "<image>" * len(images) + text, ""),
-            0,
-            policy.tokenizer,
-            policy.image_processor,
-            "{question}",
+        text = (
+            f"Question: {question}\nOptions:\nA. red\nB. blue\n"
+            "Please select the correct answer from the options above. \n"
         )
-        tokens = generate(policy, [prompt], 1, 4, None).tokens[0].tolist()
+        sample = Sample("", images, "<image>" * len(images) + text, "")
+        prompt = policy.encode(sample, 0, "{question}")
+        rollout = generate(policy, [prompt], group_size=1, max_new_tokens=4, key=None)
+        tokens = rollout.tokens[0].tolist()
         assert row["response"] == policy.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_the_training_prompt_and_image_sizes_reach_the_model(run, monkeypatch):
-    """Without options, an image has at least 1280 tokens' worth of pixels, as for the paper's figures."""
+    """Without options, an image has at least 1280 tokens' worth of pixels, as in VLMEvalKit."""
     calls = []
 
     def spy(policy, samples, places, template, **_):
@@ -150,7 +144,10 @@ def test_the_training_prompt_and_image_sizes_reach_the_model(run, monkeypatch):
 
 
 def test_batches_are_of_like_length_and_within_the_budget(run, asked, monkeypatch):
-    """Prompt and response tokens of a batch stay within --max-cache-tokens; the longest prompts come first."""
+    """Prompt and response tokens of a batch stay within --max-cache-tokens.
+
+    The longest prompts come first.
+    """
     rows = [
         dict(FILES["LogicVista"][0], index=i, question="Sum circle. " * (1 + 7 * i % 5))
         for i in range(10)
@@ -165,12 +162,11 @@ def test_batches_are_of_like_length_and_within_the_budget(run, asked, monkeypatc
     monkeypatch.setattr(running, "measure", spy)
     run("LogicVista", "--max-cache-tokens", "200", rows=rows)
     in_order = [lengths[place] for batch in asked for place in batch]
-    assert sorted(sum(asked, [])) == list(range(10)) and in_order == sorted(in_order, reverse=True)
+    assert sorted(sum(asked, [])) == list(range(10))
+    assert in_order == sorted(in_order, reverse=True)
     assert len(set(in_order)) == 5
-    assert (
-        all(sum(lengths[place] + 4 for place in batch) <= 200 for batch in asked)
-        and 2 < len(asked) < 10
-    )
+    assert all(sum(lengths[place] + 4 for place in batch) <= 200 for batch in asked)
+    assert 2 < len(asked) < 10
 
 
 def test_a_second_run_does_only_what_is_missing(run, asked, capsys):
@@ -181,15 +177,14 @@ def test_a_second_run_does_only_what_is_missing(run, asked, capsys):
     (folder / "responses.jsonl").write_bytes(parts[0] + parts[2] + parts[1][:-9])
     asked.clear()
     run("MMBench_DEV_EN_V11")
-    assert sorted(sum(asked, [])) == [1, 3] and (folder / "responses.jsonl").read_bytes() == whole
+    assert sorted(sum(asked, [])) == [1, 3]
+    assert (folder / "responses.jsonl").read_bytes() == whole
     asked.clear()
     capsys.readouterr()
     run("MMBench_DEV_EN_V11")
-    assert (
-        not asked
-        and (folder / "responses.jsonl").read_bytes() == whole
-        and "final: circular accuracy" in capsys.readouterr().out
-    )
+    assert not asked
+    assert (folder / "responses.jsonl").read_bytes() == whole
+    assert "final: circular accuracy" in capsys.readouterr().out
 
 
 def test_what_was_generated_before_a_crash_is_kept(run, monkeypatch):
@@ -206,7 +201,8 @@ def test_what_was_generated_before_a_crash_is_kept(run, monkeypatch):
     with pytest.raises(RuntimeError):
         run("MMBench_DEV_EN_V11", "--max-cache-tokens", "1")
     folder = run("MMBench_DEV_EN_V11", "--max-cache-tokens", "1")
-    assert len(calls) == 3 + 2 and [row["index"] for row in lines(folder)] == [
+    assert len(calls) == 3 + 2
+    assert [row["index"] for row in lines(folder)] == [
         "3",
         "4",
         "1000003",
@@ -215,16 +211,18 @@ def test_what_was_generated_before_a_crash_is_kept(run, monkeypatch):
 
 
 def test_files_of_other_processes_are_merged_first(run, asked):
-    """Left behind by a run on more processes: whole lines count, a response that is there already is not doubled."""
+    """Left behind by a run on more processes.
+
+    Whole lines count, a response that is there already is not doubled.
+    """
     folder = run("MMBench_DEV_EN_V11")
     parts = (folder / "responses.jsonl").read_text().splitlines(keepends=True)
     (folder / "responses.jsonl").write_text(parts[0])
     (folder / "responses.rank3.jsonl").write_text(parts[0] + parts[2] + parts[3][:5])
     asked.clear()
     run("MMBench_DEV_EN_V11")
-    assert sorted(sum(asked, [])) == [1, 3] and (folder / "responses.jsonl").read_text() == "".join(
-        parts
-    )
+    assert sorted(sum(asked, [])) == [1, 3]
+    assert (folder / "responses.jsonl").read_text() == "".join(parts)
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock",
         "responses.jsonl",
@@ -259,7 +257,8 @@ def test_a_folder_holds_one_run(run, model, tmp_path, asked):
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(SystemExit, match="another model"):
         run("LogicVista", "--model", str(other))
-    assert not asked and (folder / "responses.jsonl").read_bytes() == before
+    assert not asked
+    assert (folder / "responses.jsonl").read_bytes() == before
     (folder / "run.json").unlink()
     with pytest.raises(SystemExit, match="holds responses but no run.json"):
         run("LogicVista")
@@ -281,7 +280,8 @@ def test_all_bad_rows_are_one_error_before_anything_is_generated(run, asked):
     with pytest.raises(SystemExit) as error:
         run("LogicVista", rows=rows)
     text = str(error.value)
-    assert text.startswith("error: 5 of 6 rows cannot be used:\n") and not asked
+    assert text.startswith("error: 5 of 6 rows cannot be used:\n")
+    assert not asked
     with pytest.raises(SystemExit, match="line 2: 'category' is 'colour'; expected one of"):
         run("MME", rows=[dict(FILES["MME"][0], category="colour")])
     with pytest.raises(SystemExit, match="line 3: 'choices' is 'A, B', which cannot be read"):
@@ -300,22 +300,30 @@ def test_all_bad_rows_are_one_error_before_anything_is_generated(run, asked):
         assert f"LogicVista.tsv, line {line}: {message}" in text
 
 
-@pytest.mark.parametrize("options, message", [
-    (("--benchmark", "MMEE"), "no benchmark 'MMEE'; did you mean 'MME'"),
-    (("--sample", "2"), "--sample 2: greedy responses are all the same"),
-    (("--sample", "0"), "expected 1 or more"), (("--temperature", "-1"), "--temperature: expected 0"),
-    (("--max-pixels", "5"), "--min-pixels and --max-pixels"),
-    (("--model", "/nowhere"), "model.path: '/nowhere' is neither"), (("--out", "/proc/x"), "/proc/x"),
-    (("--data", "/nowhere.tsv"), "/nowhere.tsv cannot be read"),
-    (("--prompt", "train", "--template", "no place"), "has 0 {question}; expected exactly one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--benchmark", "MMEE"), "no benchmark 'MMEE'; did you mean 'MME'"),
+        (("--sample", "2"), "--sample 2: greedy responses are all the same"),
+        (("--sample", "0"), "expected 1 or more"),
+        (("--temperature", "-1"), "--temperature: expected 0"),
+        (("--max-pixels", "5"), "--min-pixels and --max-pixels"),
+        (("--model", "/nowhere"), "model.path: '/nowhere' is neither"),
+        (("--out", "/proc/x"), "/proc/x"),
+        (("--data", "/nowhere.tsv"), "/nowhere.tsv cannot be read"),
+        (("--prompt", "train", "--template", "no place"), "has 0 {question}; expected exactly one"),
+    ],
+)
 def test_wrong_arguments_are_one_error(run, options, message):
     with pytest.raises(SystemExit, match=f"(?s)^error: .*{message}"):
         run("LogicVista", *options)
 
 
 def test_samples_for_pass_at_k(run, tmp_path, capsys):
-    """Streams depend on seed, row and sample: neither batches nor an interruption between the samples of a row change them."""
+    """Streams depend on seed, row and sample.
+
+    Neither batches nor an interruption between the samples of a row change them.
+    """
     options = ("--sample", "3", "--temperature", "1.5")
     folder = run("MMBench_DEV_EN_V11", *options)
     pairs = [(row["index"], row["sample"]) for row in lines(folder)]
@@ -338,9 +346,8 @@ def test_samples_for_pass_at_k(run, tmp_path, capsys):
         ]
     )
     found = json.loads(capsys.readouterr().out)
-    assert {"pass@1", "pass@2", "pass@3"} <= found["scores"].keys() and found["counts"][
-        "scored"
-    ] == 12
+    assert {"pass@1", "pass@2", "pass@3"} <= found["scores"].keys()
+    assert found["counts"]["scored"] == 12
     other = run("MMBench_DEV_EN_V11", *options, "--seed", "1", out="other")
     assert (other / "responses.jsonl").read_bytes() != whole
 
@@ -386,10 +393,8 @@ def test_two_processes_write_what_one_does(run, model, tmp_path):
         "responses.jsonl",
         "run.json",
     ]
-    assert (
-        done.stdout.count("7 responses") == 1
-        and done.stderr.count("the released LogicVista has") == 1
-    )
+    assert done.stdout.count("7 responses") == 1
+    assert done.stderr.count("the released LogicVista has") == 1
 
 
 def test_an_error_on_one_process_ends_all_and_is_said_by_the_main_one():
@@ -461,10 +466,10 @@ def test_the_toy_is_run_by_the_same_command_and_answers_as_in_training(
         seed=0,
         swapped=False,
     )
-    plain = lambda text: policy.tokenizer.decode(
-        policy.tokenizer(text).input_ids, skip_special_tokens=True
-    )
+
+    def plain(text):
+        return policy.tokenizer.decode(policy.tokenizer(text).input_ids, skip_special_tokens=True)
+
     found = lines(tmp_path / "toy")
-    assert len(found) == 200 and [row["response"] for row in found[:5]] == [
-        plain(text) for text in texts[5:]
-    ]
+    assert len(found) == 200
+    assert [row["response"] for row in found[:5]] == [plain(text) for text in texts[5:]]

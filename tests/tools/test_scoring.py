@@ -21,8 +21,9 @@ from benchmark_rows import (
     write_tsv,
 )
 
-import benchmarks
+import evaluate
 from benchmarks import BenchmarkError, find, pass_at_k, read_responses, score
+from rows import append_jsonl
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rows; the released.*")
 
@@ -88,10 +89,14 @@ def test_responses_are_missing_unknown_or_twice(scored, tmp_path):
 
 
 def test_an_empty_prediction_matches_nothing(scored):
-    """VLMEvalKit reads "None" back from its spreadsheet as a missing value, even where an option's text is in the word."""
+    """VLMEvalKit reads "None" back from its spreadsheet as a missing value.
+
+    That holds even where an option's text is in the word.
+    """
     for response in ("", "None", "NA", "nan"):
         found = scored("MMBench", [mmbench(5, 0, 1) | {"A": "n", "response": response}])
-        assert found["headline"]["value"] == 0 and found["counts"]["unmatched"] == 1
+        assert found["headline"]["value"] == 0
+        assert found["counts"]["unmatched"] == 1
     assert (
         scored("MMBench", [mmbench(5, 0, 1) | {"A": "Nan bread", "response": "nan bread"}])[
             "headline"
@@ -103,12 +108,16 @@ def test_an_empty_prediction_matches_nothing(scored):
 def test_pass_at_k_is_the_unbiased_estimator():
     """Against counting all pairs of 5 responses of which 2 are right: 7 of 10 hold a right one."""
     assert pass_at_k(5, 2, 2) == pytest.approx(0.7)
-    assert pass_at_k(5, 0, 5) == 0 and pass_at_k(5, 1, 5) == 1
+    assert pass_at_k(5, 0, 5) == 0
+    assert pass_at_k(5, 1, 5) == 1
     assert pass_at_k(3, 1, 1) == pytest.approx(1 / 3)
 
 
 def test_scores_of_several_samples_are_means(tmp_path):
-    """Row 1 is right in samples 0 and 1, row 2 in sample 2: accuracies 50, 50, 50; pass@2 = (1 + 2/3) / 2; pass@3 = 1."""
+    """Row 1 is right in samples 0 and 1, row 2 in sample 2: accuracies 50, 50, 50.
+
+    Pass@2 = (1 + 2/3) / 2; pass@3 = 1.
+    """
     path = write_tsv(
         tmp_path / "x.tsv",
         [
@@ -123,18 +132,14 @@ def test_scores_of_several_samples_are_means(tmp_path):
         {"1": {0: "B", 1: "B", 2: "C"}, "2": {0: "B", 1: "?", 2: "C"}},
         "raw",
     )
-    assert found["headline"]["value"] == pytest.approx(50) and found["scores"][
-        "spatial"
-    ] == pytest.approx(200 / 3)
+    assert found["headline"]["value"] == pytest.approx(50)
+    assert found["scores"]["spatial"] == pytest.approx(200 / 3)
     assert found["scores"]["numerical"] is None
-    assert found["scores"]["pass@1"] == pytest.approx(50) and found["scores"][
-        "pass@2"
-    ] == pytest.approx(250 / 3)
+    assert found["scores"]["pass@1"] == pytest.approx(50)
+    assert found["scores"]["pass@2"] == pytest.approx(250 / 3)
     assert found["scores"]["pass@3"] == 100
-    assert (
-        found["counts"] == {"rows": 2, "scored": 6, "unmatched": 1, "missing": 0}
-        and "pass@4" not in found["scores"]
-    )
+    assert found["counts"] == {"rows": 2, "scored": 6, "unmatched": 1, "missing": 0}
+    assert "pass@4" not in found["scores"]
 
 
 def test_a_judge_is_asked_about_what_the_rule_cannot_settle(scored):
@@ -152,11 +157,9 @@ def test_a_judge_is_asked_about_what_the_rule_cannot_settle(scored):
         (MATHVISION[3]["response"], r"\frac{1}{2}", "?", False),
         ("1,00", "1000", "?", False),
     ]
-    assert (
-        found["headline"]["value"] == 60
-        and found["counts"]["unmatched"] == 1
-        and found["judge"] == "judge.py:judge"
-    )
+    assert found["headline"]["value"] == 60
+    assert found["counts"]["unmatched"] == 1
+    assert found["judge"] == "judge.py:judge"
     with pytest.raises(
         BenchmarkError, match="the judge returned NoneType; expected text, True or False"
     ):
@@ -177,20 +180,20 @@ def test_what_score_returns_is_the_contract(scored):
         for mode in ("raw", "final"):
             found = scored(name, rows, mode)
             assert list(found) == ["benchmark", "mode", "headline", "scores", "counts", "judge"]
-            assert found["benchmark"] == name and found["mode"] == mode
-            assert (
-                list(found["headline"]) == ["metric", "value"]
-                and type(found["headline"]["value"]) is float
-            )
-            assert (
-                list(found["counts"]) == ["rows", "scored", "unmatched", "missing"]
-                and found["judge"] == "none (rule-based)"
-            )
+            assert found["benchmark"] == name
+            assert found["mode"] == mode
+            assert list(found["headline"]) == ["metric", "value"]
+            assert type(found["headline"]["value"]) is float
+            assert list(found["counts"]) == ["rows", "scored", "unmatched", "missing"]
+            assert found["judge"] == "none (rule-based)"
             json.dumps(found, allow_nan=False)
 
 
 def test_scoring_4000_rows_takes_less_than_five_seconds_and_no_torch(tmp_path):
-    """The command, with start-up, on a file of 80 MB whose pictures are none. Stdout holds one JSON object and nothing else."""
+    """The command, with start-up, on a file of 80 MB whose pictures are none.
+
+    Stdout holds one JSON object and nothing else.
+    """
     picture = "/" * 20000
     path = write_tsv(
         tmp_path / "x.tsv",
@@ -199,47 +202,26 @@ def test_scoring_4000_rows_takes_less_than_five_seconds_and_no_torch(tmp_path):
             for i in range(4000)
         ],
     )
-    (tmp_path / "r.jsonl").write_text(
-        "".join(
-            json.dumps(
-                {
-                    "index": i % 1000 + i // 1000 * 10**6,
-                    "response": f"I think it must be ({'AB'[i % 2]}).",
-                }
-            )
-            + "\n"
-            for i in range(4000)
-        )
-    )
+    responses = [
+        {"index": i % 1000 + i // 1000 * 10**6, "response": f"I think it must be ({'AB'[i % 2]})."}
+        for i in range(4000)
+    ]
+    append_jsonl(tmp_path / "r.jsonl", responses)
     begin = time.monotonic()
-    done = subprocess.run(
-        [
-            sys.executable,
-            "evaluate.py",
-            "score",
-            "--benchmark",
-            "MMBench_DEV_EN",
-            "--data",
-            path,
-            "--responses",
-            tmp_path / "r.jsonl",
-            "--mode",
-            "raw",
-        ],
-        cwd=Path(benchmarks.__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
+    files = ["--data", path, "--responses", tmp_path / "r.jsonl"]
+    command = ["evaluate.py", "score", "--benchmark", "MMBench_DEV_EN", *files, "--mode", "raw"]
+    root = Path(evaluate.__file__).parent
+    done = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - begin < 5
     found = json.loads(done.stdout)
     assert found["counts"] == {"rows": 4000, "scored": 4000, "unmatched": 0, "missing": 0}
     assert found["scores"]["vanilla all"]["Overall"] == 50
-    assert "warning: " in done.stderr and "has about 4300" in done.stderr
+    assert "warning: " in done.stderr
+    assert "has about 4300" in done.stderr
     check = (
-        "import sys, evaluate; evaluate.parse(['score', '--benchmark', 'MME', '--responses', 'x']); "
+        "import sys, evaluate\n"
+        "evaluate.parse(['score', '--benchmark', 'MME', '--responses', 'x'])\n"
         "assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)"
     )
-    subprocess.run(
-        [sys.executable, "-c", check], cwd=Path(benchmarks.__file__).parent.parent, check=True
-    )
+    subprocess.run([sys.executable, "-c", check], cwd=root, check=True)

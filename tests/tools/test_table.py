@@ -6,22 +6,16 @@ from pathlib import Path
 
 import pytest
 from benchmark_rows import write_tsv
-from benchmark_runs import FILES, lines, run_benchmark
+from benchmark_runs import FILES, lines, run_benchmark, save_tiny_policy
 
 import evaluate
-import toy
 from benchmarks.table import lay_out
-from model import Policy, save_policy
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer, image_processor):
     """The folder of a tiny random policy."""
-    folder = tmp_path_factory.mktemp("model")
-    save_policy(
-        Policy(toy.build_model(tokenizer, hidden=64, layers=2), tokenizer, image_processor), folder
-    )
-    return folder
+    return save_tiny_policy(tmp_path_factory.mktemp("model"), tokenizer, image_processor)
 
 
 @pytest.fixture
@@ -33,31 +27,35 @@ def run(model, tmp_path):
 SEVEN = ("WeMath", "MathVision", "MathVerse", "LogicVista", "HallusionBench", "MME", "MMBench")
 
 
+LAYOUT = r"""       | mathematical                              | visual-centric                | average | other
+model  | WeMath  MathVision  MathVerse  LogicVista | HallusionBench   MME  MMBench |    Avg. |   toy
+3B     |   20.0        23.0       33.8        34.5 |           61.3  76.9     62.8 |    44.6 |     –
+mine|2 |      –           –          –           – |              –  80.2        – |       – |     –
+3B     |      –           –          –           – |              –   1.0        – |       – |     –
+toy    |      –           –          –           – |              –     –        – |       – |  98.0
+
+|  | mathematical |  |  |  | visual-centric |  |  | average | other |
+|---|---|---|---|---|---|---|---|---|---|
+| model | WeMath | MathVision | MathVerse | LogicVista | HallusionBench | MME | MMBench | Avg. | toy |
+| 3B | 20.0 | 23.0 | 33.8 | 34.5 | 61.3 | 76.9 | 62.8 | 44.6 | – |
+| mine\|2 | – | – | – | – | – | 80.2 | – | – | – |
+| 3B | – | – | – | – | – | 1.0 | – | – | – |
+| toy | – | – | – | – | – | – | – | – | 98.0 |"""  # noqa: E501
+
+
 def test_the_table_has_the_papers_layout():
-    """The paper's row for the 3B: 312.3 / 7 on average. A second figure of a column starts a row; fewer than seven: no average."""
+    """The paper's row for the 3B: 312.3 / 7 on average.
+
+    A second figure of a column starts a row; fewer than seven: no average.
+    """
     values = (20.0, 23.0, 33.8, 34.5, 61.3, 76.9, 62.8)
     headlines = [
-        *(("3B", title, value) for title, value in zip(SEVEN, values)),
+        *(("3B", title, value) for title, value in zip(SEVEN, values, strict=True)),
         ("mine|2", "MME", 80.25),
         ("3B", "MME", 1.0),
         ("toy", "toy", 98.0),
     ]
-    assert lay_out(headlines) == [
-        "       | mathematical                              | visual-centric                | average | other",
-        "model  | WeMath  MathVision  MathVerse  LogicVista | HallusionBench   MME  MMBench |    Avg. |   toy",
-        "3B     |   20.0        23.0       33.8        34.5 |           61.3  76.9     62.8 |    44.6 |     –",
-        "mine|2 |      –           –          –           – |              –  80.2        – |       – |     –",
-        "3B     |      –           –          –           – |              –   1.0        – |       – |     –",
-        "toy    |      –           –          –           – |              –     –        – |       – |  98.0",
-        "",
-        "|  | mathematical |  |  |  | visual-centric |  |  | average | other |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        "| model | WeMath | MathVision | MathVerse | LogicVista | HallusionBench | MME | MMBench | Avg. | toy |",
-        "| 3B | 20.0 | 23.0 | 33.8 | 34.5 | 61.3 | 76.9 | 62.8 | 44.6 | – |",
-        "| mine\\|2 | – | – | – | – | – | 80.2 | – | – | – |",
-        "| 3B | – | – | – | – | – | 1.0 | – | – | – |",
-        "| toy | – | – | – | – | – | – | – | – | 98.0 |",
-    ]
+    assert "\n".join(lay_out(headlines)) == LAYOUT
 
 
 def test_table_scores_the_runs_it_is_given(run, model, tmp_path, capsys):
@@ -77,10 +75,8 @@ def test_table_scores_the_runs_it_is_given(run, model, tmp_path, capsys):
     assert (
         f"| {model}, train prompt | – | – | – | – | – | 1.8 | – | – |" in printed
     )  # 50 points of 2800
-    assert (
-        f"{folders[1]}: MME, 100 · (perception + reasoning) / 2800, 2 rows, 1 of 2 responses unmatched"
-        in printed
-    )
+    note = "MME, 100 · (perception + reasoning) / 2800, 2 rows, 1 of 2 responses unmatched"
+    assert f"{folders[1]}: {note}" in printed
     (tmp_path / "judge.py").write_text(
         "def judge(response, answer, row):\n    return response == 'perhaps'\n"
     )
