@@ -1,10 +1,5 @@
-"""evaluate.py: held-out accuracy; the commands run, score and table, on small files with a tiny model."""
+"""evaluate.py: held-out accuracy, single questions, and what importing it brings in."""
 
-import base64
-import io
-import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,19 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEMPLATE, picture
-from safetensors.torch import load_file, save_file
-from test_benchmarks import write_tsv
 
-import benchmarks
 import evaluate
 import rewards
-import run_folder
 import toy
 from config import load_config
-from data import Sample, encode_prompt
+from data import Sample
 from distributed import World
-from model import Policy, load_policy, save_policy
-from rollout import generate
+from dyco import Signals
+from model import save_policy
+from tools.token_table import printable, token_table
 
 
 def test_images_swap_among_samples_with_as_many():
@@ -54,13 +46,22 @@ def test_held_out_counts_every_sample_once_on_any_number_of_processes(make_polic
     policy = make_policy()
     samples = [toy.make_sample(toy.LEVELS[1], 0, "test", index) for index in range(7)]
     monkeypatch.setattr(rewards, "accuracy", lambda text, answer: float(len(text) % 2))
-    measure = lambda world, tokens: evaluate.held_out(
-        policy, samples, TEMPLATE, 6, 0, max_cache_tokens=tokens, world=world
-    )
+
+    def measure(world, tokens):
+        return evaluate.held_out(
+            policy,
+            samples,
+            TEMPLATE,
+            max_new_tokens=6,
+            seed=0,
+            max_cache_tokens=tokens,
+            world=world,
+        )
+
     whole = measure(World(0, 1, torch.device("cpu")), 10**6)
     assert whole.keys() == {"accuracy", "format", "length", "accuracy_greedy", "accuracy_swapped"}
     assert measure(World(0, 1, torch.device("cpu")), 120) == pytest.approx(whole)
-    monkeypatch.setattr(evaluate, "ROWS", 3)
+    monkeypatch.setattr(evaluate, "SAMPLES_AT_ONCE", 3)
     assert measure(World(0, 1, torch.device("cpu")), 10**6) == pytest.approx(whole)
 
     class Share(World):
@@ -72,608 +73,125 @@ def test_held_out_counts_every_sample_once_on_any_number_of_processes(make_polic
 
 
 def test_a_text_only_set_has_no_swapped_accuracy(make_policy):
-    found = evaluate.held_out(make_policy(), [Sample("a", (), "Sum circle.", "1")], TEMPLATE, 4, 0)
-    assert "accuracy_swapped" not in found and found["accuracy"] in (0.0, 1.0)
-
-
-# ------------------------------------------------------------------------------------------------------ run and score
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tokenizer, image_processor):
-    """The folder of a tiny random policy."""
-    folder = tmp_path_factory.mktemp("model")
-    save_policy(
-        Policy(toy.build_model(tokenizer, hidden=64, layers=2), tokenizer, image_processor), folder
+    found = evaluate.held_out(
+        make_policy(), [Sample("a", (), "Sum circle.", "1")], TEMPLATE, max_new_tokens=4, seed=0
     )
-    return folder
+    assert "accuracy_swapped" not in found
+    assert found["accuracy"] in (0.0, 1.0)
 
 
-def image(size: tuple[int, int], seed: int) -> str:
-    stream = io.BytesIO()
-    picture(*size, seed).save(stream, "PNG")
-    return base64.b64encode(stream.getvalue()).decode()
+def run_python(code: str) -> str:
+    """What a fresh interpreter prints. It finds the modules of the project."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(evaluate.__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-A, B = image((56, 56), 0), image((84, 140), 1)
-META = "{'subject': 'Functions', 'subfield': 'Lines'}"
-FILES = {
-    "WeMath": [dict(index=i, image=A, ID="1", key=key, question="Which?", A="1", B="2", answer="A",
-                    **{"knowledge concept": "Rotation"})
-               for i, key in enumerate(("2steps_1", "2steps_2", "2steps_multi"))],
-    "MathVision_MINI": [dict(index=1, image=A, question="Which?", choices="['A', 'B']", answer="A", category="x"),
-                        dict(index=2, image=B, question="How many of them are there in the whole picture?", choices="[]",
-                             answer="5", category="x")],
-    "MathVerse_MINI": [dict(index=1, image=A, question="Which?", question_for_eval="Choices:\nA:1\nB:2", question_type="multi-choice",
-                            problem_version="Vision Only", answer="A", metadata=META)],
-    "LogicVista": [dict(index=1, image=A, question="Select from A-E", answer="A, C", skill="spatial")],
-    "HallusionBench": [dict(index="hb_a_b_0_1_0", image=A, question="Is it?", answer="Yes", category="VD", **{"l2-category": "b"}),
-                       dict(index="hb_a_b_0_0_0", image="", question="Is it?", answer="Yes", category="VD", **{"l2-category": "b"})],
-    "MME": [dict(index=i, image=(A, "0")[i], question="Is it?", answer="Yes", category="color", image_path="1.png")
-            for i in range(2)],
-    "MMBench_DEV_EN_V11": [dict(index=i, image=cell, question=question, A="red", B="blue", answer="A", category="x",
-                                **{"l2-category": "y"})
-                           for i, cell, question in ((3, A, "What?"), (4, str([A, B]), "Are they the same?"),
-                                                     (1000003, "3", "What?"), (5, B, "Sum?"))],
-}  # fmt: skip
+def test_importing_it_imports_neither_benchmarks_nor_torch():
+    """train.py needs `held_out` alone, and scoring needs no torch."""
+    assert (
+        run_python(
+            "import evaluate, sys; print({'benchmarks', 'torch', 'tools'} & set(sys.modules))"
+        )
+        == "set()\n"
+    )
 
 
-QUICK = ("--min-pixels", "3136", "--max-new-tokens", "4")
+# ----------------------------------------------------------------------------- single questions
 
 
 @pytest.fixture
-def run(model, tmp_path):
-    """run(name, *options, rows=…) runs the command in this process and returns the folder."""
+def ask(tmp_path, make_policy, capsys):
+    """ask(*options) asks a tiny random policy and returns what is printed."""
+    folder = tmp_path / "final"
+    save_policy(make_policy(), folder)
+    picture(112, 84, 0).save(tmp_path / "picture.png")
 
-    def call(name, *options, rows=None, folder="out"):
-        data = write_tsv(tmp_path / f"{name}.tsv", rows or FILES[name])
-        evaluate.main(
-            [
-                "run",
-                "--model",
-                str(model),
-                "--benchmark",
-                name,
-                "--data",
-                str(data),
-                "--out",
-                str(tmp_path / folder),
-                *QUICK,
-                *options,
-            ]
-        )
-        return tmp_path / folder
+    def call(*options: str, question: str = "Sum circle, cross.") -> str:
+        given = ["--model", str(folder), "--image", str(tmp_path / "picture.png")]
+        evaluate.main(["ask", *given, "--max-new-tokens", "6", *options, question])
+        return capsys.readouterr().out
 
     return call
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """The places of each batch that is generated."""
-    batches, plain = [], evaluate.respond
+def test_ask_prints_the_response_and_only_with_tokens_the_table(ask, tmp_path):
+    """The table has a line for each token of the response, between a header and a legend."""
+    plain = ask()
+    told = ask("--tokens")
+    assert told.startswith(plain)
+    lines = told.removeprefix(plain).splitlines()
+    assert lines[0] == ""
+    assert lines[1].split() == ["visual", "text", "visual", "text", "proba-"]
+    titles = ["token", "mass", "mass", "shift", "shift", "role", "score", "weight", "bility"]
+    assert lines[2].split() == titles
+    assert " ".join(lines[3].split()) == "eq. 1 eq. 1 eq. 3 eq. 3 eq. 5 eq. 4, 6 eq. 7"
+    assert lines[-2].startswith("mass: share of the attention")
+    tokens = lines[4:-2]
+    assert 1 <= len(tokens) <= 6
+    for line in tokens:
+        assert len(line) == len(lines[2])
+        visual, text, _, _, role, score, weight, probability = line.split()[-8:]
+        assert 0 <= float(visual) + float(text) <= 1.001
+        assert role in ("visual", "text", "–")
+        assert (float(score) == 0) == (role == "–")
+        assert 0 <= float(probability) <= 1
+        assert float(weight) > 0
+    # The first token has no predecessor, so its attention did not move (eq. 3).
+    assert tokens[0].split()[-6:-3] == ["0.000", "0.000", "–"]
+    # A mean of 1 (eq. 7), up to the rounding to three digits.
+    weights = [float(line.split()[-2]) for line in tokens]
+    assert sum(weights) / len(weights) == pytest.approx(1, abs=1e-3)
+    assert all(len(line) <= 100 for line in lines)
 
-    def spy(policy, samples, places, *rest):
-        batches.append(list(places))
-        return plain(policy, samples, places, *rest)
 
-    monkeypatch.setattr(evaluate, "respond", spy)
-    return batches
-
-
-def lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_run_and_score_each_benchmark(run, tmp_path, capsys, name):
-    folder = run(name)
-    found = lines(folder)
-    assert [row["index"] for row in found] == [
-        str(row["index"]) for row in FILES[name] if row["image"]
-    ]
-    assert all(
-        list(row) == ["index", "response"] and isinstance(row["response"], str) for row in found
+def test_the_tokens_are_read_as_the_training_run_read_them(ask, tmp_path):
+    """A model in RUN_DIR/final has its settings and its template in RUN_DIR/config.yaml."""
+    (tmp_path / "config.yaml").write_text("dyco: {tau: 100}\n")
+    neutral = ask("--tokens").splitlines()[-3]
+    assert neutral.split()[-4:-1] == ["–", "0.000", "1.000"]
+    (tmp_path / "config.yaml").write_text(
+        "data: {prompt_template: '{question} Say it in a word.'}\n"
     )
-    printed = capsys.readouterr()
-    assert (
-        f"{folder / 'responses.jsonl'}: {len(found)} responses" in printed.out
-        and "the released" in printed.err
+    assert evaluate.config_of(str(tmp_path / "final")).data.prompt_template.endswith("a word.")
+    assert ask() == ask("--template", "{question} Say it in a word.")
+    (tmp_path / "config.yaml").write_text("dyco: {layers: [7]}\n")
+    with pytest.raises(SystemExit, match="^error: .*dyco.layers"):
+        ask("--tokens")
+    # The folder of another model beside a config.yaml is no run.
+    assert evaluate.config_of(str(tmp_path / "other")) == load_config()
+
+
+def test_nothing_that_a_model_writes_reaches_the_terminal_raw():
+    """Escape sequences, and marks that turn the direction of text, are shown and not obeyed."""
+    text = "a\x1b[2J\x07\x9b1m\u202eb\r\ud800\nsecond\tline é 圖"
+    assert printable(text) == ("a\\x1b[2J\\x07\\x9b1m\\u202eb\\r\\ud800\nsecond\tline é 圖")
+    tokens = [text, "\n", "圖" * 40, "'", "\\n", "", "x" * 19]
+    blank = torch.zeros(len(tokens))
+    reading = evaluate.TokenReading(
+        tokens=tokens,
+        signals=Signals(blank, blank, blank, blank),
+        roles=torch.zeros(len(tokens), dtype=torch.int8),
+        scores=blank,
+        weights=blank + 1,
+        probabilities=blank,
+        images=torch.zeros(len(tokens), 0),
     )
-    for mode in ("raw", "final"):
-        evaluate.main(
-            [
-                "score",
-                "--benchmark",
-                name,
-                "--data",
-                str(tmp_path / f"{name}.tsv"),
-                "--responses",
-                str(folder / "responses.jsonl"),
-                "--mode",
-                mode,
-            ]
-        )
-        printed = capsys.readouterr()
-        score = json.loads(printed.out)
-        assert list(score) == ["benchmark", "mode", "headline", "scores", "counts", "judge"]
-        assert (
-            score["benchmark"] == name
-            and score["mode"] == mode
-            and score["counts"]["scored"] == len(found)
-        )
+    lines = token_table(reading).splitlines()[3:-2]
+    assert all(line.isprintable() for line in lines)
+    shown = [line.split("    ")[0] for line in lines]
+    assert shown[0].startswith("'a\\x1b[2J\\x07")
+    assert shown[1:2] + shown[3:6] == [r"'\n'", '"\'"', r"'\\n'", "''"]
+    assert shown[2].startswith("'" + "圖" * 9 + "…")
+    assert shown[6].startswith("'" + "x" * 19)
 
 
-def test_responses_are_those_to_each_row_alone(run, model):
-    """The pictures first, in order, then the dataset's prompt in one user turn; what a batch holds changes no response."""
-    folder = run("MMBench_DEV_EN_V11")
-    policy = load_policy(model, torch.device("cpu"), trainable=False)
-    a, b = picture(56, 56, 0), picture(84, 140, 1)
-    asked = (("What?", (a,)), ("Are they the same?", (a, b)), ("What?", (a,)), ("Sum?", (b,)))
-    for row, (question, images) in zip(lines(folder), asked, strict=True):
-        text = f"Question: {question}\nOptions:\nA. red\nB. blue\nPlease select the correct answer from the options above. \n"
-        prompt = encode_prompt(
-            Sample("", images, "<image>" * len(images) + text, ""),
-            0,
-            policy.tokenizer,
-            policy.image_processor,
-            "{question}",
-        )
-        tokens = generate(policy, [prompt], 1, 4, None).tokens[0].tolist()
-        assert row["response"] == policy.tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-def test_the_training_prompt_and_image_sizes_reach_the_model(run, monkeypatch):
-    """Without options, an image has at least 1280 tokens' worth of pixels, as for the paper's figures."""
-    calls = []
-
-    def spy(policy, samples, places, template, *rest):
-        calls.append((template, dict(policy.image_processor.size)))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluate, "respond", spy)
-    for options, folder in (
-        ((), "a"),
-        (("--prompt", "train", "--min-pixels", "4000", "--max-pixels", "5000"), "b"),
-        (("--prompt", "train", "--template", "{question} Go."), "c"),
-    ):
-        with pytest.raises(SystemExit, match="stopped; the same command goes on"):
-            run("LogicVista", *options, folder=folder)
-    assert [template for template, _ in calls] == [
-        "{question}",
-        load_config().data.prompt_template,
-        "{question} Go.",
-    ]
-    assert [(size["shortest_edge"], size["longest_edge"]) for _, size in calls] == [
-        (3136, 12845056),
-        (4000, 5000),
-        (3136, 12845056),
-    ]
-    assert (
-        benchmarks.MME.min_pixels,
-        benchmarks.MME.max_pixels,
-        benchmarks.MME.max_new_tokens,
-    ) == (1003520, 12845056, 2048)
-
-
-def test_batches_are_of_like_length_and_within_the_budget(run, asked, monkeypatch):
-    """Prompt and response tokens of a batch stay within --max-cache-tokens; the longest prompts come first."""
-    rows = [
-        dict(FILES["LogicVista"][0], index=i, question="Sum circle. " * (1 + 7 * i % 5))
-        for i in range(10)
-    ]
-    lengths, plain = {}, evaluate.measure
-    monkeypatch.setattr(evaluate, "measure", lambda *a: lengths.update(plain(*a)) or lengths)
-    run("LogicVista", "--max-cache-tokens", "200", rows=rows)
-    in_order = [lengths[place] for batch in asked for place in batch]
-    assert sorted(sum(asked, [])) == list(range(10)) and in_order == sorted(in_order, reverse=True)
-    assert len(set(in_order)) == 5
-    assert (
-        all(sum(lengths[place] + 4 for place in batch) <= 200 for batch in asked)
-        and 2 < len(asked) < 10
-    )
-
-
-def test_a_second_run_does_only_what_is_missing(run, asked, capsys):
-    """Also after a line was cut in half; a finished run generates nothing."""
-    folder = run("MMBench_DEV_EN_V11")
-    whole = (folder / "responses.jsonl").read_bytes()
-    parts = whole.splitlines(keepends=True)
-    (folder / "responses.jsonl").write_bytes(parts[0] + parts[2] + parts[1][:-9])
-    asked.clear()
-    run("MMBench_DEV_EN_V11")
-    assert sorted(sum(asked, [])) == [1, 3] and (folder / "responses.jsonl").read_bytes() == whole
-    asked.clear()
-    capsys.readouterr()
-    run("MMBench_DEV_EN_V11")
-    assert (
-        not asked
-        and (folder / "responses.jsonl").read_bytes() == whole
-        and "final: circular accuracy" in capsys.readouterr().out
-    )
-
-
-def test_what_was_generated_before_a_crash_is_kept(run, monkeypatch):
-    plain, calls = evaluate.respond, []
-
-    def failing(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("out of memory")
-        return plain(*arguments)
-
-    monkeypatch.setattr(evaluate, "respond", failing)
-    with pytest.raises(RuntimeError):
-        run("MMBench_DEV_EN_V11", "--max-cache-tokens", "1")
-    folder = run("MMBench_DEV_EN_V11", "--max-cache-tokens", "1")
-    assert len(calls) == 3 + 2 and [row["index"] for row in lines(folder)] == [
-        "3",
-        "4",
-        "1000003",
-        "5",
-    ]
-
-
-def test_files_of_other_processes_are_merged_first(run, asked):
-    """Left behind by a run on more processes: whole lines count, a response that is there already is not doubled."""
-    folder = run("MMBench_DEV_EN_V11")
-    parts = (folder / "responses.jsonl").read_text().splitlines(keepends=True)
-    (folder / "responses.jsonl").write_text(parts[0])
-    (folder / "responses.rank3.jsonl").write_text(parts[0] + parts[2] + parts[3][:5])
-    asked.clear()
-    run("MMBench_DEV_EN_V11")
-    assert sorted(sum(asked, [])) == [1, 3] and (folder / "responses.jsonl").read_text() == "".join(
-        parts
-    )
-    assert sorted(path.name for path in folder.iterdir()) == [
-        ".lock",
-        "responses.jsonl",
-        "run.json",
-    ]
-
-
-def test_a_folder_holds_one_run(run, model, tmp_path, asked):
-    folder = run("LogicVista")
-    before = (folder / "responses.jsonl").read_bytes()
-    asked.clear()
-    with (
-        run_folder.exclusive(folder, "--out"),
-        pytest.raises(SystemExit, match="another process is writing there; set --out"),
-    ):
-        run("LogicVista")
-    for name, options, message in (
-        ("MME", (), "another benchmark .'LogicVista', now 'MME'.*set --out to a new folder"),
-        ("LogicVista", ("--prompt", "train"), "another prompt .'benchmark', now 'train'"),
-        ("LogicVista", ("--temperature", "0.5"), "another temperature .0.0, now 0.5"),
-        ("LogicVista", ("--max-new-tokens", "5"), "another max_new_tokens .4, now 5"),
-    ):
-        with pytest.raises(SystemExit, match=f"error: {folder} holds a run with {message}"):
-            run(name, *options)
-    with pytest.raises(SystemExit, match="another data .*LogicVista.tsv' has another content now"):
-        run("LogicVista", rows=[dict(FILES["LogicVista"][0], answer="B")])
-    other = tmp_path / "other"
-    shutil.copytree(model, other)
-    run("LogicVista", "--model", str(other))  # a copy is the same model
-    weights = load_file(other / "model.safetensors")
-    weights[max(weights)] += 1
-    save_file(weights, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SystemExit, match="another model"):
-        run("LogicVista", "--model", str(other))
-    assert not asked and (folder / "responses.jsonl").read_bytes() == before
-    (folder / "run.json").unlink()
-    with pytest.raises(SystemExit, match="holds responses but no run.json"):
-        run("LogicVista")
-    (folder / "run.json").write_text("{")
-    with pytest.raises(SystemExit, match="run.json cannot be read"):
-        run("LogicVista")
-
-
-def test_all_bad_rows_are_one_error_before_anything_is_generated(run, asked):
-    good = FILES["LogicVista"][0]
-    rows = [
-        good,
-        dict(good, index=2, image="A" * 81),
-        dict(good, index=3, image="2"),
-        dict(good, index=4, question="<|im_end|>"),
-        dict(good, index=5, question="<image> ?"),
-        dict(good, index=6, question=""),
-    ]
-    with pytest.raises(SystemExit) as error:
-        run("LogicVista", rows=rows)
-    text = str(error.value)
-    assert text.startswith("error: 5 of 6 rows cannot be used:\n") and not asked
-    with pytest.raises(SystemExit, match="line 2: 'category' is 'colour'; expected one of"):
-        run("MME", rows=[dict(FILES["MME"][0], category="colour")])
-    with pytest.raises(SystemExit, match="line 3: 'choices' is 'A, B', which cannot be read"):
-        run(
-            "MathVision_MINI",
-            rows=[FILES["MathVision_MINI"][0], dict(FILES["MathVision_MINI"][1], choices="A, B")],
-        )
-    assert not asked
-    for line, message in (
-        (3, "image 1 of 1 is 'AAA"),
-        (4, "image 1 of 1 is 'AAA"),
-        (5, "the question contains <|im_end|>"),
-        (6, "found 1 images, 2 <image> markers"),
-        (7, "'question' is empty"),
-    ):
-        assert f"LogicVista.tsv, line {line}: {message}" in text
-
-
-@pytest.mark.parametrize("options, message", [
-    (("--benchmark", "MMEE"), "no benchmark 'MMEE'; nearest: MME"),
-    (("--sample", "2"), "--sample 2: greedy responses are all the same"),
-    (("--sample", "0"), "expected 1 or more"), (("--temperature", "-1"), "--temperature: expected 0"),
-    (("--max-pixels", "5"), "--min-pixels and --max-pixels"),
-    (("--model", "/nowhere"), "model.path: '/nowhere' is neither"), (("--out", "/proc/x"), "/proc/x"),
-    (("--data", "/nowhere.tsv"), "/nowhere.tsv cannot be read"),
-    (("--prompt", "train", "--template", "no place"), "has 0 {question}; expected exactly one"),
-])  # fmt: skip
-def test_wrong_arguments_are_one_error(run, options, message):
-    with pytest.raises(SystemExit, match=f"(?s)^error: .*{message}"):
-        run("LogicVista", *options)
-
-
-def test_samples_for_pass_at_k(run, tmp_path, capsys):
-    """Streams depend on seed, row and sample: neither batches nor an interruption between the samples of a row change them."""
-    options = ("--sample", "3", "--temperature", "1.5")
-    folder = run("MMBench_DEV_EN_V11", *options)
-    pairs = [(row["index"], row["sample"]) for row in lines(folder)]
-    assert pairs == [(index, i) for index in ("3", "4", "1000003", "5") for i in range(3)]
-    assert len({row["response"] for row in lines(folder)}) > 6
-    whole = (folder / "responses.jsonl").read_bytes()
-    (folder / "responses.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))
-    run("MMBench_DEV_EN_V11", *options, "--max-cache-tokens", "1")
-    assert (folder / "responses.jsonl").read_bytes() == whole
-    capsys.readouterr()
-    evaluate.main(
-        [
-            "score",
-            "--benchmark",
-            "MMBench_DEV_EN_V11",
-            "--data",
-            str(tmp_path / "MMBench_DEV_EN_V11.tsv"),
-            "--responses",
-            str(folder / "responses.jsonl"),
-        ]
-    )
-    found = json.loads(capsys.readouterr().out)
-    assert {"pass@1", "pass@2", "pass@3"} <= found["scores"].keys() and found["counts"][
-        "scored"
-    ] == 12
-    other = run("MMBench_DEV_EN_V11", *options, "--seed", "1", folder="other")
-    assert (other / "responses.jsonl").read_bytes() != whole
-
-
-def test_two_processes_write_what_one_does(run, model, tmp_path):
-    """Rows are split over ranks, nothing is done twice, and one file comes out."""
-    rows = [
-        dict(FILES["LogicVista"][0], index=i, question="Sum " + "circle, " * (i % 3))
-        for i in range(7)
-    ]
-    one = run("LogicVista", rows=rows)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(Path(evaluate.__file__)),
-        "run",
-        "--model",
-        str(model),
-        "--benchmark",
-        "LogicVista",
-        "--data",
-        str(tmp_path / "LogicVista.tsv"),
-        "--out",
-        str(tmp_path / "two"),
-        *QUICK,
-    ]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "two" / "responses.jsonl").read_bytes() == (
-        one / "responses.jsonl"
-    ).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
-        ".lock",
-        "responses.jsonl",
-        "run.json",
-    ]
-    assert (
-        done.stdout.count("7 responses") == 1
-        and done.stderr.count("the released LogicVista has") == 1
-    )
-
-
-def test_an_error_on_one_process_ends_all_and_is_said_by_the_main_one():
-    class Two(World):
-        def gather(self, value):
-            return [value, "second is ill"] if self.rank == 0 else [None, value]
-
-    with pytest.raises(benchmarks.BenchmarkError, match="second is ill"):
-        evaluate.together(Two(0, 2, torch.device("cpu")), lambda: 1)
-    with pytest.raises(SystemExit, match="1"):
-        evaluate.together(Two(1, 2, torch.device("cpu")), lambda: int("ill"))
-    alone = World(0, 1, torch.device("cpu"))
-    assert evaluate.together(alone, lambda: 1) == evaluate.on_main(alone, lambda: 1) == 1
-
-
-@pytest.mark.filterwarnings("ignore:.*the released")
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_bad_row_of_any_process_ends_all_and_is_said_once(tmp_path, make_policy, rank):
-    path = write_tsv(
-        tmp_path / "x.tsv",
-        [dict(FILES["LogicVista"][0], index=i, image=(A, "A" * 81)[i]) for i in range(2)],
-    )
-    rows, _ = benchmarks.find("LogicVista").load(path, pictures=True)
-
-    class Both(World):
-        def gather(self, value):
-            return [({0: 9}, {}), value] if self.rank else [value, ({}, {1: "line 3: bad"})]
-
-    with pytest.raises(benchmarks.BenchmarkError if rank == 0 else SystemExit) as error:
-        evaluate.measure(
-            make_policy(),
-            benchmarks.find("LogicVista"),
-            rows,
-            [0, 1],
-            lambda row, images: "<image>" * images,
-            "{question}",
-            tmp_path,
-            Both(rank, 2, torch.device("cpu")),
-        )
-    assert str(error.value) == ("1 of 2 rows cannot be used:\n  line 3: bad" if rank == 0 else "1")
-
-
-def test_the_toy_is_run_by_the_same_command_and_answers_as_in_training(
-    model, tmp_path, monkeypatch, capsys
-):
-    """The greedy responses are those that train.py's evaluation scores."""
-    monkeypatch.setattr(toy, "prepare", lambda *_: model)
-    evaluate.main(
-        [
-            "run",
-            "--model",
-            "toy",
-            "--benchmark",
-            "toy",
-            "--out",
-            str(tmp_path / "toy"),
-            "--max-new-tokens",
-            "6",
-        ]
-    )
-    assert "final: accuracy 0.0" in capsys.readouterr().out
-    policy = load_policy(model, torch.device("cpu"), trainable=False)
-    texts = []
-    monkeypatch.setattr(rewards, "accuracy", lambda text, answer: texts.append(text) or 0.0)
-    evaluate.held_out(
-        policy,
-        [toy.make_sample(toy.LEVELS[1], 0, "test", i) for i in range(5)],
-        load_config().data.prompt_template,
-        6,
-        0,
-        swapped=False,
-    )
-    plain = lambda text: policy.tokenizer.decode(
-        policy.tokenizer(text).input_ids, skip_special_tokens=True
-    )
-    found = lines(tmp_path / "toy")
-    assert len(found) == 200 and [row["response"] for row in found[:5]] == [
-        plain(text) for text in texts[5:]
-    ]
-
-
-# -------------------------------------------------------------------------------------------------------------- table
-
-
-SEVEN = ("WeMath", "MathVision", "MathVerse", "LogicVista", "HallusionBench", "MME", "MMBench")
-
-
-def test_the_table_has_the_papers_layout():
-    """The paper's row for the 3B: 312.3 / 7 on average. A second figure of a column starts a row; fewer than seven: no average."""
-    values = (20.0, 23.0, 33.8, 34.5, 61.3, 76.9, 62.8)
-    runs = [
-        *(("3B", title, value) for title, value in zip(SEVEN, values)),
-        ("mine|2", "MME", 80.25),
-        ("3B", "MME", 1.0),
-        ("toy", "toy", 98.0),
-    ]
-    assert evaluate.lay_out(runs) == [
-        "       | mathematical                              | visual-centric                | average | other",
-        "model  | WeMath  MathVision  MathVerse  LogicVista | HallusionBench   MME  MMBench |    Avg. |   toy",
-        "3B     |   20.0        23.0       33.8        34.5 |           61.3  76.9     62.8 |    44.6 |     –",
-        "mine|2 |      –           –          –           – |              –  80.2        – |       – |     –",
-        "3B     |      –           –          –           – |              –   1.0        – |       – |     –",
-        "toy    |      –           –          –           – |              –     –        – |       – |  98.0",
-        "",
-        "|  | mathematical |  |  |  | visual-centric |  |  | average | other |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        "| model | WeMath | MathVision | MathVerse | LogicVista | HallusionBench | MME | MMBench | Avg. | toy |",
-        "| 3B | 20.0 | 23.0 | 33.8 | 34.5 | 61.3 | 76.9 | 62.8 | 44.6 | – |",
-        "| mine\\|2 | – | – | – | – | – | 80.2 | – | – | – |",
-        "| 3B | – | – | – | – | – | 1.0 | – | – | – |",
-        "| toy | – | – | – | – | – | – | – | – | 98.0 |",
-    ]
-
-
-def test_table_scores_the_runs_it_is_given(run, model, tmp_path, capsys):
-    folders = [str(run("LogicVista", folder="a")), str(run("MME", "--prompt", "train", folder="b"))]
-    for folder, texts in ((folders[0], ["A and C"]), (folders[1], ["yes", "perhaps"])):
-        rows = [
-            row | {"response": text} for row, text in zip(lines(Path(folder)), texts, strict=True)
-        ]
-        (Path(folder) / "responses.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows)
-        )
-    capsys.readouterr()
-    evaluate.main(["table", *folders])
-    printed = capsys.readouterr().out
-    assert printed.startswith("mode final, judge: none (rule-based); percent\n")
-    assert f"| {model} | – | – | – | 100.0 | – | – | – | – |" in printed
-    assert (
-        f"| {model}, train prompt | – | – | – | – | – | 1.8 | – | – |" in printed
-    )  # 50 points of 2800
-    assert (
-        f"{folders[1]}: MME, 100 · (perception + reasoning) / 2800, 2 rows, 1 of 2 responses unmatched"
-        in printed
-    )
-    (tmp_path / "judge.py").write_text(
-        "def judge(response, answer, row):\n    return response == 'perhaps'\n"
-    )
-    evaluate.main(
-        ["table", folders[1], "--judge", f"{tmp_path / 'judge.py'}:judge", "--mode", "raw"]
-    )
-    assert "| 7.1 |" in capsys.readouterr().out  # 200 of 2800
-    (Path(folders[0]) / "responses.jsonl").write_text("")
-    with pytest.raises(SystemExit, match=f"error: {folders[0]}: 1 of 1 responses are missing: '1'"):
-        evaluate.main(["table", folders[0]])
-    evaluate.main(["table", folders[0], "--allow-missing"])
-    assert "1 rows, 0 of 0 responses unmatched, 1 missing" in capsys.readouterr().out
-    for bad, message in (
-        (tmp_path, "run.json cannot be read"),
-        (tmp_path / "nowhere", "run.json cannot be read"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            evaluate.main(["table", str(bad)])
-
-
-def test_errors_of_score_are_one_line(tmp_path, capsys):
-    data = write_tsv(tmp_path / "x.tsv", FILES["LogicVista"])
-    (tmp_path / "r.jsonl").write_text('{"index": 1, "response": "A and C"}\n')
-    command = [
-        "score",
-        "--benchmark",
-        "LogicVista",
-        "--data",
-        str(data),
-        "--responses",
-        str(tmp_path / "r.jsonl"),
-    ]
-    evaluate.main([*command, "--mode", "raw"])
-    assert json.loads(capsys.readouterr().out)["headline"]["value"] == 100
-    for more, message in (
-        (("--judge", "nowhere.py:f"), "--judge 'nowhere.py:f': no file"),
-        (("--benchmark", "MME"), "no column 'category', 'image_path'"),
-        (
-            ("--responses", str(tmp_path / "s.jsonl")),
-            "s.jsonl cannot be read .*near names: r.jsonl",
-        ),
-        (("--benchmark", "MMBench_TEST_EN"), "no column 'A', 'B'"),
-        (("--benchmark", "toy"), "toy is drawn"),
-    ):
-        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-            evaluate.main([*command, *more])
-        assert capsys.readouterr().out == ""
-    test = write_tsv(
-        tmp_path / "t.tsv",
-        [{k: v for k, v in FILES["MMBench_DEV_EN_V11"][0].items() if k != "answer"}],
-    )
-    with pytest.raises(SystemExit, match="the answers of MMBench_TEST_EN are not public"):
-        evaluate.main([*command, "--benchmark", "MMBench_TEST_EN", "--data", str(test)])
+def test_a_question_has_as_many_markers_as_images(ask, tmp_path):
+    more = ("--image", str(tmp_path / "picture.png"))
+    with pytest.raises(SystemExit, match="the question has 1 <image> markers; expected 2"):
+        ask(*more, question="Sum <image>.")

@@ -1,0 +1,234 @@
+r"""answers.py: the rules that read an answer out of a response.
+
+The rules are those of VLMEvalKit's rule-based path, described here and written anew, with its
+quirks: scores are comparable only if the rules are the same. Each benchmark says which of them it
+uses. Responses are hostile input, so every rule takes linear time and nothing is evaluated.
+"""
+
+import re
+import string
+
+import rewards
+
+# ----------------------------------------------------------------------------------- final answers
+
+
+def final_answer(response: str, unbox: bool = True) -> str:
+    r"""What a response that reasons first gives as its answer.
+
+    Three steps, each only where there is such a part: take the text after the last </think>; in it
+    the last <answer>…</answer>; in that, with `unbox`, the last \boxed{…} with balanced braces.
+
+    final_answer(r"<think>So 3+2.</think><answer>\boxed{\text{B}}</answer>") -> "B"
+    """
+    text = response.rpartition("</think>")[2]
+    block = rewards.extract_answer(text)
+    if block is not None:
+        text = block
+    if unbox:
+        boxed = _last_boxed(text)
+        if boxed is not None:
+            text = _without_text_command(boxed.strip())
+    return text.strip()
+
+
+def _last_boxed(text: str) -> str | None:
+    r"""The content of the \boxed{…} that begins last, or None."""
+    open_braces = []
+    last = None
+    for brace in re.finditer("[{}]", text):
+        if brace[0] == "{":
+            open_braces.append(brace.end())
+        elif open_braces:
+            start = open_braces.pop()
+            is_boxed = text.endswith(r"\boxed{", 0, start)
+            if is_boxed and (last is None or start > last[0]):
+                last = start, brace.start()
+    return None if last is None else text[last[0] : last[1]]
+
+
+def _without_text_command(boxed: str) -> str:
+    r""" "\text{B}" -> "B", if the command holds all of the text."""
+    for command in (r"\text{", r"\mathrm{"):
+        if boxed.startswith(command):
+            opening = len(command) - 1
+            if _closing_brace(boxed, opening) == len(boxed) - 1:
+                return boxed[len(command) : -1]
+    return boxed
+
+
+def _closing_brace(text: str, start: int) -> int:
+    """Where the brace that opens at `start` is closed, or -1."""
+    depth = 0
+    for brace in re.finditer("[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return start + brace.start()
+    return -1
+
+
+# ---------------------------------------------------------------------------------- multiple choice
+
+_API_FAILURE = "Failed to obtain answer via API"
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+_TO_SPACES = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+
+
+def match_option(
+    text: str, options: dict[str, str], answer_is: bool = False, whole: bool = False
+) -> str | None:
+    """VLMEvalKit's matcher: the letter of an option, "Z" for "none of them", or None.
+
+    Either exactly one option letter stands alone in the text, for the first time among its last
+    four words. Or exactly one option's words stand in a short text.
+
+    answer_is: adds VLMEvalKit's rule of 2026-06-17, "answer is" and then a letter a-d.
+    whole: is ours. Options are not looked for inside longer words and numbers, such as 40° in
+        140°. A degree sign, and a space before a unit, may be missing.
+
+    match_option("The answer is (B).", {"A": "red", "B": "blue"}) -> "B"
+    match_option("It is blue", {"A": "red", "B": "blue"}) -> "B"
+    """
+    if _API_FAILURE not in text:
+        letter = _match_letter(text, options, answer_is)
+        if letter is not None:
+            return letter
+    return _match_words(text.lower(), options, whole)
+
+
+def _match_letter(text: str, options: dict[str, str], answer_is: bool) -> str | None:
+    if any(refusal in text for refusal in _REFUSALS):
+        return "Z"
+    words = text.translate(_TO_SPACES).split()
+    present = set(words)
+    letters = [letter for letter in options if letter in present]
+    if len(letters) == 1 and words.index(letters[0]) >= len(words) - 4:
+        return letters[0]
+    if not letters and "Z" in present:
+        return "Z"
+    if answer_is:
+        # As VLMEvalKit has it, without a word boundary: "answer is because" gives B.
+        match = re.search(r"(?i)answer is\s*+\**+([a-d])", text)
+        if match and match[1].upper() in options:
+            return match[1].upper()
+    return None
+
+
+def _match_words(text: str, options: dict[str, str], whole: bool) -> str | None:
+    """The only option whose words stand in a text that is not too long for that."""
+    if len(text) > 2 * sum(map(len, options.values())):
+        return None
+    stands = _stands_whole if whole else str.__contains__
+    letters = [letter for letter, option in options.items() if stands(text, option.lower())]
+    return letters[0] if len(letters) == 1 else None
+
+
+def _stands_whole(text: str, option: str) -> bool:
+    wanted = re.escape(_without_degrees(option))
+    pattern = rf"(?<![\w.,]){wanted}(?!\w|[.,]\d)"
+    return re.search(pattern, _without_degrees(text)) is not None
+
+
+def _without_degrees(text: str) -> str:
+    """ "3 cm" -> "3cm", "40°" -> "40"."""
+    return re.sub(r"(?<=\d)\s+(?=[^\W\d])", "", text.replace("°", ""))
+
+
+# --------------------------------------------------------------------------------------- yes and no
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+
+
+def yes_or_no(text: str) -> str | None:
+    """ "Yes" or "No" if exactly one of the two is a word of the text, else None.
+
+    VLMEvalKit's cleaning of punctuation comes first.
+
+    yes_or_no("Yes, it is.") -> "Yes"
+    yes_or_no("**Yes**") -> None
+    yes_or_no("A: yes or no? No.") -> None
+    """
+    original = text.lower()
+    text = original
+    has_comma_in_number = re.search(r"\d,\d", original) is not None
+    for mark in _PUNCTUATION:
+        beside_space = mark + " " in original or " " + mark in original
+        # A mark beside a space anywhere is deleted everywhere. Others become spaces.
+        text = text.replace(mark, "" if has_comma_in_number or beside_space else " ")
+    # Of the periods that no digit follows, the first 32 are deleted, as there.
+    words = set(re.sub(r"\.(?!\d)", "", text, count=32).split())
+    if "yes" in words and "no" not in words:
+        return "Yes"
+    if "no" in words and "yes" not in words:
+        return "No"
+    return None
+
+
+# ------------------------------------------------------------------------- letters and free answers
+
+
+def letter_after_answer(text: str) -> str | None:
+    """WeMath's own rule: the first character after the last "Answer", if it is a letter A-H.
+
+    The characters < > : . are removed before.
+
+    letter_after_answer("<Answer>: <<B>>") -> "B"
+    letter_after_answer("The answer is B") -> None
+    """
+    text = re.sub("[<>:.]", "", text.rpartition("Answer")[2].strip()).strip()
+    return text[0] if text and text[0] in "ABCDEFGH" else None
+
+
+_SEPARATORS = r"(?:[\s,;/&]|\band\b)"
+_LETTERS = rf"[A-I](?!\w)(?:{_SEPARATORS}++[A-I](?!\w))*+"
+_ANSWER_LETTERS = re.compile(
+    r"(?i:\b(?:answer|option|choice)s?\s*+(?:is\b|are\b|:)[\s:*]*+(?:(?:option|choice)s?\b)?+)"
+    rf"[\s:*(\[$]*+({_LETTERS})"
+)
+
+
+def answer_letters(text: str) -> set[str] | None:
+    """LogicVista's letters A-I, by the first of four rules that applies; None if none does.
+
+    1. The whole text is a list of letters.
+    2. The text is one letter as a label, and then the option's words.
+    3. A list stands directly after "answer is", "options are", "choice:" …; the last one counts.
+    4. One letter B-H stands alone in the text. "A" and "I" are words, too.
+
+    answer_letters("A, C") -> {"A", "C"}
+    answer_letters("A hard one. The answer is B and D.") -> {"B", "D"}
+    """
+    stripped = text.strip(string.whitespace + "*()[].$")
+    whole = re.sub(r"^(?i:option|choice)s?\s+", "", stripped).lstrip("*([")
+    if re.fullmatch(rf"{_LETTERS}|[A-I]{{2,9}}", whole):
+        return set(re.findall("[A-I]", whole))
+    label = re.match(r"([A-I])[.:)\]*]+\s", whole)
+    if label and not re.search(r"\b[A-I][.:)\]]", whole[label.end() :]):
+        return {label[1]}
+    after = [match[1] for match in _ANSWER_LETTERS.finditer(text)]
+    if after:
+        return set(re.findall("[A-I]", after[-1]))
+    alone = set(re.findall(r"\b[B-H]\b", text))
+    return alone if len(alone) == 1 else None
+
+
+def is_equal(answer: str, reference: str) -> bool:
+    r"""MathVision's equality: the same text without case, or rational numbers closer than 1e-6.
+
+    Units, surds, π and variables are not understood.
+
+    is_equal(r"\frac{1}{2}", "0.5") -> True
+    is_equal("5 cm", "5") -> False
+    """
+    answer = answer.lower().strip()
+    reference = reference.lower().strip()
+    if answer == reference:
+        return True
+    value = rewards.rational(answer)
+    expected = rewards.rational(reference)
+    return value is not None and expected is not None and abs(value - expected) < 1e-6

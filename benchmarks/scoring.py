@@ -1,0 +1,211 @@
+"""scoring.py: from responses to scores, with the rule of a benchmark."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import rewards
+from benchmarks.benchmark import Benchmark, Result, mean
+from benchmarks.files import MISSING, BenchmarkError, Row, show
+from benchmarks.responses import Responses, listed, name_of, read_responses
+
+NO_JUDGE = "none (rule-based)"
+
+Judge = Callable[[str, str, dict], str | bool]
+
+
+def score(
+    benchmark: Benchmark,
+    rows: list[Row],
+    responses: Responses,
+    mode: str,
+    dropped: Iterable[str] = (),
+    allow_missing: bool = False,
+    judge: Judge | None = None,
+    judge_name: str = "custom",
+) -> dict:
+    """Score responses {index: {sample: text}} to the rows by the benchmark's rule.
+
+    mode: "raw" reads the whole response, "final" its final answer.
+    dropped: indices that need no response.
+    allow_missing: missing responses are wrong, instead of an error.
+    judge: is asked about responses that the rule cannot settle, as judge(response, answer, the
+        row's cells). It returns what the response answers, which goes through the same rule, or
+        True or False.
+
+    Returns what `evaluate.py score` prints. With n samples to a row all scores are means over the
+    samples, and pass@k is added for k = 1, 2, 4 … n. Raises BenchmarkError.
+    """
+    _refuse_unknown(benchmark, rows, responses, dropped)
+    samples = 1 + max((sample for texts in responses.values() for sample in texts), default=0)
+    missing = _count_missing(rows, responses, samples, allow_missing=allow_missing)
+
+    headlines = []
+    reports = []
+    hits = dict.fromkeys((row.index for row in rows), 0)  # of all samples of a row
+    unmatched = 0
+    for sample in range(samples):
+        results = []
+        for row in tqdm(rows, benchmark.name, disable=judge is None):
+            response = responses.get(row.index, {}).get(sample)
+            result = _check(benchmark, row, response, mode=mode, judge=judge)
+            results.append(result)
+            if result.hit is None:
+                unmatched += 1
+            elif result.hit:
+                hits[row.index] += 1
+        headline, scores = benchmark.report(results)
+        headlines.append(headline)
+        reports.append(scores)
+
+    scores = _average(reports)
+    if samples > 1:
+        scores |= _pass_rates(list(hits.values()), samples)
+    return {
+        "benchmark": benchmark.name,
+        "mode": mode,
+        "headline": {"metric": benchmark.metric, "value": mean(headlines)},
+        "scores": scores,
+        "counts": {
+            "rows": len(rows),
+            "scored": len(rows) * samples - missing,
+            "unmatched": unmatched,
+            "missing": missing,
+        },
+        "judge": NO_JUDGE if judge is None else judge_name,
+    }
+
+
+def score_file(
+    benchmark: Benchmark,
+    data: str | None,
+    responses: str | Path,
+    mode: str,
+    allow_missing: bool = False,
+    judge: str | None = None,
+) -> dict:
+    """`score` of a file of responses to the rows of a file. judge: FILE.py:function."""
+    ask = rewards.load_custom(judge, "--judge") if judge else None
+    rows, dropped = benchmark.load(data)
+    return score(
+        benchmark,
+        rows,
+        read_responses(responses),
+        mode=mode,
+        dropped=dropped,
+        allow_missing=allow_missing,
+        judge=ask,
+        judge_name=judge,
+    )
+
+
+def _refuse_unknown(
+    benchmark: Benchmark, rows: list[Row], responses: Responses, dropped: Iterable[str]
+) -> None:
+    unknown = sorted(responses.keys() - {row.index for row in rows} - set(dropped))
+    if unknown:
+        names = listed(map(show, unknown))
+        raise BenchmarkError(
+            f"{len(unknown)} responses are to rows that {benchmark.name}'s file does not have: "
+            f"{names}"
+        )
+
+
+def _count_missing(rows: list[Row], responses: Responses, samples: int, allow_missing: bool) -> int:
+    """How many responses are missing. Raises BenchmarkError if any may not be."""
+    missing = []
+    for row in rows:
+        present = responses.get(row.index, {})
+        missing += [
+            name_of(row.index, sample) for sample in range(samples) if sample not in present
+        ]
+    if missing:
+        total = len(rows) * samples
+        text = f"{len(missing)} of {total} responses are missing: {listed(missing)}"
+        if not allow_missing:
+            raise BenchmarkError(f"{text}; --allow-missing scores them as wrong")
+        warnings.warn(f"{text}; scored as wrong", stacklevel=3)
+    return len(missing)
+
+
+def _check(
+    benchmark: Benchmark, row: Row, response: str | None, mode: str, judge: Judge | None
+) -> Result:
+    """What the rule, and then the judge, make of one response. None is missing, and wrong."""
+    if response is None:
+        return Result(row, "", False)
+    if mode == "final":
+        text, hit = _check_final(benchmark, row, response)
+    else:
+        text = response
+        # VLMEvalKit keeps responses in a spreadsheet, out of which these come as "nan".
+        hit = None if text in MISSING else benchmark.check(row, text)
+    if hit is None and judge is not None:
+        verdict = _ask(judge, row, response)
+        hit = verdict if isinstance(verdict, bool) else benchmark.check(row, verdict)
+    return Result(row, text, hit)
+
+
+def _check_final(benchmark: Benchmark, row: Row, response: str) -> tuple[str, bool | None]:
+    r"""(what was read, whether it is right) of the final answer.
+
+    If a \boxed value settles nothing, the text around it may: "The area is \boxed{24}. So the
+    answer is C."
+    """
+    text = benchmark.final(response)
+    hit = benchmark.check(row, text)
+    if hit is None:
+        around = benchmark.final(response, unbox=False)
+        if around != text:
+            hit = benchmark.check(row, around)
+            if hit is not None:
+                text = around
+    return text, hit
+
+
+def _ask(judge: Judge, row: Row, response: str) -> str | bool:
+    try:
+        verdict = judge(response, row["answer"], dict(row.cells))
+    except Exception as error:
+        raise BenchmarkError(
+            f"{row.where}: the judge failed: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(verdict, str | bool):
+        raise BenchmarkError(
+            f"{row.where}: the judge returned {type(verdict).__name__}; "
+            "expected text, True or False"
+        )
+    return verdict
+
+
+def _average(trees: list[Any]) -> Any:
+    """The mean of dicts of dicts of numbers, entry by entry; None where one is None."""
+    if isinstance(trees[0], dict):
+        return {key: _average([tree[key] for tree in trees]) for key in trees[0]}
+    return None if None in trees else mean(trees)
+
+
+def _pass_rates(hits: list[int], samples: int) -> dict[str, float]:
+    """pass@k in percent, for k = 1, 2, 4 … and k = samples. hits: right samples of each row."""
+    counts = {samples}
+    k = 1
+    while k <= samples:
+        counts.add(k)
+        k *= 2
+    return {
+        f"pass@{k}": 100 * mean(pass_at_k(samples, right, k) for right in hits)
+        for k in sorted(counts)
+    }
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that one of k responses is right: 1 − C(n−c, k) / C(n, k).
+
+    It is estimated without bias from n responses of which c are right. Source: Chen et al. 2021
+    (arXiv 2107.03374), section 2.1.
+    """
+    return 1 - math.comb(n - c, k) / math.comb(n, k)

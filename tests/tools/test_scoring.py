@@ -1,0 +1,227 @@
+"""benchmarks/scoring.py: what responses are needed, several samples, the judge; and the command."""
+
+import functools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from benchmark_rows import (
+    HALLUSION,
+    LOGICVISTA,
+    MATHVERSE,
+    MATHVISION,
+    MMBENCH,
+    RED,
+    WEMATH,
+    mmbench,
+    score_rows,
+    write_tsv,
+)
+
+import evaluate
+from benchmarks import BenchmarkError, find, pass_at_k, read_responses, score
+from rows import append_jsonl
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*rows; the released.*")
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """scored(name, rows with the key "response", mode) -> what `score` returns."""
+    return functools.partial(score_rows, tmp_path)
+
+
+def test_responses_are_missing_unknown_or_twice(scored, tmp_path):
+    with pytest.raises(
+        BenchmarkError,
+        match=r"2 of 6 responses are missing: '1', '3'; --allow-missing scores them as wrong",
+    ):
+        scored(
+            "LogicVista",
+            [
+                {k: v for k, v in row.items() if k != "response"} if row["index"] in (1, 3) else row
+                for row in LOGICVISTA
+            ],
+        )
+    with pytest.warns(UserWarning, match="1 of 6 responses are missing: '1'; scored as wrong"):
+        found = scored(
+            "LogicVista",
+            [{k: v for k, v in LOGICVISTA[0].items() if k != "response"}, *LOGICVISTA[1:]],
+            allow_missing=True,
+        )
+    assert found["headline"]["value"] == pytest.approx(100 / 3)
+    assert found["counts"] == {"rows": 6, "scored": 5, "unmatched": 1, "missing": 1}
+    rows, _ = find("LogicVista").load(tmp_path / "LogicVista.tsv")
+    with pytest.raises(
+        BenchmarkError, match="1 responses are to rows that LogicVista's file does not have: '77'"
+    ):
+        score(find("LogicVista"), rows, {"77": {0: "A"}}, "raw")
+    with pytest.raises(BenchmarkError, match=r"missing: '1', '2', .*\(sample 1\)"):
+        score(find("LogicVista"), rows[:2], {"1": {1: "A"}}, "raw")
+
+    path = tmp_path / "responses.jsonl"
+    path.write_text(
+        '{"index": 1, "response": "A"}\n\n{"index": "1", "response": "B"}\n'
+        '{"index": 2, "response": 5}\n{"index": 2, "response": "x"}\n'
+    )
+    with pytest.raises(
+        BenchmarkError, match="2 responses stand more than once: '1', '2'; expected each once"
+    ):
+        read_responses(path)
+    path.write_text('{"index": 1, "response": "A", "sample": 1}\n{"index": "hb_1", "response": 5}')
+    assert read_responses(path) == {"1": {1: "A"}, "hb_1": {0: "5"}}
+    for line, message in (
+        ("{", "Expecting property name"),
+        ("[1]", r"found \[1\]; expected a JSON object"),
+        ('{"index": 1}', "no key 'response'"),
+        ('{"index": null, "response": ""}', '"index" is None'),
+        ('{"index": 1, "response": null}', '"response" is None; expected text'),
+        ('{"index": 1, "response": "", "sample": -1}', '"sample" is -1'),
+        ('{"index": true, "response": ""}', '"index" is True'),
+        ("[" * 100000, "maximum recursion depth"),
+    ):
+        path.write_text('{"index": 0, "response": ""}\n' + line + "\n")
+        with pytest.raises(BenchmarkError, match=f"responses.jsonl, line 2: .*{message}"):
+            read_responses(path)
+
+
+def test_an_empty_prediction_matches_nothing(scored):
+    """VLMEvalKit reads "None" back from its spreadsheet as a missing value.
+
+    That holds even where an option's text is in the word.
+    """
+    for response in ("", "None", "NA", "nan"):
+        found = scored("MMBench", [mmbench(5, 0, 1) | {"A": "n", "response": response}])
+        assert found["headline"]["value"] == 0
+        assert found["counts"]["unmatched"] == 1
+    assert (
+        scored("MMBench", [mmbench(5, 0, 1) | {"A": "Nan bread", "response": "nan bread"}])[
+            "headline"
+        ]["value"]
+        == 100
+    )
+
+
+def test_pass_at_k_is_the_unbiased_estimator():
+    """Against counting all pairs of 5 responses of which 2 are right: 7 of 10 hold a right one."""
+    assert pass_at_k(5, 2, 2) == pytest.approx(0.7)
+    assert pass_at_k(5, 0, 5) == 0
+    assert pass_at_k(5, 1, 5) == 1
+    assert pass_at_k(3, 1, 1) == pytest.approx(1 / 3)
+
+
+def test_scores_of_several_samples_are_means(tmp_path):
+    """Row 1 is right in samples 0 and 1, row 2 in sample 2: accuracies 50, 50, 50.
+
+    Pass@2 = (1 + 2/3) / 2; pass@3 = 1.
+    """
+    path = write_tsv(
+        tmp_path / "x.tsv",
+        [
+            dict(index=1, image=RED, question="?", answer="B", skill="spatial"),
+            dict(index=2, image=RED, question="?", answer="C", skill="inductive"),
+        ],
+    )
+    rows, _ = find("LogicVista").load(path)
+    found = score(
+        find("LogicVista"),
+        rows,
+        {"1": {0: "B", 1: "B", 2: "C"}, "2": {0: "B", 1: "?", 2: "C"}},
+        "raw",
+    )
+    assert found["headline"]["value"] == pytest.approx(50)
+    assert found["scores"]["spatial"] == pytest.approx(200 / 3)
+    assert found["scores"]["numerical"] is None
+    assert found["scores"]["pass@1"] == pytest.approx(50)
+    assert found["scores"]["pass@2"] == pytest.approx(250 / 3)
+    assert found["scores"]["pass@3"] == 100
+    assert found["counts"] == {"rows": 2, "scored": 6, "unmatched": 1, "missing": 0}
+    assert "pass@4" not in found["scores"]
+
+
+def test_a_judge_is_asked_about_what_the_rule_cannot_settle(scored):
+    """Its answer goes through the same rule; True and False are verdicts."""
+    asked = []
+
+    def judge(response, answer, row):
+        asked.append((response, answer, row["question"], "image" in row))
+        return {"A or C": "C", "1,00": True}.get(response, "no idea")
+
+    rows = [*MATHVISION[:4], dict(MATHVISION[4], response="1,00")]
+    found = scored("MathVision", rows, judge=judge, judge_name="judge.py:judge")
+    assert asked == [
+        ("A or C", "C", "?", False),
+        (MATHVISION[3]["response"], r"\frac{1}{2}", "?", False),
+        ("1,00", "1000", "?", False),
+    ]
+    assert found["headline"]["value"] == 60
+    assert found["counts"]["unmatched"] == 1
+    assert found["judge"] == "judge.py:judge"
+    with pytest.raises(
+        BenchmarkError, match="the judge returned NoneType; expected text, True or False"
+    ):
+        scored("MathVision", rows, judge=lambda *_: None)
+    with pytest.raises(BenchmarkError, match="line 4: the judge failed: ZeroDivisionError"):
+        scored("MathVision", rows, judge=lambda *_: 1 / 0)
+
+
+def test_what_score_returns_is_the_contract(scored):
+    for name, rows in (
+        ("WeMath", WEMATH),
+        ("MathVision", MATHVISION),
+        ("MathVerse_MINI", MATHVERSE),
+        ("LogicVista", LOGICVISTA),
+        ("HallusionBench", HALLUSION),
+        ("MMBench", MMBENCH),
+    ):
+        for mode in ("raw", "final"):
+            found = scored(name, rows, mode)
+            assert list(found) == ["benchmark", "mode", "headline", "scores", "counts", "judge"]
+            assert found["benchmark"] == name
+            assert found["mode"] == mode
+            assert list(found["headline"]) == ["metric", "value"]
+            assert type(found["headline"]["value"]) is float
+            assert list(found["counts"]) == ["rows", "scored", "unmatched", "missing"]
+            assert found["judge"] == "none (rule-based)"
+            json.dumps(found, allow_nan=False)
+
+
+def test_scoring_4000_rows_takes_less_than_five_seconds_and_no_torch(tmp_path):
+    """The command, with start-up, on a file of 80 MB whose pictures are none.
+
+    Stdout holds one JSON object and nothing else.
+    """
+    picture = "/" * 20000
+    path = write_tsv(
+        tmp_path / "x.tsv",
+        [
+            mmbench(i % 1000, i // 1000, i % 3) | {"image": picture, "question": "?", "hint": "h"}
+            for i in range(4000)
+        ],
+    )
+    responses = [
+        {"index": i % 1000 + i // 1000 * 10**6, "response": f"I think it must be ({'AB'[i % 2]})."}
+        for i in range(4000)
+    ]
+    append_jsonl(tmp_path / "r.jsonl", responses)
+    begin = time.monotonic()
+    files = ["--data", path, "--responses", tmp_path / "r.jsonl"]
+    command = ["evaluate.py", "score", "--benchmark", "MMBench_DEV_EN", *files, "--mode", "raw"]
+    root = Path(evaluate.__file__).parent
+    done = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 5
+    found = json.loads(done.stdout)
+    assert found["counts"] == {"rows": 4000, "scored": 4000, "unmatched": 0, "missing": 0}
+    assert found["scores"]["vanilla all"]["Overall"] == 50
+    assert "warning: " in done.stderr
+    assert "has about 4300" in done.stderr
+    check = (
+        "import sys, evaluate\n"
+        "evaluate.parse(['score', '--benchmark', 'MME', '--responses', 'x'])\n"
+        "assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", check], cwd=root, check=True)
