@@ -475,9 +475,7 @@ def check_model(path: str | Path) -> None:
     if folder.is_dir():
         _check_directory(folder)
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or folder.parent.is_dir():
-        raise ModelError(
-            f"model.path: there is no folder {str(path)!r}; expected a model directory"
-        )
+        raise ModelError(f"model.path: {str(path)!r} is no folder; expected a model directory")
     else:
         _check_hub_id(str(path))
     _check_family(path)

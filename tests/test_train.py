@@ -374,10 +374,13 @@ def test_an_extended_run_has_no_old_final(start, monkeypatch):
     folder = start("train.steps=1", "checkpoint.every=1")
     old = weights_of(folder)
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    class Killed(BaseException):
+        pass
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(run_folder, "save_policy", killed)
         start("train.steps=2", "checkpoint.every=1")
     assert not (folder / "final").exists()
