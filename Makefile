@@ -9,7 +9,7 @@ test: .venv/ready             ## the fast tests, what has to pass before anythin
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 test-core: .venv/ready        ## the fast tests of what trains, for forks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --ignore=tests/tools --ignore=tests/benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --ignore=tests/tools
 
 test-slow: .venv/ready        ## everything
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow or not slow"

@@ -1,6 +1,27 @@
-"""attention.py: who sees whom, and what DyCo reads off it."""
+"""attention.py: who sees whom, and what DyCo reads off it.
+
+transformers lets a program register its own attention function. Ours is `attend`. It asks a
+*layout* which keys a query may see, and there are two of them:
+
+- `PackedGroups` for scoring and for the update. A group is packed into one row,
+
+      [ prompt | o_1 | o_2 | … | o_G ]
+
+  in which a token attends to the prompt and, causally, to its own response. The prompt, where the
+  image is, is computed once instead of G times, and there is no padding outside of attention.
+  Without responses it is the prefill of a rollout.
+- `Decoding` for one step of a rollout: the newest token of every response.
+
+In the captured layers a layout also hands its attention to a `Tap`, which reduces the rows at once
+to four numbers per token: the two masses and the two shifts of dyco.py (eq. 1 to 3). No attention
+matrix outlives the call, no other layer pays, and no library code is patched.
+
+Shapes: P prompts, G responses per prompt, R rows that are decoded, T response tokens, N packed
+length, K keys, H heads, H_kv heads of keys and values, D width of a head.
+"""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,61 +32,56 @@ from data import Prompt
 from dyco import Signals
 
 ATTENTION = "dyco_layout"
-WINDOWS = "dyco_flash_windows"  # transformers calls what has flash in its name once per layer, with the borders of all windows
+# transformers calls a function with flash in its name once per layer, and passes the borders of all
+# windows to it. Any other function it calls once for each window.
+WINDOWS = "dyco_flash_windows"
 
 
-# ----------------------------------------------------------------------------------- attention: one function, two layouts
+# ------------------------------------------------------------ the functions that transformers calls
 
 
-def attend(
-    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, layout=None, **kwargs
-):
-    """Attention function of the decoder layers: [1 or rows, H, N, D] -> [1 or rows, N, H, D].
+def attend(module, query, key, value, attention_mask, layout=None, **kwargs):
+    """Attention of the decoder layers: query [1 or R, H, N, D] -> ([1 or R, N, H, D], None).
 
-    Without a layout (stock `generate`, say) it is transformers' own sdpa attention.
+    Without a layout, as in stock `generate`, it is transformers' own sdpa attention.
     """
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    query, key = (
-        query.to(value.dtype),
-        key.to(value.dtype),
-    )  # under autocast, rotary positions made them float32
-    return layout.attend(module.layer_idx, query, key, value, module.scaling), None
+    # Under autocast the rotary positions made queries and keys float32.
+    query = query.to(value.dtype)
+    key = key.to(value.dtype)
+    return layout.attend(module.layer_idx, query, key, value=value, scale=module.scaling), None
 
 
-def attend_windows(
-    module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask,
-    scaling: float,
-    cu_seq_lens_q: Tensor,
-    **kwargs,
-):
-    """Attention function of the vision tower: windows of one length are one batch, not one call each. [1, H, N, D] -> [1, N, H, D].
+def attend_windows(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **kwargs):
+    """Attention of the vision tower: query [1, H, N, D] -> ([1, N, H, D], None).
 
-    cu_seq_lens_q [windows + 1]: where the windows begin and the last one ends.
+    A patch attends within its window. All windows of one length are one batch, instead of a call
+    for each of them. cu_seq_lens_q [windows + 1]: where the windows begin, and the last one ends.
     """
     lengths = cu_seq_lens_q.diff()
     kinds, counts = (x.tolist() for x in lengths.unique(return_counts=True))
-    if several := len(kinds) > 1:
-        order = lengths.repeat_interleave(lengths).argsort(
-            stable=True
-        )  # patches, windows of one length side by side
+    order = None
+    if len(kinds) > 1:
+        # Sort the patches by the length of their window, so that windows of a length are
+        # neighbours.
+        order = lengths.repeat_interleave(lengths).argsort(stable=True)
         query, key, value = (x.index_select(2, order) for x in (query, key, value))
-    sizes = [length * count for length, count in zip(kinds, counts)]
-    split = lambda x: x[0].split(sizes, dim=1)
-    parts = [
-        F.scaled_dot_product_attention(
-            *(x.unflatten(1, (-1, length)).transpose(0, 1) for x in qkv), scale=scaling
-        )
-        for length, *qkv in zip(kinds, *map(split, (query, key, value)))
-    ]  # [windows, H, length, D] each
-    out = torch.cat([part.transpose(0, 1).flatten(1, 2) for part in parts], dim=1)
-    return (out.index_select(1, order.argsort()) if several else out).transpose(0, 1)[None], None
+    sizes = [length * count for length, count in zip(kinds, counts, strict=True)]
+    queries, keys, values = (x[0].split(sizes, dim=1) for x in (query, key, value))
+
+    outputs = []
+    for length, *qkv in zip(kinds, queries, keys, values, strict=True):
+        # [H, patches, D] -> [windows, H, length, D]
+        q, k, v = (x.unflatten(1, (-1, length)).transpose(0, 1) for x in qkv)
+        output = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+        outputs.append(output.transpose(0, 1).flatten(1, 2))
+    output = torch.cat(outputs, dim=1)
+    if order is not None:
+        output = output.index_select(1, order.argsort())
+    return output.transpose(0, 1)[None], None
 
 
 def register_attention() -> None:
@@ -78,9 +94,15 @@ def register_attention() -> None:
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
+# ----------------------------------------------------------------------------- products and kernels
+
+
 def float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with a float32 result, whatever the inputs: attention scores and logits rounded to bfloat16 would drown
-    shifts of τ = 0.05 and the ratios that GSPO clips at 3e-4. Without gradient: CUDA's 16-bit product into float32 has none."""
+    """a @ b with a float32 result, whatever the dtype of the inputs. Without gradient.
+
+    Attention and logits rounded to bfloat16 would drown shifts of τ = 0.05, and the ratios that
+    GSPO clips at 3e-4. CUDA's product of 16 bits into float32 has no derivative.
+    """
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.float32 and b.dtype == torch.float32:
             return a @ b
@@ -88,131 +110,165 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
             return a.float() @ b.float()
         if a.dim() == 2:
             return torch.mm(a, b, out_dtype=torch.float32)
-        return torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32).unflatten(
-            0, a.shape[:-2]
-        )
+        product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+        return product.unflatten(0, a.shape[:-2])
 
 
-def _eager_attention(query, key, value, scale, mask) -> Tensor:
-    with torch.autocast(query.device.type, enabled=False):
-        scores = (query.float() @ key.float().transpose(-1, -2) * scale).masked_fill(
-            ~mask, -math.inf
-        )
-    return torch.softmax(scores, dim=-1).to(value.dtype) @ value
+def grouped_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention in which the last query is aligned with the last key.
 
-
-def grouped_query_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, kernel: str = "sdpa"
-) -> Tensor:
-    """Causal attention, the last query aligned with the last key. query [B, H, T, D], key and value [B, H_kv, K, D].
-
-    The H / H_kv query heads that share a key head meet it without copies of it: by the kernel where it can, else folded into the
-    query length.
+    query [B, H, T, D], key and value [B, H_kv, K, D] -> [B, H, T, D]. The H / H_kv query heads that
+    share a head of keys meet it without copies of it: by the kernel where it can do that, else as
+    more queries.
     """
     batch, heads, queries, width = query.shape
     key_heads, keys = key.shape[1:3]
     repeats = heads // key_heads
-    if kernel == "sdpa" and queries == keys:
+    if queries == keys:
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=repeats > 1
         )
-    mask = (
-        torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-        .tril(keys - queries)
-        .repeat(repeats, 1)
-    )
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+    visible = visible.tril(keys - queries).repeat(repeats, 1)
     query = query.reshape(batch, key_heads, repeats * queries, width)
-    if kernel == "sdpa":
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    else:
-        out = _eager_attention(query, key, value, scale, mask)
-    return out.reshape(batch, heads, queries, width)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+    return output.reshape(batch, heads, queries, width)
+
+
+def attention_rows(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
+    """The softmaxed rows of causal attention, averaged over heads.
+
+    query [B, H, T, D], key [B, H_kv, K, D] -> [B, T, K] float32. `first`: the place of the first
+    query among the keys.
+    """
+    batch, heads, queries, width = query.shape
+    key_heads, keys = key.shape[1:3]
+    query = query.reshape(batch, key_heads, heads // key_heads * queries, width)
+    logits = float32_product(query, key.transpose(-1, -2)).mul_(scale)
+    logits = logits.view(batch, heads, queries, keys)
+    places = torch.arange(first, first + queries, device=key.device)
+    ahead = torch.arange(keys, device=key.device) > places[:, None]
+    return torch.softmax(logits.masked_fill_(ahead, -math.inf), dim=-1).mean(dim=1)
+
+
+# ------------------------------------------------------------------------------------ packed groups
 
 
 class PackedGroups:
-    """The layout of packed groups: [prompt_1 | o_11 … o_1G | prompt_2 | …], in one row.
+    """The layout of one row that holds packed groups: [prompt_1 | o_11 … o_1G | prompt_2 | …].
 
-    prompts: the prompts. branches: [prompts][G] number of *input* tokens of each response: its last token is predicted
-    and never read, so it is not packed. Cost per group: P²/2 + G·T·(P + T/2) query–key pairs.
+    A group costs P²/2 + G·T·(P + T/2) pairs of query and key: no response meets the keys of
+    another one, not even to be masked.
     """
 
     def __init__(
         self,
         prompts: list[Prompt],
         branches: list[list[int]],
-        kernel: str = "sdpa",
         tap: "Tap | None" = None,
         keep_keys: bool = False,
         first_group: int = 0,
     ):
-        self.first_group = first_group  # the tap's number of the first of these groups
-        self.kernel, self.tap, self.branches = kernel, tap, branches
+        """
+        branches: [prompts][G] number of *input* tokens of each response. The last token of a
+            response is predicted and never read, so it is not packed.
+        keep_keys: keep the prompts' keys and values in `kept`, for decoding.
+        first_group: the number by which the tap knows the first of these groups.
+        """
         self.prompts = prompts
-        self.sections = [
-            n
-            for prompt, group in zip(prompts, branches)
-            for n in (len(prompt.input_ids), sum(group))
-        ]
-        self.places: list[tuple[Tensor, Tensor]] | None = None
+        self.branches = branches
+        self.tap = tap
+        self.first_group = first_group
+        self.sections: list[int] = []  # lengths of prompt_1, its responses, prompt_2, …
+        for prompt, group in zip(prompts, branches, strict=True):
+            self.sections += [len(prompt.input_ids), sum(group)]
+        self.places: list[tuple[Tensor, Tensor]] | None = None  # of each group, made on the device
+        # layer -> keys and values of each prompt, [1, H_kv, P, D] each
         self.kept: dict[int, list[tuple[Tensor, Tensor]]] | None = {} if keep_keys else None
 
     @staticmethod
     def _places(group: list[int], device) -> tuple[Tensor, Tensor]:
-        """Packed place of each padded token [G·longest], and padded place of each packed token [tokens]. Padding reads
-        whatever stands there: it is behind every real query, and its own output is dropped."""
+        """Where the tokens of a group are: packed behind one another, or in a padded [G, longest].
+
+        Returns the packed place of each padded token [G·longest], and the padded place of each
+        packed token [tokens]. A padded token reads whatever stands at its place: it lies behind
+        every real query, and its own output is dropped.
+        """
         lengths = torch.tensor(group)
         steps = torch.arange(max(group, default=0))
-        padded = (lengths.cumsum(0) - lengths)[:, None] + steps
-        real = (steps < lengths[:, None]).flatten().nonzero().squeeze(-1)
-        return padded.flatten().clamp(max=sum(group) - 1).to(device), real.to(device)
+        starts = lengths.cumsum(0) - lengths
+        packed_place = (starts[:, None] + steps).flatten().clamp(max=sum(group) - 1)
+        is_real = steps < lengths[:, None]
+        padded_place = is_real.flatten().nonzero().squeeze(-1)
+        return packed_place.to(device), padded_place.to(device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D]."""
         if self.places is None:
             self.places = [self._places(group, query.device) for group in self.branches]
-        sections = [
-            x[0].transpose(0, 1).split(self.sections) for x in (query, key, value)
-        ]  # [tokens, H, D] each
+        # [tokens, heads, D] of each section
+        sections = [x[0].transpose(0, 1).split(self.sections) for x in (query, key, value)]
         outputs = []
-        for index, (prompt, group) in enumerate(zip(self.prompts, self.branches)):
-            q, k, v = (x[2 * index].transpose(0, 1)[None] for x in sections)  # the prompt
-            outputs.append(grouped_query_attention(q, k, v, scale, self.kernel)[0].transpose(0, 1))
-            if self.kept is not None:
-                self.kept.setdefault(layer, []).append((k, v))
-            predictors = q[:, :, -1:].expand(max(len(group), 1), -1, -1, -1)  # of the first tokens
-            k, v = (x.expand(len(predictors), -1, -1, -1) for x in (k, v))
-            if any(group):
-                padded, real = self.places[index]
-                q, own_k, own_v = (
-                    x[2 * index + 1]
-                    .index_select(0, padded)
-                    .unflatten(0, (len(group), -1))
-                    .transpose(1, 2)
-                    for x in sections
-                )  # the responses, [G, H, longest, D]
-                k, v = torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2)
-                out = grouped_query_attention(q, k, v, scale, self.kernel).transpose(1, 2)
-                outputs.append(out.flatten(0, 1).index_select(0, real))
-                predictors = torch.cat([predictors, q], dim=2)  # and of those after them
-            if self.tap is not None and layer in self.tap.layers:
-                self.tap.read_group(layer, self.first_group + index, prompt, predictors, k, scale)
+        for index in range(len(self.prompts)):
+            of_prompt = [x[2 * index] for x in sections]
+            of_responses = [x[2 * index + 1] for x in sections]
+            outputs += self._attend_group(layer, index, of_prompt, of_responses, scale=scale)
         return torch.cat(outputs)[None]
 
+    def _attend_group(
+        self,
+        layer: int,
+        index: int,
+        of_prompt: list[Tensor],
+        of_responses: list[Tensor],
+        scale: float,
+    ) -> list[Tensor]:
+        """The outputs [tokens, H, D] of a prompt and of its responses."""
+        group = self.branches[index]
+        query, key, value = (x.transpose(0, 1)[None] for x in of_prompt)
+        outputs = [grouped_query_attention(query, key, value, scale)[0].transpose(0, 1)]
+        if self.kept is not None:
+            self.kept.setdefault(layer, []).append((key, value))
 
-# ------------------------------------------------------------------------------------------------ the attention tap
+        # The last token of the prompt predicts the first token of every response.
+        rows = max(len(group), 1)
+        predictors = query[:, :, -1:].expand(rows, -1, -1, -1)
+        key = key.expand(rows, -1, -1, -1)
+        value = value.expand(rows, -1, -1, -1)
+        if any(group):
+            packed_place, padded_place = self.places[index]
+
+            def pad(x: Tensor) -> Tensor:  # [tokens, heads, D] -> [G, heads, longest, D]
+                padded = x.index_select(0, packed_place).unflatten(0, (len(group), -1))
+                return padded.transpose(1, 2)
+
+            query, own_key, own_value = map(pad, of_responses)
+            key = torch.cat([key, own_key], dim=2)
+            value = torch.cat([value, own_value], dim=2)
+            output = grouped_query_attention(query, key, value, scale).transpose(1, 2)
+            outputs.append(output.flatten(0, 1).index_select(0, padded_place))
+            predictors = torch.cat([predictors, query], dim=2)
+        if self.tap is not None and layer in self.tap.layers:
+            group_number = self.first_group + index
+            self.tap.read_group(
+                layer, group_number, self.prompts[index], query=predictors, key=key, scale=scale
+            )
+        return outputs
+
+
+# -------------------------------------------------------------------------------- the attention tap
 
 
 class Tap:
     """Reduces attention to DyCo's signals where it arises, in the captured layers only.
 
-    layers: decoder layers, negatives count from the end; each is reduced by itself and the signals are averaged.
-    `read_group` serves the packed forward, `read_step` and `reduce_steps` serve decoding; both end in dyco.attention_signals.
-    With `keep_images`, `read_group` also leaves the rows' attention to the image, averaged over the layers, in `images`.
+    `read_group` serves the packed forward. `read_step` and `reduce_steps` serve decoding. Both end
+    in dyco.attention_signals. Each captured layer is reduced by itself, and `take` averages the
+    signals of the layers.
     """
 
-    MAX_ELEMENTS = (
-        2**25
-    )  # of one block of attention rows before heads are averaged: 128 MB in float32
-    STEPS = 16  # decoding steps reduced at once
+    MAX_ELEMENTS = 2**25  # of one block of rows before heads are averaged: 128 MB in float32
+    STEPS = 16  # decoding steps that are reduced at once
 
     def __init__(
         self,
@@ -223,250 +279,281 @@ class Tap:
         signals=dyco.attention_signals,
         keep_images: bool = False,
     ):
+        """
+        layers: decoder layers, of `depth` in all; negatives count from the end. Raises ValueError
+            where there is no such layer.
+        signals: dyco.attention_signals, or its compiled form.
+        keep_images: `read_group` also leaves the rows' attention to the image, averaged over the
+            layers, in `images`: group -> [G, T, visual tokens].
+        """
         wrong = [layer for layer in layers if not -depth <= layer < depth]
         if wrong:
             raise ValueError(
-                f"dyco.layers: {wrong} out of range; the model has {depth} decoder layers: {-depth} … {depth - 1}"
+                f"dyco.layers: {wrong} out of range; the model has {depth} decoder layers: "
+                f"{-depth} … {depth - 1}"
             )
         self.layers = sorted({layer % depth for layer in layers})
-        self.shift, self.text_scope, self.signals = shift, text_scope, signals
-        self.images: dict[int, Tensor] | None = (
-            {} if keep_images else None
-        )  # group -> [G, T, visual tokens]
-        self.sums: dict[int, list[Tensor]] = {}  # group -> sums over layers, each [G, T]
-        self.prefill_rows: dict[
-            int, dict[int, Tensor]
-        ] = {}  # layer -> group -> the row that predicts its first token
-        self.steps: dict[
-            int, list[Tensor]
-        ] = {}  # decoding: layer -> the rows [R, K] of the steps not yet reduced, after the last reduced one
+        self.shift = shift
+        self.text_scope = text_scope
+        self.signals = signals
+        self.images: dict[int, Tensor] | None = {} if keep_images else None
+        self.sums: dict[int, list[Tensor]] = {}  # group -> sums over layers, [G, T] each
+        # layer -> group -> the row that predicts the group's first token
+        self.prefill_rows: dict[int, dict[int, Tensor]] = {}
+        # Decoding: layer -> the row [R, K] that was reduced last, and those of the steps since.
+        self.steps: dict[int, list[Tensor]] = {}
 
     def prompt_members(self, prompt: Prompt, device) -> tuple[Tensor, Tensor]:
-        """[P] bool each: the prompt's visual keys and its text keys in scope (everything of a response is text)."""
+        """Which keys of a prompt are visual, and which are text in scope, [P] bool each.
+
+        Text before the first image is out of scope by default, and with it the attention sink of
+        Qwen's system prompt. Everything of a response is text.
+        """
         visual = prompt.visual_mask.to(device)
         text = ~visual
         if self.text_scope == "after_image" and bool(prompt.visual_mask.any()):
-            text = text & (
-                torch.arange(len(visual), device=device) >= int(prompt.visual_mask.int().argmax())
-            )
+            first_visual = int(prompt.visual_mask.int().argmax())
+            text = text & (torch.arange(len(visual), device=device) >= first_visual)
         return visual, text
 
     @torch.no_grad()
     def read_group(
         self, layer: int, group: int, prompt: Prompt, query: Tensor, key: Tensor, scale: float
     ) -> None:
-        """query [G, H, T, D]: of the last prompt token and the response tokens; key [G, H_kv, K, D]: prompt, then own."""
-        (rows, heads, queries, _), keys = query.shape, key.shape[2]
+        """Reduce the attention of a packed group.
+
+        query [G, H, T, D]: of the last prompt token, then of the response tokens; key
+        [G, H_kv, K, D]: of the prompt, then of the response itself.
+        """
+        rows, heads, queries, _ = query.shape
+        keys = key.shape[2]
         visual, text = self.prompt_members(prompt, key.device)
         visual = F.pad(visual, (0, keys - len(visual)))
         text = F.pad(text, (0, keys - len(text)), value=True)
-        # blocks of queries, each with the query before it, so that its first shift has a predecessor
+        # Blocks of queries bound the memory. Each block begins with the query before it, so that
+        # its first shift has a predecessor.
         block = max(1, self.MAX_ELEMENTS // (rows * heads * keys))
-        parts, seen = [], []
+        signals, images = [], []
         for start in range(0, queries, block):
             before = max(start - 1, 0)
             attention = attention_rows(
                 query[:, :, before : start + block], key, scale, first=keys - queries + before
             )
-            signals = self.signals(
-                attention, visual.expand(rows, keys), text.expand(*attention.shape), self.shift
+            of_block = self.signals(
+                attention,
+                visual.expand(rows, keys),
+                text.expand(*attention.shape),
+                shift=self.shift,
             )
-            parts.append([x[:, start - before :] for x in signals])
+            signals.append([x[:, start - before :] for x in of_block])
             if self.images is not None:
-                seen.append(attention[:, start - before :, visual])
+                images.append(attention[:, start - before :, visual])
         if self.images is not None:
-            self.images[group] = self.images.get(group, 0) + torch.cat(seen, dim=1) / len(
-                self.layers
-            )
-        self._add(group, [torch.cat(x, dim=1) for x in zip(*parts)])
-        if queries == 1:
+            share = torch.cat(images, dim=1) / len(self.layers)
+            self.images[group] = self.images.get(group, 0) + share
+        self._add(group, [torch.cat(x, dim=1) for x in zip(*signals, strict=True)])
+        if queries == 1:  # a prefill: decoding goes on from this row
             self.prefill_rows.setdefault(layer, {})[group] = attention[:, 0]
 
     @property
     def waiting(self) -> int:
-        """Decoding steps kept by `read_step` and not yet reduced."""
+        """Decoding steps that `read_step` has kept and `reduce_steps` has not seen."""
         return len(self.steps[self.layers[0]]) - 1
 
     def read_step(self, layer: int, attention: Tensor) -> None:
-        """Decoding: keep attention [R, K] of this step, over the keys of the step before and one new one."""
+        """Decoding: keep attention [R, K] of this step, over the last step's keys and a new one."""
         self.steps[layer].append(attention)
 
     @torch.no_grad()
     def reduce_steps(self, visual: Tensor, text: Tensor) -> Signals:
-        """The signals [R, steps] of the steps kept since the last call, at most STEPS; visual and text [R, K], over the keys
-        of the last step."""
+        """The signals [R, steps] of the steps kept since the last call, at most STEPS.
+
+        visual and text [R, K] bool: the members among the keys of the last step.
+        """
         for layer, rows in self.steps.items():
-            padded = rows + rows[-1:] * (
-                1 + self.STEPS - len(rows)
-            )  # one shape, so that a compiled function is compiled once
-            attention = torch.stack(
-                [F.pad(row, (0, visual.shape[1] - row.shape[1])) for row in padded], dim=1
-            )
+            # Always as many rows, so that a compiled function is compiled once.
+            padded = rows + rows[-1:] * (1 + self.STEPS - len(rows))
+            keys = visual.shape[1]
+            attention = torch.stack([F.pad(row, (0, keys - row.shape[1])) for row in padded], dim=1)
             signals = self.signals(
-                attention, visual, text[:, None].expand(attention.shape), self.shift
+                attention, visual, text[:, None].expand(attention.shape), shift=self.shift
             )
             self._add(0, [x[:, 1 : len(rows)] for x in signals])
             self.steps[layer] = rows[-1:]
         return self.take(0)
 
     def _add(self, group: int, signals: list[Tensor]) -> None:
-        sums = self.sums.get(group)
-        self.sums[group] = list(signals) if sums is None else [a + b for a, b in zip(sums, signals)]
+        if group in self.sums:
+            signals = [a + b for a, b in zip(self.sums[group], signals, strict=True)]
+        self.sums[group] = list(signals)
 
     def take(self, group: int) -> Signals:
-        """The signals of a group, averaged over the captured layers; they are forgotten here."""
+        """The signals of a group, averaged over the captured layers. They are forgotten here."""
         return Signals(*(x / len(self.layers) for x in self.sums.pop(group)))
 
 
-def attention_rows(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
-    """Softmaxed causal attention averaged over heads: [B, H, T, D], [B, H_kv, K, D] -> [B, T, K] float32.
-
-    `first` is the key position of the first query.
-    """
-    (batch, heads, queries, width), (key_heads, keys) = query.shape, key.shape[1:3]
-    query = query.reshape(batch, key_heads, heads // key_heads * queries, width)
-    scores = (
-        float32_product(query, key.transpose(-1, -2)).mul_(scale).view(batch, heads, queries, keys)
-    )
-    ahead = (
-        torch.arange(keys, device=key.device)
-        > torch.arange(first, first + queries, device=key.device)[:, None]
-    )
-    return torch.softmax(scores.masked_fill_(ahead, -math.inf), dim=-1).mean(dim=1)
-
-
-# --- decoding
+# ----------------------------------------------------------------------------------------- decoding
 
 
 class Decoding:
-    """The layout of decoding: every row sees its prompt's keys, shared by the group, and its own."""
+    """The layout of decoding: every row sees the keys of its prompt and its own.
+
+    The keys of a prompt are never copied to its G rows. The G queries meet them together, as one
+    small matrix product, and each row brings only its own keys. The softmax over both parts is
+    explicit, so the attention row that DyCo reads is there anyway.
+    """
 
     def __init__(
         self,
         prompts: list[Prompt],
-        kept: dict,
+        kept: dict[int, list[tuple[Tensor, Tensor]]],
         group_size: int,
         capacity: int,
         tap: Tap | None,
         device,
     ):
-        """kept: layer -> (keys, values) of each prompt, [1, H_kv, P, D] each; emptied here."""
-        self.tap, self.capacity, self.length = tap, capacity, 0
-        self.intervention = None  # while a step is computed for the second time: its `shift` changes the attention scores
-        count, lengths = (
-            len(prompts),
-            torch.tensor([len(p.input_ids) for p in prompts], device=device),
-        )
+        """
+        kept: layer -> keys and values of each prompt, as PackedGroups left them; emptied here.
+        capacity: tokens that a response may have.
+        """
+        self.tap = tap
+        self.capacity = capacity
+        self.length = 0  # tokens of each response so far
+        self.count = len(prompts)
+        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
         self.prompt_width = int(lengths.max())
-        pad = lambda x: F.pad(x, (0, 0, 0, self.prompt_width - x.shape[2]))
-        # layer -> keys and values of the prompts [P, H_kv, prompt_width, D]; of the rows' own tokens [R, H_kv, capacity, D]
-        self.shared = {
-            layer: tuple(torch.cat([pad(x) for x in part]) for part in zip(*kept.pop(layer)))
-            for layer in list(kept)
-        }
+        # layer -> keys and values of the prompts, [P, H_kv, prompt_width, D] each
+        self.shared: dict[int, tuple[Tensor, Tensor]] = {}
+        for layer in list(kept):
+            keys, values = zip(*kept.pop(layer), strict=True)
+            self.shared[layer] = (self._stack(keys), self._stack(values))
+        # layer -> keys and values of the rows' own tokens, [R, H_kv, capacity, D] each
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
-        self.count, self.padding = count, None
+        self.padding = None  # [P, 1, 1, prompt_width] bool: no key of that prompt
         if int(lengths.min()) < self.prompt_width:
-            self.padding = (torch.arange(self.prompt_width, device=device) >= lengths[:, None])[
-                :, None, None
-            ]  # [P, 1, 1, prompt_width]
-        self.prompt_of = torch.arange(count, device=device).repeat_interleave(group_size)
+            places = torch.arange(self.prompt_width, device=device)
+            self.padding = (places >= lengths[:, None])[:, None, None]
+        self.prompt_of = torch.arange(self.count, device=device).repeat_interleave(group_size)
         self._place()
         if tap is not None:
-            members = [tap.prompt_members(p, device) for p in prompts]
-            fit = lambda x: F.pad(x, (0, self.prompt_width - x.shape[-1]))
-            self.visual, self.text = (
-                torch.stack([fit(m[i]) for m in members])[self.prompt_of] for i in (0, 1)
-            )
-            tap.steps = {
-                layer: [torch.cat([fit(rows[i]) for i in range(count)])[self.prompt_of]]
-                for layer, rows in tap.prefill_rows.items()
-            }
+            self._prepare_tap(prompts, device)
+
+    def _stack(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """[1, H_kv, P_i, D] of each prompt -> [P, H_kv, prompt_width, D]."""
+        width = self.prompt_width
+        return torch.cat([F.pad(x, (0, 0, 0, width - x.shape[2])) for x in tensors])
+
+    def _prepare_tap(self, prompts: list[Prompt], device) -> None:
+        """The members among the prompts' keys for each row, and the rows of the prefill."""
+
+        def fit(x: Tensor) -> Tensor:
+            return F.pad(x, (0, self.prompt_width - x.shape[-1]))
+
+        members = [self.tap.prompt_members(prompt, device) for prompt in prompts]
+        self.visual = torch.stack([fit(visual) for visual, _ in members])[self.prompt_of]
+        self.text = torch.stack([fit(text) for _, text in members])[self.prompt_of]
+        self.tap.steps = {}
+        for layer, rows in self.tap.prefill_rows.items():
+            of_prompts = torch.cat([fit(rows[prompt]) for prompt in range(self.count)])
+            self.tap.steps[layer] = [of_prompts[self.prompt_of]]
 
     def _place(self) -> None:
-        """Where each row stands in the grid [P, slots] in which the rows of a prompt meet its keys together."""
+        """Where each row stands in the grid [P, slots] in which it meets its prompt's keys."""
         counts = torch.bincount(self.prompt_of, minlength=self.count)
         first = counts.cumsum(0) - counts
         self.slots = int(counts.max())
-        slot = torch.arange(len(self.prompt_of), device=counts.device) - first[self.prompt_of]
+        rows = torch.arange(len(self.prompt_of), device=counts.device)
+        slot = rows - first[self.prompt_of]
         self.place = self.prompt_of * self.slots + slot
         self.full = len(self.prompt_of) == self.count * self.slots
 
     def _to_grid(self, x: Tensor) -> Tensor:
-        """[R, H_kv, n, D] -> [P, H_kv, slots·n, D], zeros where a slot is empty."""
+        """[R, H_kv, n, D] -> [P, H_kv, slots·n, D], with zeros where a slot is empty."""
         if not self.full:
-            x = x.new_zeros(self.count * self.slots, *x.shape[1:]).index_copy_(0, self.place, x)
+            grid = x.new_zeros(self.count * self.slots, *x.shape[1:])
+            x = grid.index_copy_(0, self.place, x)
         x = x.unflatten(0, (self.count, self.slots)).transpose(1, 2)
         return x.flatten(2, 3)
 
     def _from_grid(self, x: Tensor) -> Tensor:
+        """[P, H_kv, slots·n, D] -> [R, H_kv, n, D]."""
         x = x.unflatten(2, (self.slots, -1)).transpose(1, 2).flatten(0, 1)
         return x if self.full else x[self.place]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        rows, heads, _, dim = query.shape
+        """query [R, H, 1, D], key and value [R, H_kv, 1, D] of the newest token -> [R, 1, H, D]."""
+        rows, heads, _, width = query.shape
         key_heads = key.shape[1]
-        if layer not in self.own:
-            self.own[layer] = tuple(
-                x.new_empty(rows, key_heads, self.capacity, dim) for x in (key, value)
-            )
-        for cache, new in zip(self.own[layer], (key, value)):
-            cache[:, :, self.length] = new[:, :, 0]
-        own_keys, own_values = (cache[:, :, : self.length + 1] for cache in self.own[layer])
+        own_keys, own_values = self._append(layer, key, value)
         shared_keys, shared_values = self.shared[layer]
 
-        query = query.reshape(rows, key_heads, heads // key_heads, dim)
-        shared_scores = float32_product(self._to_grid(query), shared_keys.transpose(-1, -2))
+        query = query.reshape(rows, key_heads, heads // key_heads, width)
+        shared_logits = float32_product(self._to_grid(query), shared_keys.transpose(-1, -2))
         if self.padding is not None:
-            shared_scores.masked_fill_(self.padding, float("-inf"))
-        scores = torch.cat(
-            [self._from_grid(shared_scores), float32_product(query, own_keys.transpose(-1, -2))],
-            dim=-1,
-        ).mul_(scale)
-        if self.intervention is not None:
-            scores = self.intervention.shift(layer, scores, *self._members(self.length + 1))
-        attention = torch.softmax(scores, dim=-1)  # [R, H_kv, H/H_kv, K]
+            shared_logits.masked_fill_(self.padding, -math.inf)
+        own_logits = float32_product(query, own_keys.transpose(-1, -2))
+        logits = torch.cat([self._from_grid(shared_logits), own_logits], dim=-1).mul_(scale)
+        logits = self.adjust_logits(layer, logits)
+        attention = torch.softmax(logits, dim=-1)  # [R, H_kv, H / H_kv, K]
         if self.tap is not None and layer in self.tap.layers:
             self.tap.read_step(layer, attention.mean(dim=(1, 2)))
+
         attention = attention.to(value.dtype)
-        out = self._from_grid(self._to_grid(attention[..., : self.prompt_width]) @ shared_values)
-        out = out + attention[..., self.prompt_width :] @ own_values
-        return out.reshape(rows, 1, heads, dim)
+        to_prompt = self._to_grid(attention[..., : self.prompt_width])
+        output = self._from_grid(to_prompt @ shared_values)
+        output = output + attention[..., self.prompt_width :] @ own_values
+        return output.reshape(rows, 1, heads, width)
+
+    def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the newest key and value; return all of the rows' own, [R, H_kv, length + 1, D]."""
+        if layer not in self.own:
+            rows, key_heads, _, width = key.shape
+            shape = (rows, key_heads, self.capacity, width)
+            self.own[layer] = (key.new_empty(shape), value.new_empty(shape))
+        keys, values = self.own[layer]
+        keys[:, :, self.length] = key[:, :, 0]
+        values[:, :, self.length] = value[:, :, 0]
+        return keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows go on, [rows] positions in the present batch."""
-        for layer, pair in self.own.items():
-            self.own[layer] = tuple(x[rows] for x in pair)
+        """Only these rows go on: [rows] places in the present batch."""
+        for layer, (keys, values) in self.own.items():
+            self.own[layer] = (keys[rows], values[rows])
         self.prompt_of = self.prompt_of[rows]
         self._place()
         if self.tap is not None:
-            self.visual, self.text = self.visual[rows], self.text[rows]
-            self.tap.steps = {
-                layer: [x[rows] for x in steps] for layer, steps in self.tap.steps.items()
-            }
+            self.visual = self.visual[rows]
+            self.text = self.text[rows]
+            for layer, steps in self.tap.steps.items():
+                self.tap.steps[layer] = [x[rows] for x in steps]
 
-    def _members(self, own: int) -> tuple[Tensor, Tensor]:
-        """[R, K] bool each: visual keys and text keys in scope, of the prompts and `own` tokens of the rows."""
+    def members(self, own: int) -> tuple[Tensor, Tensor]:
+        """Which keys are visual, and which are text in scope, [R, K] bool each.
+
+        The keys are those of the prompts, and of `own` tokens of the rows.
+        """
         return F.pad(self.visual, (0, own)), F.pad(self.text, (0, own), value=True)
 
+    @property
+    def waiting(self) -> int:
+        """The number of steps that `signals` would return now."""
+        return 0 if self.tap is None else self.tap.waiting
+
     def signals(self) -> Signals:
-        """The tap's signals [R, steps] of the steps since the last call."""
-        return self.tap.reduce_steps(*self._members(self.length))
+        """The signals [R, steps] of the steps since the last call; only with a tap."""
+        return self.tap.reduce_steps(*self.members(self.length))
 
-    def intervene(
-        self, intervention, names: list[tuple[int, int]], step: int, going: Tensor, compute
-    ) -> tuple[Tensor, Signals]:
-        """The last step once more, as `intervention` would have it: it has seen the signals of the first computation and chosen rows.
+    # Two hooks for layouts that change attention (tools/intervene.py).
 
-        compute() repeats the decoder's pass; its keys and values overwrite the first ones, and stay. Returns its result and the
-        signals [R, 1]: masses as they are now, shifts, and with them the roles, between rows of first computations.
+    def advance(self, compute: Callable[[], Tensor], going: Tensor) -> Tensor:
+        """One decoding step: compute() passes the new token of each row through the decoder.
+
+        going [R] bool: the rows that have not ended. Returns what compute() returns.
         """
-        natural = self.signals()
-        intervention.choose(names, step, Signals(*(x[:, 0] for x in natural)), going)
-        rows = {layer: list(steps) for layer, steps in self.tap.steps.items()}
-        self.intervention, self.length = intervention, self.length - 1
-        result = compute()
-        self.intervention, self.length = None, self.length + 1
-        changed = self.signals()
-        self.tap.steps = rows
-        return result, Signals(*changed[:2], *natural[2:])
+        hidden = compute()
+        self.length += 1
+        return hidden
+
+    def adjust_logits(self, layer: int, logits: Tensor) -> Tensor:
+        """The attention logits [R, H_kv, H / H_kv, K] of a step on their way to the softmax."""
+        return logits

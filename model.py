@@ -1,20 +1,14 @@
-"""model.py: the policy: Qwen2.5-VL through transformers, one shared prompt for a whole group, the attention tap.
+"""model.py: the policy: Qwen2.5-VL through transformers, and its log-probabilities.
 
-A group of G responses shares its prompt, and the prompt is where the image is. So a group is *packed* into one row,
+`Policy.forward` is the packed group forward: the responses of a group stand behind one copy of
+their prompt (attention.py, PackedGroups), so vision tower, linear layers and norms see the prompt
+once instead of G times. The result is that of G separate rows, up to rounding.
 
-    [ prompt | o_1 | o_2 | … | o_G ]
+Log-probabilities are taken only where a response token is predicted, and in chunks: the logits of
+all tokens, [M, V], never exist as a whole, neither forward nor backward (`TokenLogprobs`).
 
-in which a token attends to the prompt and, causally, to its own response. Vision tower, linear layers and norms see the
-prompt once instead of G times, and no padding; only inside attention are responses padded to the longest of their group, and
-the prompt's keys stand beside each response's own. The result is that of G separate rows, up to rounding.
-
-What makes it work is one attention function, `attend`, registered with transformers for the decoder. It asks a *layout*
-which keys a query may see: `PackedGroups` here (scoring and update, and without responses the prefill), `Decoding` in
-rollout.py. In the captured layers the layout also hands queries and keys to a `Tap`, which computes the softmax rows
-that DyCo needs and reduces them at once to four numbers per token. No library code is patched.
-
-Shapes: G responses per prompt, B responses, T response tokens, N packed length, K keys, M predicted tokens, H heads,
-D head or hidden width, V vocabulary.
+Shapes: P prompts, G responses per prompt, B = P·G responses, T response tokens, N packed length,
+M predicted tokens, D hidden width, V vocabulary.
 """
 
 import contextlib
@@ -30,14 +24,14 @@ from attention import ATTENTION, WINDOWS, PackedGroups, Tap, float32_product, re
 from data import Prompt, Sample, encode_prompt
 from dyco import Signals
 
-# ------------------------------------------------------------------------------------------------- log-probabilities
+# -------------------------------------------------------------------------------- log-probabilities
 
 
 def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, suppressed: Tensor) -> Tensor:
-    """Logits of the one distribution of this project, sampled and scored: float32, with temperature, and some ids at the
-    lowest float32 (−∞ would make the entropy NaN).
+    """The logits of the one distribution of this project, which is sampled and scored. float32.
 
-    hidden [M, D], weight [V, D], suppressed [n] ids -> [M, V].
+    hidden [M, D], weight [V, D], suppressed [n] ids -> [M, V]. Suppressed ids get the lowest
+    float32: with −∞ the entropy would be NaN.
     """
     logits = float32_product(hidden, weight.T)
     if temperature != 1.0:
@@ -46,9 +40,11 @@ def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, suppressed
 
 
 def _chunk_forward(hidden, weight, targets, temperature, suppressed):
+    """Log-probability, entropy and log of the partition function of some tokens, [M] each."""
     logits = scaled_logits(hidden, weight, temperature, suppressed)
     highest = logits.amax(dim=-1, keepdim=True)
-    shares = (logits - highest).exp_()  # one exponential serves the total and the entropy
+    # One exponential serves the total and the entropy.
+    shares = (logits - highest).exp_()
     total = shares.sum(-1)
     log_total = highest.squeeze(-1) + total.log()
     logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_total
@@ -57,6 +53,7 @@ def _chunk_forward(hidden, weight, targets, temperature, suppressed):
 
 
 def _chunk_backward(hidden, weight, targets, temperature, suppressed, log_total, gradient):
+    """Gradients of `hidden` [M, D] and `weight` [V, D]: ∂logp / ∂logit = 1[target] − softmax."""
     logits = scaled_logits(hidden, weight, temperature, suppressed)
     gradient = gradient[:, None] / temperature
     slope = logits.sub_(log_total[:, None]).exp_().mul_(-gradient)
@@ -65,40 +62,40 @@ def _chunk_backward(hidden, weight, targets, temperature, suppressed, log_total,
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """Log-probabilities of target tokens and entropies, with only `chunk` rows of [M, V] alive, forward and backward.
+    """Log-probabilities of target tokens, and entropies, [M] each.
 
-    The backward pass computes the logits again: ∂logp/∂logit = 1[target] − softmax. Entropies carry no gradient.
-    The product runs in the dtype of `hidden`; the weight's gradient is summed in float32.
+    Only `chunk` rows of the logits [M, V] are alive at a time; the backward pass computes them
+    again. Entropies carry no gradient. The product runs in the dtype of `hidden`, and the weight's
+    gradient is summed in float32.
     """
 
     @staticmethod
     def forward(
         ctx, hidden, weight, targets, temperature, suppressed, chunk, forward_chunk, backward_chunk
     ):
-        rounded = weight.detach().to(
-            hidden.dtype
-        )  # detached: a compiled function is compiled once for scoring and update
-        parts = [
-            forward_chunk(h, rounded, t, temperature, suppressed)
-            for h, t in zip(hidden.detach().split(chunk), targets.split(chunk))
-        ]
-        logprobs, entropy, log_total = (torch.cat(x) for x in zip(*parts))
+        # Detached, so that a compiled function is compiled once for scoring and for the update.
+        rounded = weight.detach().to(hidden.dtype)
+        parts = []
+        chunks = zip(hidden.detach().split(chunk), targets.split(chunk), strict=True)
+        for hidden_part, targets_part in chunks:
+            parts.append(forward_chunk(hidden_part, rounded, targets_part, temperature, suppressed))
+        logprobs, entropy, log_total = (torch.cat(x) for x in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, targets, suppressed, log_total)
-        ctx.temperature, ctx.chunk, ctx.backward_chunk = temperature, chunk, backward_chunk
+        ctx.temperature = temperature
+        ctx.chunk = chunk
+        ctx.backward_chunk = backward_chunk
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, gradient, _):
         hidden, weight, targets, suppressed, log_total = ctx.saved_tensors
-        hidden_gradient, weight_gradient = (
-            torch.empty_like(hidden),
-            torch.zeros_like(weight, dtype=torch.float32),
-        )
+        hidden_gradient = torch.empty_like(hidden)
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         rounded = weight.to(hidden.dtype)
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            hidden_gradient[part], added = ctx.backward_chunk(
+            hidden_gradient[part], of_chunk = ctx.backward_chunk(
                 hidden[part],
                 rounded,
                 targets[part],
@@ -107,25 +104,27 @@ class TokenLogprobs(torch.autograd.Function):
                 log_total[part],
                 gradient[part],
             )
-            weight_gradient += added
-        return hidden_gradient, weight_gradient.to(weight.dtype), *[None] * 6
+            weight_gradient += of_chunk
+        none_for_the_rest = [None] * 6
+        return hidden_gradient, weight_gradient.to(weight.dtype), *none_for_the_rest
 
 
-# --------------------------------------------------------------------------------------------------------- the policy
+# --------------------------------------------------------------------------------------- the policy
 
 
 class PackedOutput(NamedTuple):
-    logprobs: (
-        Tensor  # [B, T] float32, of each response token at the sampling temperature; 0 on padding
-    )
-    entropy: Tensor  # [B, T] float32, nats, without gradient; 0 on padding
-    signals: Signals | None  # [B, T] each, if a tap was given; 0 on padding
+    """What the packed forward says of each response token, [B, T] each; 0 on padding."""
+
+    logprobs: Tensor  # float32, at the sampling temperature
+    entropy: Tensor  # float32, in nats, without gradient
+    signals: Signals | None  # if a tap was given
 
 
 class Policy(nn.Module):
     """Qwen2.5-VL as a policy over responses. `forward` is the packed group forward."""
 
-    CHUNK = 512  # predicted tokens whose logits are alive at once: 300 MB for Qwen's vocabulary
+    # Predicted tokens whose logits are alive at once: 300 MB for Qwen's vocabulary.
+    CHUNK = 512
 
     def __init__(
         self,
@@ -133,26 +132,33 @@ class Policy(nn.Module):
         tokenizer,
         image_processor,
         temperature: float = 1.0,
-        kernel: str = "sdpa",
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
     ):
+        """hf: a Qwen2_5_VLForConditionalGeneration. dtype: of the arithmetic. compiled: the two
+        scoring functions, log-probabilities and signals, go through torch.compile.
+        """
         super().__init__()
         register_attention()
-        self.hf, self.tokenizer, self.image_processor = hf, tokenizer, image_processor
-        self.temperature, self.kernel, self.dtype = temperature, kernel, dtype
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.temperature = temperature
+        self.dtype = dtype
         hf.model.language_model.config._attn_implementation = ATTENTION
-        hf.model.visual.config._attn_implementation = WINDOWS if kernel == "sdpa" else kernel
-        self.eos_ids = set(_as_list(hf.generation_config.eos_token_id) or [tokenizer.eos_token_id])
-        # a sampled image or video placeholder would ask the model for an image that is not there
+        hf.model.visual.config._attn_implementation = WINDOWS
+        end_ids = _as_list(hf.generation_config.eos_token_id)
+        self.eos_ids = set(end_ids or [tokenizer.eos_token_id])
+        # A sampled placeholder of an image or video would ask for an image that is not there.
         placeholders = sorted({hf.config.image_token_id, hf.config.video_token_id})
         self.register_buffer("suppressed", torch.tensor(placeholders), persistent=False)
-        optimise = (lambda f: torch.compile(f, dynamic=True)) if compiled else (lambda f: f)
-        self.forward_chunk, self.backward_chunk = (
-            optimise(_chunk_forward),
-            optimise(_chunk_backward),
-        )
-        self.signals = optimise(dyco.attention_signals)
+        self.forward_chunk = _chunk_forward
+        self.backward_chunk = _chunk_backward
+        self.signals = dyco.attention_signals
+        if compiled:
+            self.forward_chunk = torch.compile(_chunk_forward, dynamic=True)
+            self.backward_chunk = torch.compile(_chunk_backward, dynamic=True)
+            self.signals = torch.compile(dyco.attention_signals, dynamic=True)
 
     @property
     def device(self) -> torch.device:
@@ -160,144 +166,150 @@ class Policy(nn.Module):
 
     @property
     def depth(self) -> int:
+        """Decoder layers."""
         return self.hf.config.text_config.num_hidden_layers
 
     def autocast(self):
-        """bfloat16 arithmetic over float32 weights where the policy's dtype asks for it."""
+        """bfloat16 arithmetic over float32 weights, where the policy's dtype asks for it."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def tap(self, settings, keep_images: bool = False) -> Tap:
-        """A tap for one forward, or for one prefill and its decoding steps; `settings` has layers, shift and text_scope."""
+        """A tap for one forward, or for one prefill and its decoding steps.
+
+        settings: has layers, shift and text_scope, as the section `dyco` of the config.
+        """
         return Tap(
             settings.layers,
             self.depth,
             settings.shift,
-            settings.text_scope,
-            self.signals,
-            keep_images,
+            text_scope=settings.text_scope,
+            signals=self.signals,
+            keep_images=keep_images,
         )
 
-    # -- inputs
+    # --------------------------------------------------------------------------------------- inputs
 
     def encode(
         self, sample: Sample, index: int, template: str, max_prompt_tokens: int | None = None
     ) -> Prompt:
         """data.encode_prompt with this policy's tokenizer and image processor."""
         return encode_prompt(
-            sample, index, self.tokenizer, self.image_processor, template, max_prompt_tokens
+            sample,
+            index,
+            self.tokenizer,
+            image_processor=self.image_processor,
+            template=template,
+            max_prompt_tokens=max_prompt_tokens,
         )
 
     def look_up(self, ids: Tensor) -> Tensor:
-        """Embeddings of token ids, float32: the residual stream is float32 also where weights are of 16 bits."""
+        """Embeddings of token ids. The residual stream is float32 also where weights have 16
+        bits."""
         return self.hf.get_input_embeddings()(ids).float()
 
     def embed(self, prompts: list[Prompt], responses: list[list[Tensor]] | None = None) -> Tensor:
-        """Input embeddings of packed groups, [N, D]: ids looked up at once, images where their placeholders stand.
+        """Input embeddings of packed groups, [N, D], with the images where their placeholders
+        stand.
 
-        responses: [prompts][G] input ids of each response, [tokens]; without them the row holds prompts alone.
+        responses: [prompts][G] input ids [tokens] of each response. Without them the row holds the
+        prompts alone.
         """
-        pieces, at_images = [], []
-        for prompt, group in zip(prompts, responses or [[]] * len(prompts)):
-            pieces += [prompt.input_ids.to(self.device), *group]
-            at_images += [prompt.visual_mask, torch.zeros(sum(map(len, group)), dtype=torch.bool)]
-        embedded = self.look_up(torch.cat(pieces))
-        seeing = [p for p in prompts if p.pixel_values is not None]
-        seen_by = [
-            parameter for parameter in self.hf.model.visual.parameters() if parameter.requires_grad
-        ]
-        if (
-            not seeing
-        ):  # zeros, not nothing, for the vision tower's gradient: it is the same on every process
-            return (
-                embedded + 0 * sum(parameter.sum() for parameter in seen_by)
-                if torch.is_grad_enabled()
-                else embedded
-            )
-        pixels = torch.cat([p.pixel_values for p in seeing]).to(
-            self.device, self.hf.model.visual.dtype
-        )
-        grid = torch.cat([p.image_grid_thw for p in seeing]).to(self.device)
-        with contextlib.nullcontext() if seen_by else torch.no_grad():
-            images = torch.cat(
-                tuple(
-                    self.hf.model.get_image_features(pixels, grid, return_dict=True).pooler_output
-                )
-            )
-        return embedded.masked_scatter(
-            torch.cat(at_images).to(self.device)[:, None], images.to(embedded.dtype)
-        )
+        if responses is None:
+            responses = [[] for _ in prompts]
+        ids, is_image = [], []
+        for prompt, group in zip(prompts, responses, strict=True):
+            tokens_of_group = sum(len(response) for response in group)
+            ids += [prompt.input_ids.to(self.device), *group]
+            is_image += [prompt.visual_mask, torch.zeros(tokens_of_group, dtype=torch.bool)]
+        embedded = self.look_up(torch.cat(ids))
+        with_images = [prompt for prompt in prompts if prompt.pixel_values is not None]
+        if not with_images:
+            return self._touch_vision_tower(embedded)
+        images = self._image_features(with_images).to(embedded.dtype)
+        places = torch.cat(is_image).to(self.device)
+        return embedded.masked_scatter(places[:, None], images)
+
+    def _trained_vision_weights(self) -> list[nn.Parameter]:
+        return [p for p in self.hf.model.visual.parameters() if p.requires_grad]
+
+    def _touch_vision_tower(self, embedded: Tensor) -> Tensor:
+        """Give the vision tower gradients of zero instead of none where a row has no image.
+
+        Its gradients are then there on every process, whichever rows it got.
+        """
+        if not torch.is_grad_enabled():
+            return embedded
+        return embedded + 0 * sum(weight.sum() for weight in self._trained_vision_weights())
+
+    def _image_features(self, prompts: list[Prompt]) -> Tensor:
+        """Features of all images of some prompts, [visual tokens, D]."""
+        visual = self.hf.model.visual
+        pixels = torch.cat([p.pixel_values for p in prompts]).to(self.device, visual.dtype)
+        grid = torch.cat([p.image_grid_thw for p in prompts]).to(self.device)
+        trained = bool(self._trained_vision_weights())
+        with contextlib.nullcontext() if trained else torch.no_grad():
+            features = self.hf.model.get_image_features(pixels, grid, return_dict=True)
+            return torch.cat(tuple(features.pooler_output))
 
     def prompt_positions(self, prompt: Prompt) -> Tensor:
-        """M-RoPE positions of a prompt, [3, P]. A response goes on at the maximum + 1 on all three axes."""
+        """M-RoPE positions of a prompt, [3, P].
+
+        A response goes on at the largest of them plus 1, on all three axes.
+        """
         if prompt.image_grid_thw is None:
             return torch.arange(len(prompt.input_ids)).expand(3, -1)
-        ids = prompt.input_ids[None]
         positions, _ = self.hf.model.get_rope_index(
-            ids,
+            prompt.input_ids[None],
             mm_token_type_ids=prompt.visual_mask[None].int(),
             image_grid_thw=prompt.image_grid_thw,
         )
         return positions[:, 0]
 
     def decoder(self, embedded: Tensor, positions: Tensor, layout) -> Tensor:
-        """The decoder's last hidden states, [rows, N, D]; embedded [rows, N, D], positions [3, rows, N]."""
-        masks = {
-            "full_attention": None,
-            "sliding_attention": None,
-        }  # the layout decides what is seen
-        return self.hf.model.language_model(
+        """The decoder's last hidden states: embedded [rows, N, D], positions [3, rows, N]."""
+        # No masks: the layout decides what is seen.
+        masks = {"full_attention": None, "sliding_attention": None}
+        output = self.hf.model.language_model(
             inputs_embeds=embedded,
             position_ids=positions.to(self.device),
             attention_mask=masks,
             use_cache=False,
             layout=layout,
-        ).last_hidden_state
+        )
+        return output.last_hidden_state
 
-    # -- outputs
+    # -------------------------------------------------------------------------------------- outputs
 
     def next_token_logits(
         self, hidden: Tensor, weight: Tensor, temperature: float | None = None
     ) -> Tensor:
-        """[M, D] -> [M, V] float32, the distribution that is sampled; `weight` is the head's, in the policy's dtype."""
-        return scaled_logits(
-            hidden.to(self.dtype), weight, temperature or self.temperature, self.suppressed
-        )
+        """hidden [M, D] -> [M, V] float32: the distribution that is sampled.
+
+        weight: that of the language-model head, in the policy's dtype.
+        """
+        temperature = temperature or self.temperature
+        return scaled_logits(hidden.to(self.dtype), weight, temperature, suppressed=self.suppressed)
 
     def forward(
         self, prompts: list[Prompt], tokens: Tensor, mask: Tensor, tap: Tap | None = None
     ) -> PackedOutput:
-        """Score responses in packed groups.
+        """Log-probabilities of responses, computed in packed groups; with a tap DyCo's signals too.
 
-        prompts: P prompts; tokens [P·G, T] long, group-major; mask [P·G, T] bool, True on the first tokens of each row,
-        end token included. With a tap the output holds DyCo's signals too.
+        tokens [B, T] long, group-major; mask [B, T] bool, True on the first tokens of each row, the
+        end token included.
         """
         group_size = len(tokens) // len(prompts)
         lengths = mask.sum(1).tolist()
-        branches = [
-            [max(n - 1, 0) for n in lengths[i : i + group_size]]
-            for i in range(0, len(lengths), group_size)
-        ]
-        layout = PackedGroups(prompts, branches, self.kernel, tap)
-        positions, predictors, responses, offset = [], [], [], 0
-        for index, prompt in enumerate(prompts):
-            positions.append(self.prompt_positions(prompt))
-            following = int(positions[-1].max()) + 1
-            offset += len(prompt.input_ids)
-            last_of_prompt = offset - 1
-            responses.append([])
-            for row, inputs in zip(
-                range(index * group_size, (index + 1) * group_size), branches[index]
-            ):
-                responses[-1].append(tokens[row, :inputs].to(self.device))
-                positions.append(torch.arange(following, following + inputs).expand(3, -1))
-                if lengths[row]:
-                    predictors += [last_of_prompt, *range(offset, offset + inputs)]
-                offset += inputs
+        # The last token of a response is predicted, and never read.
+        inputs = [max(length - 1, 0) for length in lengths]
+        branches = [inputs[i : i + group_size] for i in range(0, len(inputs), group_size)]
+        layout = PackedGroups(prompts, branches, tap)
+        positions, predictors, responses = self._pack(prompts, tokens, lengths, branches=branches)
         with self.autocast():
             embedded = self.embed(prompts, responses)
-            hidden = self.decoder(embedded[None], torch.cat(positions, dim=1)[:, None], layout)[0]
+            hidden = self.decoder(embedded[None], positions[:, None], layout)[0]
             hidden = hidden[torch.tensor(predictors, dtype=torch.long, device=self.device)]
         mask = mask.to(self.device)
         logprobs, entropy = TokenLogprobs.apply(
@@ -310,49 +322,82 @@ class Policy(nn.Module):
             self.forward_chunk,
             self.backward_chunk,
         )
-        unpack = lambda flat: torch.zeros(mask.shape, device=self.device).masked_scatter(mask, flat)
-        signals = None
-        if tap is not None:
-            width = mask.shape[1]
-            groups = [tap.take(index) for index in range(len(prompts))]
-            signals = Signals(
-                *(
-                    torch.cat([F.pad(x, (0, width - x.shape[1])) for x in field])
-                    for field in zip(*groups)
-                )
-            )
-            signals = Signals(*(torch.where(mask, x, 0) for x in signals))
+
+        def unpack(flat: Tensor) -> Tensor:
+            return torch.zeros(mask.shape, device=self.device).masked_scatter(mask, flat)
+
+        signals = None if tap is None else self._take_signals(tap, len(prompts), mask)
         return PackedOutput(unpack(logprobs), unpack(entropy), signals)
 
+    def _pack(
+        self,
+        prompts: list[Prompt],
+        tokens: Tensor,
+        lengths: list[int],
+        branches: list[list[int]],
+    ) -> tuple[Tensor, list[int], list[list[Tensor]]]:
+        """Where everything stands in the packed row.
+
+        Returns the positions [3, N], the places in the row that predict a token (in the order of
+        the response tokens), and the input ids of the responses, [prompts][G].
+        """
+        positions, predictors, responses = [], [], []
+        row, offset = 0, 0
+        for prompt, group in zip(prompts, branches, strict=True):
+            positions.append(self.prompt_positions(prompt))
+            following = int(positions[-1].max()) + 1
+            offset += len(prompt.input_ids)
+            last_of_prompt = offset - 1
+            responses.append([])
+            for inputs in group:
+                responses[-1].append(tokens[row, :inputs].to(self.device))
+                positions.append(torch.arange(following, following + inputs).expand(3, -1))
+                if lengths[row]:
+                    predictors += [last_of_prompt, *range(offset, offset + inputs)]
+                offset += inputs
+                row += 1
+        return torch.cat(positions, dim=1), predictors, responses
+
+    def _take_signals(self, tap: Tap, groups: int, mask: Tensor) -> Signals:
+        """The tap's signals of all groups, [B, T] each, 0 on padding."""
+        width = mask.shape[1]
+        of_groups = [tap.take(group) for group in range(groups)]
+        fields = []
+        for field in zip(*of_groups, strict=True):
+            stacked = torch.cat([F.pad(x, (0, width - x.shape[1])) for x in field])
+            fields.append(torch.where(mask, stacked, 0))
+        return Signals(*fields)
+
     def idle(self) -> Tensor:
-        """A pass over a single token, without an image: a loss of 0 whose gradients are 0."""
-        nothing = Prompt(
-            0,
-            "",
-            "",
-            "",
-            torch.zeros(1, dtype=torch.long),
-            torch.zeros(1, dtype=torch.bool),
-            None,
-            None,
+        """A pass over a single token without an image: a loss of 0, whose gradients are 0."""
+        no_token = torch.zeros(1, dtype=torch.bool)
+        prompt = Prompt(
+            index=0,
+            id="",
+            answer="",
+            question="",
+            input_ids=torch.zeros(1, dtype=torch.long),
+            visual_mask=no_token,
+            pixel_values=None,
+            image_grid_thw=None,
         )
-        return self(
-            [nothing], torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.bool)
-        ).logprobs.sum()
+        output = self([prompt], torch.zeros(1, 1, dtype=torch.long), no_token[None])
+        return output.logprobs.sum()
 
 
 def _as_list(value) -> list:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-# --------------------------------------------------------------------------------------------------- load and save
+# ------------------------------------------------------------------------------------ load and save
 
 
 def load_policy(
     path: str | Path,
     device: torch.device,
     dtype: str = "auto",
-    kernel: str = "sdpa",
     temperature: float = 1.0,
     compile: str = "auto",
     trainable: bool = True,
@@ -360,77 +405,90 @@ def load_policy(
     gradient_checkpointing: bool = False,
     max_pixels: int | None = None,
 ) -> Policy:
-    """A Policy from a Qwen2.5-VL directory or hub id. `dtype` ("auto", "float32", "bfloat16") is what arithmetic runs in;
-    the weights of a trainable policy are float32 all the same, those of another one are of `dtype`.
+    """A Policy from a Qwen2.5-VL directory or hub id.
+
+    dtype ("auto", "float32", "bfloat16") is what arithmetic runs in. The weights of a trainable
+    policy are float32 all the same; those of another one have that dtype.
+    compile: "auto" (on a GPU), "on" or "off".
+    max_pixels: larger images are shrunk to this area.
 
     Raises ValueError where the path is not a Qwen2.5-VL.
     """
-    from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, logging
 
-    try:
-        kind = AutoConfig.from_pretrained(path).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.path: {str(path)!r} is neither a Hugging Face directory nor a hub id: {error}"
-        ) from None
-    if kind != "qwen2_5_vl":
-        raise ValueError(
-            f"model.path: {str(path)!r} is a {kind!r}; expected a Qwen2.5-VL (model_type 'qwen2_5_vl')"
-        )
+    logging.disable_progress_bar()  # it would stand between the lines of a run
+    _check_family(path)
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, dtype)
     if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(
-            False
-        )  # NaN gradients for some masked shapes on H100; and it plans each new shape
-        torch.backends.cudnn.allow_tf32 = (
-            False  # float32 is float32: the patch embedding is a convolution
-        )
+        # cuDNN's attention gives NaN gradients for some masked shapes on H100, and plans anew for
+        # each shape that it meets.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # float32 is float32: the patch embedding is a convolution.
+        torch.backends.cudnn.allow_tf32 = False
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         path, dtype="auto" if trainable else dtype, attn_implementation="sdpa"
     )
     hf.requires_grad_(trainable)
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-    if max_pixels is not None:
-        least = image_processor.size[
-            "shortest_edge"
-        ]  # of this processor, both edges are areas in pixels
-        if max_pixels < least:
-            raise ValueError(
-                f"data.max_pixels: expected at least {least}, the smallest image of this model, found {max_pixels}"
-            )
-        image_processor.size["longest_edge"] = (
-            max_pixels  # an argument of from_pretrained loses to released files
-        )
     if freeze_vision:
         hf.model.visual.requires_grad_(False)
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
-    compiled = compile == "on" or compile == "auto" and device.type == "cuda"
     policy = Policy(
         hf,
         AutoTokenizer.from_pretrained(path),
-        image_processor,
-        temperature,
-        kernel,
-        dtype,
-        compiled,
+        _load_image_processor(path, max_pixels),
+        temperature=temperature,
+        dtype=dtype,
+        compiled=compile == "on" or (compile == "auto" and device.type == "cuda"),
     )
     policy.to(device)
     if trainable:
-        policy.float()  # on the device: 16 bits a weight are enough in host memory
+        policy.float()  # only now, on the device: in host memory 16 bits a weight are enough
     return policy.train()  # gradient checkpointing asks for training mode; there is no dropout
 
 
+def _check_family(path: str | Path) -> None:
+    from transformers import AutoConfig
+
+    try:
+        family = AutoConfig.from_pretrained(path).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.path: {str(path)!r} is neither a Hugging Face directory nor a hub id: {error}"
+        ) from None
+    if family != "qwen2_5_vl":
+        raise ValueError(
+            f"model.path: {str(path)!r} is a {family!r}; expected a Qwen2.5-VL "
+            "(model_type 'qwen2_5_vl')"
+        )
+
+
+def _load_image_processor(path: str | Path, max_pixels: int | None):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    if max_pixels is None:
+        return processor
+    # Both edges of this processor are areas in pixels.
+    smallest = processor.size["shortest_edge"]
+    if max_pixels < smallest:
+        raise ValueError(
+            f"data.max_pixels: expected at least {smallest}, the smallest image of this model, "
+            f"found {max_pixels}"
+        )
+    # Set here, since an argument of from_pretrained loses to what released files say.
+    processor.size["longest_edge"] = max_pixels
+    return processor
+
+
 def policy_from_config(config, path: str | Path, device: torch.device, **options) -> Policy:
-    """`load_policy` with the settings of a Config; `options` as those of load_policy."""
+    """`load_policy` with the settings of a Config; `options` are those of load_policy."""
     return load_policy(
         path,
         device,
         dtype=config.model.dtype,
-        kernel=config.model.attention,
         temperature=config.rollout.temperature,
         compile=config.model.compile,
         max_pixels=config.data.max_pixels,
@@ -439,7 +497,11 @@ def policy_from_config(config, path: str | Path, device: torch.device, **options
 
 
 def save_policy(policy: Policy, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write a normal Hugging Face directory: weights (those given, or the policy's), tokenizer with chat template, image processor."""
+    """Write a normal Hugging Face directory: weights, tokenizer with chat template, image
+    processor.
+
+    weights: name -> tensor, by default the policy's own.
+    """
     policy.hf.save_pretrained(folder, state_dict=weights)
     policy.tokenizer.save_pretrained(folder)
     policy.image_processor.save_pretrained(folder)

@@ -1,13 +1,13 @@
-"""rl_algos.py: group advantages and the policy losses that DyCo-RL plugs into, as pure functions of tensors.
+"""rl_algos.py: group advantages, and the policy losses that DyCo-RL plugs into.
 
-Each algorithm is one small function from per-token quantities to a per-token objective, plus the rule by which its
-tokens are averaged. `policy_loss` puts the two together, adds the KL term and never sees a model. A new algorithm is
-one more function with `@register`, and a recipe of the same name in config.yaml.
+All are pure functions of tensors. Each algorithm is one small function from what is known of each
+token to an objective per token, together with the way its tokens are averaged. `policy_loss` puts
+the two together, adds the KL term, and never sees a model.
+
+A new algorithm is one more function under `@register`, and a recipe of the same name in
+config.yaml.
 
 Shapes: P prompts, G responses per prompt, B = P·G responses, T response tokens.
-
-    grpo  GRPO 2402.03300   dapo  DAPO 2503.14476      gspo   GSPO 2507.18071
-    sapo  SAPO 2511.20347   dr_grpo  Dr. GRPO 2503.20783   cispo  CISPO 2506.13585
 """
 
 from collections.abc import Callable
@@ -16,18 +16,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: far outside every clip range; beyond it a ratio is constant instead of infinite
+# exp(20) = 5e8 lies far outside every clip range. Beyond it a ratio is constant instead of
+# infinite.
+MAX_LOG_RATIO = 20.0
 
 
-# -------------------------------------------------------------------------------------------- advantages and rewards
+# --------------------------------------------------------------------------- advantages and rewards
 
 
 @torch.no_grad()
 def group_advantages(rewards: Tensor, scale: str = "std", eps: float = 1e-4) -> Tensor:
-    """Â = (R − mean) / (std + eps) over the G responses to one prompt, std unbiased; scale "none" leaves std out.
+    """Â = (R − mean) / (std + eps) over the G responses to one prompt, with the unbiased std.
 
-    rewards [P, G] -> [P, G], exactly 0 in a group whose rewards are all equal. Raises ValueError for G < 2, a reward
-    that is not finite, or another scale.
+    rewards [P, G] -> [P, G], exactly 0 in a group whose rewards are all equal. scale "none" leaves
+    out the division (Dr. GRPO). Raises ValueError for G < 2, a reward that is not finite, or
+    another scale.
 
     >>> group_advantages(torch.tensor([[1., 0., 0., 1.]]), scale="none")
     tensor([[ 0.5000, -0.5000, -0.5000,  0.5000]])
@@ -39,17 +42,20 @@ def group_advantages(rewards: Tensor, scale: str = "std", eps: float = 1e-4) -> 
     if scale not in ("std", "none"):
         raise ValueError(f"unknown advantage scale {scale!r}; expected 'std' or 'none'")
     exact = rewards.double()
-    centered = exact - exact.mean(dim=1, keepdim=True)
+    advantages = exact - exact.mean(dim=1, keepdim=True)
     if scale == "std":
-        centered = centered / (exact.std(dim=1, keepdim=True) + eps)
-    centered = torch.where((exact == exact[:, :1]).all(dim=1, keepdim=True), 0, centered)
-    return centered if rewards.dtype == torch.float64 else centered.float()
+        advantages = advantages / (exact.std(dim=1, keepdim=True) + eps)
+    # Rounding may leave a mean that differs from equal rewards by 1e-17, which eps would not hide.
+    all_equal = (exact == exact[:, :1]).all(dim=1, keepdim=True)
+    advantages = torch.where(all_equal, 0, advantages)
+    return advantages if rewards.dtype == torch.float64 else advantages.float()
 
 
 def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
-    """DAPO's soft overlong punishment (2503.14476, eq. 13): 0, falling to −1 over the last `buffer` tokens.
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), to be added to the reward.
 
-    lengths [...] in tokens -> [...] float, added to the reward; buffer 0 turns it off.
+    lengths [...] in tokens -> [...] float: 0, falling to −1 over the last `buffer` tokens before
+    max_new_tokens. A buffer of 0 turns it off.
 
     >>> overlong_penalty(torch.tensor([60, 90, 100]), max_new_tokens=100, buffer=20)
     tensor([ 0.0000, -0.5000, -1.0000])
@@ -59,21 +65,42 @@ def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tenso
     return ((max_new_tokens - buffer - lengths) / buffer).clamp(-1, 0)
 
 
-# ----------------------------------------------------------------------------------------------------- the algorithms
+# ----------------------------------------------------------------------------------- the algorithms
+
+
+class Objective(NamedTuple):
+    """What an algorithm says of each token, [B, T] each."""
+
+    maximised: Tensor
+    ratio: Tensor  # the importance ratio it uses
+    clipped: Tensor  # bool: the clip took this token's gradient away
 
 
 class Algorithm(NamedTuple):
-    objective: Callable  # (logprobs, log_ratio, advantages, mask, settings) -> (maximised, ratio, clipped), each [B, T]
-    average: str  # "response": over a response's tokens, then over responses · "token": over all tokens ·
-    # "budget": the sum over a response's tokens / max_new_tokens, then over responses
+    """A host of DyCo-RL. Config checks and tools derive from it; its recipe is in config.yaml."""
 
+    objective: Callable[..., Objective]  # (logprobs, log_ratio, advantages, mask, settings)
+    average: str  # a key of AVERAGES
+    source: str
+
+
+# How the tokens of a step become one number.
+AVERAGES = {
+    "response": "the mean over each response's tokens, then over responses",
+    "token": "the mean over all tokens",
+    "budget": "the sum over each response's tokens / max_new_tokens, then the mean over responses",
+}
 
 ALGORITHMS: dict[str, Algorithm] = {}
 
 
-def register(name: str, average: str):
+def register(name: str, average: str, source: str = "your own"):
+    """Enter the decorated objective into ALGORITHMS; its recipe belongs in config.yaml."""
+    if average not in AVERAGES:
+        raise ValueError(f"average {average!r} of {name}; expected one of {', '.join(AVERAGES)}")
+
     def add(objective: Callable) -> Callable:
-        ALGORITHMS[name] = Algorithm(objective, average)
+        ALGORITHMS[name] = Algorithm(objective, average, source)
         return objective
 
     return add
@@ -83,63 +110,67 @@ def _ratio(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
 
-def _pessimistic(ratio: Tensor, advantages: Tensor, settings) -> tuple[Tensor, Tensor, Tensor]:
-    """PPO's surrogate min(r·A, clip(r, 1 − ε_low, 1 + ε_high)·A); a token is clipped where that zeroes its gradient."""
+def _pessimistic(ratio: Tensor, advantages: Tensor, settings) -> Objective:
+    """PPO's surrogate min(r·A, clip(r, 1 − ε_low, 1 + ε_high)·A).
+
+    A token counts as clipped where the bound is the smaller of the two: there its gradient is 0.
+    """
     bounded = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
-    return (
-        torch.min(ratio * advantages, bounded * advantages),
-        ratio,
-        bounded * advantages < ratio * advantages,
-    )
+    surrogate = torch.min(ratio * advantages, bounded * advantages)
+    clipped = bounded * advantages < ratio * advantages
+    return Objective(surrogate, ratio, clipped)
 
 
-@register("grpo", average="response")
-@register("dapo", average="token")
-@register("dr_grpo", average="budget")
-def clipped_objective(logprobs, log_ratio, advantages, mask, settings):
-    """GRPO, DAPO and Dr. GRPO: the same clipped surrogate of the token ratio; they differ in how tokens are averaged."""
+@register("grpo", average="response", source="GRPO, arXiv 2402.03300")
+@register("dapo", average="token", source="DAPO, arXiv 2503.14476")
+@register("dr_grpo", average="budget", source="Dr. GRPO, arXiv 2503.20783")
+def clipped_objective(logprobs, log_ratio, advantages, mask, settings) -> Objective:
+    """The clipped surrogate of the token ratio. The three differ in how tokens are averaged."""
     return _pessimistic(_ratio(log_ratio), advantages, settings)
 
 
-@register("gspo", average="response")
-def gspo_objective(logprobs, log_ratio, advantages, mask, settings):
-    """GSPO in its token form: the value of the sequence ratio s_i = exp(mean log r), the gradient of the token's π."""
-    log_sequence_ratio = log_ratio.detach().sum(-1, keepdim=True) / mask.sum(
-        -1, keepdim=True
-    ).clamp(min=1)
-    ratio = _ratio(log_sequence_ratio) * (logprobs - logprobs.detach()).exp()
-    return _pessimistic(ratio, advantages, settings)
+@register("gspo", average="response", source="GSPO, arXiv 2507.18071")
+def gspo_objective(logprobs, log_ratio, advantages, mask, settings) -> Objective:
+    """The token form of GSPO: the sequence ratio s_i = exp(mean log r) as value, π's gradient."""
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    mean_log_ratio = log_ratio.detach().sum(-1, keepdim=True) / lengths
+    one = (logprobs - logprobs.detach()).exp()  # its value is 1, its gradient that of the token
+    return _pessimistic(_ratio(mean_log_ratio) * one, advantages, settings)
 
 
-@register("sapo", average="response")
-def sapo_objective(logprobs, log_ratio, advantages, mask, settings):
-    """SAPO: a sigmoid gate of the token ratio in place of the clip, steeper for tokens that are punished (temperature 1.05)."""
-    temperature = torch.full_like(advantages, settings.temperature_neg).masked_fill(
-        advantages > 0, settings.temperature_pos
-    )
+@register("sapo", average="response", source="SAPO, arXiv 2511.20347")
+def sapo_objective(logprobs, log_ratio, advantages, mask, settings) -> Objective:
+    """A sigmoid gate of the token ratio in place of the clip.
+
+    The temperature of tokens that are punished is higher: their gate falls off faster.
+    """
+    temperature = torch.full_like(advantages, settings.temperature_neg)
+    temperature = temperature.masked_fill(advantages > 0, settings.temperature_pos)
     ratio = _ratio(log_ratio)
-    return (
-        4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * advantages,
-        ratio,
-        torch.zeros_like(mask),
-    )
+    gate = 4 / temperature * torch.sigmoid(temperature * (ratio - 1))
+    return Objective(gate * advantages, ratio, clipped=torch.zeros_like(mask))
 
 
-@register("cispo", average="token")
-def cispo_objective(logprobs, log_ratio, advantages, mask, settings):
-    """CISPO: REINFORCE with a clipped, constant importance weight, so that no token loses its gradient."""
+@register("cispo", average="token", source="CISPO, arXiv 2506.13585")
+def cispo_objective(logprobs, log_ratio, advantages, mask, settings) -> Objective:
+    """REINFORCE with a clipped, constant importance weight, so that no token loses its gradient."""
     ratio = _ratio(log_ratio.detach())
     weight = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
-    return weight * advantages * logprobs, ratio, weight != ratio
+    return Objective(weight * advantages * logprobs, ratio, clipped=weight != ratio)
 
 
-# ----------------------------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------------------- the loss
 
 
 def loss_normalizer(algorithm: str, mask: Tensor) -> Tensor:
-    """What a mini-batch contributes to the normaliser of its optimizer step: tokens or responses, a scalar to sum."""
-    tokens = ALGORITHMS[algorithm].average == "token"
-    return mask.sum() if tokens else torch.tensor(mask.shape[0], device=mask.device)
+    """What a mini-batch adds to the normaliser of its optimizer step: tokens or responses, a
+    scalar.
+
+    mask [B, T] bool: the loss mask.
+    """
+    if ALGORITHMS[algorithm].average == "token":
+        return mask.sum()
+    return torch.tensor(mask.shape[0], device=mask.device)
 
 
 def policy_loss(
@@ -154,16 +185,21 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of some responses, and what to log of it.
 
-    logprobs, old_logprobs, advantages, ref_logprobs [B, T]; mask [B, T] bool, the loss mask. Only `logprobs` gets a
-    gradient; what stands outside the mask, even NaN, is never read. `settings` has the attributes clip_low, clip_high,
-    kl (β), temperature_pos, temperature_neg and max_new_tokens. `normalizer` is the number of responses (or for dapo and
-    cispo of loss-mask tokens) in the whole optimizer step: with it, the losses of micro-batches add up to the loss of
-    the whole, and so do the metrics; None takes this call's. With β > 0, β·k3 per token joins the loss under the same
-    normaliser, k3 = exp(ref − logp) − (ref − logp) − 1.
+    logprobs, old_logprobs, advantages and ref_logprobs are [B, T]; mask [B, T] bool is the loss
+    mask. Only `logprobs` gets a gradient. What stands outside the mask, even NaN, is never read.
+    `settings` has the attributes clip_low, clip_high, kl (β), temperature_pos, temperature_neg and
+    max_new_tokens.
 
-    Returns the scalar to minimise and detached scalars to log: kl, clip_fraction, ratio_deviation
-    (mean |r − 1|).
-    Raises ValueError for an unknown algorithm, or β > 0 without ref_logprobs.
+    `normalizer` is the number of responses in the whole optimizer step, or for "dapo" and "cispo"
+    the number of its loss-mask tokens. With it, the losses of micro-batches add up to the loss of
+    the whole, and so do the metrics. None takes the number of this call.
+
+    With β > 0, β·k3 per token joins the loss under the same normaliser, where
+    k3 = exp(ref − logp) − (ref − logp) − 1.
+
+    Returns the scalar to minimise, and detached scalars to log: kl, clip_fraction and
+    ratio_deviation (the mean of |r − 1|). Raises ValueError for an unknown algorithm, and for β > 0
+    without ref_logprobs.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(
@@ -171,43 +207,45 @@ def policy_loss(
         )
     if settings.kl > 0 and ref_logprobs is None:
         raise ValueError(f"algo.kl is {settings.kl}, which needs ref_logprobs; got None")
-    objective, average = ALGORITHMS[algorithm]
+    chosen = ALGORITHMS[algorithm]
     if normalizer is None:
         normalizer = loss_normalizer(algorithm, mask)
+    divisor = max(float(normalizer), 1.0)
 
-    def clean(
-        x: Tensor,
-    ) -> Tensor:  # padding may hold anything: NaN · 0 would still be NaN in the backward pass
-        return torch.where(mask, x, 0).to(x.dtype if x.dtype == torch.float64 else torch.float32)
+    def clean(x: Tensor) -> Tensor:
+        # Padding may hold anything, and NaN · 0 would still be NaN in the backward pass.
+        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        return torch.where(mask, x, 0).to(dtype)
 
-    logprobs, old_logprobs, advantages = (
-        clean(logprobs),
-        clean(old_logprobs).detach(),
-        clean(advantages).detach(),
-    )
-    token_objective, ratio, clipped = objective(
-        logprobs, logprobs - old_logprobs, advantages, mask, settings
-    )
-
-    def reduce(per_token: Tensor, average: str = average) -> Tensor:
+    def reduce(per_token: Tensor, average: str) -> Tensor:
         per_token = torch.where(mask, per_token, 0)
         if average == "response":
             per_token = per_token.sum(-1) / mask.sum(-1).clamp(min=1)
         elif average == "budget":
             per_token = per_token.sum(-1) / settings.max_new_tokens
-        return per_token.sum() / max(float(normalizer), 1.0)
+        return per_token.sum() / divisor
 
-    # what is logged is a mean over tokens or over responses, also where the loss is divided by a budget
-    log = lambda per_token: reduce(
-        per_token.detach(), "token" if average == "token" else "response"
+    def mean_to_log(per_token: Tensor) -> Tensor:
+        # What is logged is a mean over tokens or responses, also where the loss is divided by a
+        # budget.
+        average = "token" if chosen.average == "token" else "response"
+        return reduce(per_token.detach(), average)
+
+    logprobs = clean(logprobs)
+    old_logprobs = clean(old_logprobs).detach()
+    advantages = clean(advantages).detach()
+    log_ratio = logprobs - old_logprobs
+    maximised, ratio, clipped = chosen.objective(
+        logprobs, log_ratio, advantages, mask=mask, settings=settings
     )
+    loss = -reduce(maximised, chosen.average)
 
-    loss, metrics = -reduce(token_objective), {}
+    metrics = {}
     if ref_logprobs is not None:
         log_ref_ratio = clean(ref_logprobs).detach() - logprobs
         k3 = _ratio(log_ref_ratio) - log_ref_ratio - 1
-        loss = loss + settings.kl * reduce(k3)
-        metrics["kl"] = log(k3)
-    metrics["clip_fraction"] = log(clipped.to(ratio.dtype))
-    metrics["ratio_deviation"] = log((ratio - 1).abs())
+        loss = loss + settings.kl * reduce(k3, chosen.average)
+        metrics["kl"] = mean_to_log(k3)
+    metrics["clip_fraction"] = mean_to_log(clipped.to(ratio.dtype))
+    metrics["ratio_deviation"] = mean_to_log((ratio - 1).abs())
     return loss, metrics

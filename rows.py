@@ -1,12 +1,15 @@
-"""rows.py: reads one line of a JSONL file, or one image file, and trusts neither.
+"""rows.py: reads JSONL files, one line of a data set, or one image file, and trusts none of them.
 
-`parse_row` makes a Row of a line, `load_image` makes RGB pixels of an image file, and both raise
-DataError for whatever they cannot accept. What a row may look like, and why it is checked, stands
-in data.py, which reads whole files with these functions. No model and no tokenizer is needed here.
+`read_jsonl` and `append_jsonl` serve every file of rows that the project writes: metrics, samples,
+responses. `parse_row` makes a Row of a line, `load_image` makes RGB pixels of an image file, and
+both raise DataError for whatever they cannot accept. What a row may look like, and why it is
+checked, stands in data.py, which reads whole files with these functions. No model and no tokenizer
+is needed here.
 """
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +42,10 @@ class MissingImageError(DataError):
     """An image file that does not exist."""
 
 
+class RowError(ValueError):
+    """A file of rows that cannot be read."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the file, checked as far as that goes without opening its images."""
@@ -51,6 +58,39 @@ class Row:
     extra: dict  # the other keys of the row that hold simple values
 
 
+def read_jsonl(path: str | Path, growing: bool = False) -> list[tuple[int, dict]]:
+    """(line number, object) of each line that is not blank.
+
+    growing: the last line may be half-written, and is left out then. Raises RowError.
+    """
+    content = Path(path).read_bytes()
+    if growing:
+        content = content[: content.rfind(b"\n") + 1]
+    rows = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"{path}, line {number}: {error}; expected a JSON object") from None
+        if not isinstance(row, dict):
+            raise RowError(f"{path}, line {number}: found {row!r:.60}; expected a JSON object")
+        rows.append((number, row))
+    return rows
+
+
+def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Add rows to a file, over what a crash may have left half-written at its end."""
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                last_line_end = Path(path).read_bytes().rfind(b"\n")
+                file.truncate(last_line_end + 1)
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+
+
 def show(value: Any) -> str:
     """`value` for an error message: short, and printable whatever the file held."""
     if isinstance(value, list):
@@ -61,7 +101,7 @@ def show(value: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "…"
 
 
-# ---------------------------------------------------------------- lines
+# -------------------------------------------------------------------------------------------- lines
 
 
 def parse_row(raw: bytes, line: int) -> Row:
@@ -234,7 +274,7 @@ def _is_simple(value: Any) -> bool:
     return _is_scalar(value)
 
 
-# ---------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 def load_image(path: str | Path, root: str | Path) -> Image.Image:

@@ -70,12 +70,11 @@ def gradients(policy, logprobs, weights):
     }
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("chosen", [[0], [1], [2], [0, 1, 2]])
-def test_packed_equals_one_row_at_a_time(make_policy, prompts, kernel, chosen):
+def test_packed_equals_one_row_at_a_time(make_policy, prompts, chosen):
     """Log-probabilities, entropies and gradients, with 1, 0 and 2 images and different lengths. 1e-5: float32 sums of a
     hundred terms of order 1 in another order; gradients are compared relative to the largest of their tensor."""
-    policy = make_policy(temperature=0.7, kernel=kernel)
+    policy = make_policy(temperature=0.7)
     some = [prompts[i] for i in chosen]
     tokens, mask = random_responses(some, 3, 9, 300)
     weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(1))
@@ -295,7 +294,7 @@ def test_windows_of_the_vision_tower_in_one_call(make_policy, prompts, monkeypat
         [],
         torch.nn.functional.scaled_dot_product_attention,
     )
-    assert visual.config._attn_implementation == model.WINDOWS
+    assert visual.config._attn_implementation == attention.WINDOWS
     grid = torch.tensor([[1, 20, 26], [1, 8, 16], [1, 6, 4]])
     pixels = torch.randn(int(grid.prod(1).sum()), 1176, generator=torch.Generator().manual_seed(0))
 
@@ -316,7 +315,7 @@ def test_windows_of_the_vision_tower_in_one_call(make_policy, prompts, monkeypat
         return kernel(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
-    (ours, gradients, few), (plain, expected, many) = run(model.WINDOWS), run("sdpa")
+    (ours, gradients, few), (plain, expected, many) = run(attention.WINDOWS), run("sdpa")
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
     assert (
@@ -324,11 +323,10 @@ def test_windows_of_the_vision_tower_in_one_call(make_policy, prompts, monkeypat
     )  # windows of 64, 32, 24, 16 and 8 patches, then 3 whole pictures
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-def test_products_into_float32_take_no_gradient(make_policy, prompts, kernel, monkeypatch):
+def test_products_into_float32_take_no_gradient(make_policy, prompts, monkeypatch):
     """CUDA's 16-bit product with a float32 result has no derivative: it must not be met where one is wanted."""
     policy, plain, calls = (
-        make_policy(dtype=torch.bfloat16, kernel=kernel),
+        make_policy(dtype=torch.bfloat16),
         model.float32_product,
         [],
     )
@@ -337,7 +335,8 @@ def test_products_into_float32_take_no_gradient(make_policy, prompts, kernel, mo
         calls.append(torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
         return plain(a, b)
 
-    monkeypatch.setattr(model, "float32_product", product)
+    for module in (attention, model):
+        monkeypatch.setattr(module, "float32_product", product)
     tokens, mask = random_responses(prompts, 2, 5, 300)
     policy(prompts, tokens, mask, policy.tap(DYCO)).logprobs.sum().backward()
     assert calls and not any(calls)
@@ -450,9 +449,9 @@ def test_attention_never_builds_keys_for_other_responses(make_policy, prompts):
     policy, pairs = make_policy(), []
     original = attention.grouped_query_attention
 
-    def counting(query, key, value, scale, kernel="sdpa"):
+    def counting(query, key, value, scale):
         pairs.append(query.shape[0] * query.shape[2] * key.shape[2])
-        return original(query, key, value, scale, kernel)
+        return original(query, key, value, scale)
 
     tokens, mask = random_responses(prompts[:1], 6, 20, 300)
     mask[:] = True

@@ -19,8 +19,11 @@ from test_train import rows_of, start, weights_of  # noqa: F401  (start is a fix
 
 import config as config_module
 import rewards
+import run_folder
 import train
 from config import ConfigError, load_config
+from model import load_policy
+from tools import examples
 
 ROOT = Path(train.__file__).parent
 
@@ -252,8 +255,7 @@ def test_a_poisoned_update_is_skipped_and_named(start, monkeypatch, capsys):  # 
         in capsys.readouterr().out
     )
     saved = [
-        train.run_folder.read_tensors(path)
-        for path in train.run_folder.checkpoints(folder / "checkpoints")
+        run_folder.read_tensors(path) for path in run_folder.checkpoints(folder / "checkpoints")
     ]
     assert [tensors["optimizer"]["param_groups"][0]["lr"] for tensors in saved] == pytest.approx(
         [2e-3 / 8, 3e-3 / 8, 4e-3 / 8]
@@ -271,6 +273,8 @@ def test_too_many_poisoned_steps_end_the_run(start, monkeypatch, capsys):  # noq
 
 
 def test_out_of_memory_names_the_groups(start, monkeypatch, capsys):  # noqa: F811
+    from tools import examples
+
     plain, calls = train.Policy.forward, iter(range(10**6))
 
     def forward(self, prompts, *args):
@@ -280,7 +284,7 @@ def test_out_of_memory_names_the_groups(start, monkeypatch, capsys):  # noqa: F8
 
     monkeypatch.setattr(train.Policy, "forward", forward)
     monkeypatch.setattr(
-        train.report, "make_examples", lambda *_: []
+        examples, "make_examples", lambda *_: []
     )  # which needs forward passes, too, and would go on without
     with pytest.raises(SystemExit):
         start("train.micro_batch_tokens=1")
@@ -307,22 +311,22 @@ def test_nothing_to_learn_from(start, tmp_path, name, extra):  # noqa: F811
         assert (
             row["policy/grad_norm"] == 0 and row["policy/loss"] == 0 and row["response/length"] == 1
         )
-    before = train.load_policy(tmp_path / "model", torch.device("cpu")).state_dict()
-    after = train.load_policy(folder / "final", torch.device("cpu")).state_dict()
+    before = load_policy(tmp_path / "model", torch.device("cpu")).state_dict()
+    after = load_policy(folder / "final", torch.device("cpu")).state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_empty_responses(start, monkeypatch):  # noqa: F811
     """A policy that ends at once: one token, no text, and with a reward that differs still something to learn."""
-    plain, turn = train.load_policy, iter(range(10**6))
+    plain, turn = train.policy_from_config, iter(range(10**6))
 
     def ending(*args, **kwargs):
         policy = plain(*args, **kwargs)
         policy.eos_ids = set(range(policy.hf.config.text_config.vocab_size))
         return policy
 
-    monkeypatch.setattr(train, "load_policy", ending)
-    monkeypatch.setattr(train.rewards, "call_custom", lambda *_: next(turn) % 2)
+    monkeypatch.setattr(train, "policy_from_config", ending)
+    monkeypatch.setattr(train.rewards, "call_custom", lambda *_, **__: next(turn) % 2)
     for row in rows_of(start())[1:]:
         assert (
             row["response/length"] == 1

@@ -63,12 +63,11 @@ def test_one_prefill_serves_sampled_and_greedy_responses(make_policy, prompts):
 
 
 @pytest.mark.parametrize("scope", ["after_image", "all"])
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-def test_decoding_equals_scoring(make_policy, prompts, kernel, scope):
+def test_decoding_equals_scoring(make_policy, prompts, scope):
     """Behaviour log-probabilities and signals recorded while decoding are those of the packed forward. 1e-4 as the
     design asks; shifts are the least precise, a square root of small probabilities."""
     policy, settings = (
-        eager_to_end(make_policy(temperature=0.8, kernel=kernel)),
+        eager_to_end(make_policy(temperature=0.8)),
         SimpleNamespace(**vars(DYCO) | {"text_scope": scope}),
     )
     found = generate(policy, prompts, 5, 25, (0, 1), settings)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import config as config_module
 import dyco
+import run_folder
 import train
 from config import load_config
 from data import Sample, count_prompt_tokens
@@ -145,24 +146,25 @@ def test_every_setting_reaches_its_stage(make_policy, prompts, monkeypatch, rule
     )
     policy = make_policy()
     samples = [Sample(p.id, (), p.question, p.answer) for p in prompts]
-    monkeypatch.setattr(
-        train,
-        "encode_prompt",
-        lambda sample, position, *_: replace(
-            next(p for p in prompts if p.id == sample.id), index=position
-        ),
-    )
+
+    def encode(self, sample, position, template, max_prompt_tokens):
+        return replace(next(p for p in prompts if p.id == sample.id), index=position)
+
+    monkeypatch.setattr(train.Policy, "encode", encode)
     turn = iter(range(100))
     monkeypatch.setattr(train.rewards, "accuracy", lambda text, answer: float(len(text) % 2))
     monkeypatch.setattr(train.rewards, "format", lambda text: float(len(text) % 3 == 0))
-    batch = train.collect(
+    training = train.Training(
         config,
+        ALONE,
         policy,
-        samples,
-        [(7, 0), (8, 1), (9, 2)],
-        3,
-        lambda text, answer, sample: next(turn) / 10,
+        reference=None,
+        optimizer=None,
+        dataset=samples,
+        sampler=None,
+        custom_reward=lambda text, answer, sample: next(turn) / 10,
     )
+    batch = train.collect(training, [(7, 0), (8, 1), (9, 2)], step=3)
     lengths, texts = batch.rollout.mask.sum(1).tolist(), batch.rollout.texts
     total = [
         2 * (len(text) % 2) + 3 * (len(text) % 3 == 0) + 5 * i / 10 - 0.5 * max(0, n - 4) / 4
@@ -212,12 +214,12 @@ def test_the_model_is_built_as_the_config_says(start, tmp_path):
             "rollout.temperature=0.7",
             "model.freeze_vision=true",
             "model.gradient_checkpointing=true",
-            "model.attention=eager",
             "algo.kl=0",
         ],
     )
-    policy, reference, *_ = train.build(settings, ALONE)
-    assert policy.temperature == 0.7 and policy.kernel == "eager" and reference is None
+    training = train.build(settings, ALONE)
+    policy = training.policy
+    assert policy.temperature == 0.7 and training.reference is None
     assert (
         not any(p.requires_grad for p in policy.hf.model.visual.parameters())
         and policy.hf.lm_head.weight.requires_grad
@@ -376,7 +378,7 @@ def test_an_extended_run_has_no_old_final(start, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_policy", killed)
+        patch.setattr(run_folder, "save_policy", killed)
         start("train.steps=2", "checkpoint.every=1")
     assert not (folder / "final").exists()
     start("train.steps=2", "checkpoint.every=1")
@@ -400,7 +402,7 @@ def test_other_inputs_cannot_resume(start, tmp_path, capsys):
     (tmp_path / "reward.py").write_text(REWARD + "\n")
     start("train.steps=3", folder="copied")
     assert "changed since the checkpoint: the file of reward.custom" in capsys.readouterr().out
-    assert [path.name for path in train.run_folder.checkpoints(kept)] == [
+    assert [path.name for path in run_folder.checkpoints(kept)] == [
         "step-00000002",
         "step-00000003",
     ] and (kept / "step-best").exists()
@@ -505,7 +507,7 @@ def test_torchrun_and_ask(start, tmp_path):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", *command], **common
     )
     assert done.returncode == 0, done.stderr
-    assert "resumed" in done.stdout and "step    2/2" in done.stdout
+    assert "resumed" in done.stdout and "step 2/2" in done.stdout
     picture(112, 112, 0).save(tmp_path / "p.png")
     asked = subprocess.run(
         [

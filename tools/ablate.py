@@ -1,20 +1,25 @@
-"""ablate.py: does it work? The paper's Table 1 in miniature on the embedded default, with the controls that the paper lacks.
+"""ablate.py: does it work? The paper's Table 1 in miniature on the embedded default, with controls.
 
-    python ablate.py                     # runs what is missing, seed after seed, then writes results/table.md, gains.svg and curves.svg
-    python ablate.py table --seeds 4     # some cells, first seeds first
-    python ablate.py --report            # only writes the tables of what is there
+    python -m tools.ablate                   # runs what is missing, seed after seed, then tabulates
+    python -m tools.ablate table --seeds 4   # some parts of the grid, first seeds first
+    python -m tools.ablate --report          # only tabulates what is there
 
-A *cell* is a set of config overrides; every cell is run with the same seeds, so differences are paired. A finished run is
-one line of results/runs.jsonl, appended; what was computed is never computed again. Each run has one thread.
+Tabulating writes results/table.md, table.json, gains.svg and curves.svg.
 
-What was asked, before any result: the *primary* figure is paper − shuffled over all four hosts, mean over the held-out curve at
-temperature 1: the same weights on the right and on the wrong tokens. Next are paper − uniform and paper − host. AdamW does not see
-a common factor (KL and the clipping of a gradient's norm do), so `uniform` is nearly the host once more: its gain shows the noise. All
-other figures are exploratory.
+A *cell* is a set of config overrides. Every cell is run with the same seeds, so differences are
+paired. A finished run is one line of results/runs.jsonl, appended; what was computed is never
+computed again. Each run has one thread.
+
+What was asked, before any result: the *primary* figure is paper − shuffled over all four hosts,
+mean over the held-out curve at temperature 1. It compares the same weights on the right and on the
+wrong tokens. Next are paper − uniform and paper − host. AdamW does not see a common factor of all
+advantages (only the KL term and the clipping of a gradient's norm do), so `uniform` is nearly the
+host once more: its gain shows the noise. All other figures are exploratory.
 
 The arithmetic: 58 cells × 8 seeds × 104 s (mean of all 464, two at a time) / 2 = 6.7 hours.
 
-The regime was chosen on the hosts' curves alone, before any run with DyCo (seed 1000; the table's seeds are 0, 1, …): see REGIME.
+The regime was chosen on the hosts' curves alone, before any run with DyCo (seed 1000; the table's
+seeds are 0, 1, …): see REGIME.
 """
 
 import argparse
@@ -27,25 +32,35 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
-from run_folder import FolderError, append_jsonl, exclusive, read_jsonl
+import dyco
+from rows import append_jsonl, read_jsonl
+from run_folder import FolderError, exclusive
+from tools.charts import ticks
+from tools.estimates import bootstrap_mean
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-HOSTS = ("grpo", "dapo", "gspo", "sapo")
-POOLS = {
-    "all": HOSTS,
-    "without sapo": HOSTS[:3],
-}  # the second after the results: most of the variance between seeds is SAPO's
-# The default level with four optimizer steps per rollout, so that ratios leave 1, stopped while the hosts still rise. Chosen on these
-# curves, of the hosts alone with seed 1000, before any run with DyCo in this regime. Percent right at temperature 1 every 8 steps:
+
+
+# --------------------------------------------------------------------------------------- the grid
+
+HOSTS = ("grpo", "dapo", "gspo", "sapo")  # the paper's four, not all of rl_algos.ALGORITHMS
+# The second pool was added after the results: most of the variance between seeds is SAPO's.
+POOLS = {"all": HOSTS, "without sapo": HOSTS[:3]}
+
+# The default level with four optimizer steps per rollout, so that ratios leave 1, stopped while the
+# hosts still rise. It was chosen on these curves, of the hosts alone with seed 1000, before any run
+# with DyCo in this regime. Percent right at temperature 1 every 8 steps:
 #   grpo 31 42 56 60 76 87, dapo 31 46 60 73 75 88, gspo 31 35 49 57 67 78, sapo 31 27 32 44 57 81
-# Greedy 52 -> 100, 92, 89, 95; responses of 40 tokens; 15 to 28 % of the groups are all right or all wrong.
+# Greedy 52 -> 100, 92, 89, 95; responses of 40 tokens; 15 to 28 % of the groups are all right or
+# all wrong.
 REGIME = [
     "train.steps=40",
     "train.updates_per_rollout=4",
@@ -57,40 +72,51 @@ REGIME = [
     "checkpoint.keep_last=1",
     "log.samples_per_step=0",
 ]
-OFF, RULE = (
-    ["dyco.enabled=false"],
-    lambda name, ratio="relative": [f"dyco.rule={name}", f"dyco.ratio={ratio}"],
-)
+
+
+def rule_settings(rule: str, ratio: str = "relative") -> list[str]:
+    return [f"dyco.rule={rule}", f"dyco.ratio={ratio}"]
+
+
+def cell_name(rule: str) -> str:
+    return rule.replace("_", " ")
+
+
+def controls_of(rule: str, ratio: str = "relative") -> dict[str, list[str]]:
+    """What dyco.RULES says that a rule must be compared with."""
+    return {cell_name(name): rule_settings(name, ratio) for name in dyco.RULES[rule].controls}
 
 
 def cells_of(
-    algorithm: str, rules: dict[str, list[str]], prefix: str = "", extra: list[str] = ()
+    algorithm: str, rules: dict[str, list[str]], prefix: str = "", extra: tuple[str, ...] = ()
 ) -> dict[str, list[str]]:
+    """{cell: its overrides} of one host; a cell is called "[prefix]algorithm/rule"."""
     return {
-        f"{prefix}{algorithm}/{name}": [f"algo.name={algorithm}", *rule, *extra]
-        for name, rule in rules.items()
+        f"{prefix}{algorithm}/{name}": [f"algo.name={algorithm}", *settings, *extra]
+        for name, settings in rules.items()
     }
 
 
+def cells_of_hosts(rules: dict[str, list[str]]) -> dict[str, list[str]]:
+    cells = {}
+    for host in HOSTS:
+        cells |= cells_of(host, rules)
+    return cells
+
+
+OFF = ["dyco.enabled=false"]
 TABLE = {
     "host": OFF,
-    "paper": RULE("paper"),
-    "paper minmax": RULE("paper", "minmax"),
-    "signed minmax": RULE("signed", "minmax"),
+    "paper": rule_settings("paper"),
+    "paper minmax": rule_settings("paper", "minmax"),
+    "signed minmax": rule_settings("signed", "minmax"),
 }
 CONTROLS = {
-    "uniform": RULE("uniform"),
-    "shuffled": RULE("shuffled"),
-    "signed uniform": RULE("signed_uniform", "minmax"),
-    "signed shuffled": RULE("signed_shuffled", "minmax"),
-    "response": RULE("response"),
+    **controls_of("paper"),
+    **controls_of("signed", "minmax"),
+    "response": rule_settings("response"),
 }
-SMALL = {
-    "host": OFF,
-    "paper": RULE("paper"),
-    "uniform": RULE("uniform"),
-    "shuffled": RULE("shuffled"),
-}
+SMALL = {"host": OFF, "paper": rule_settings("paper"), **controls_of("paper")}
 VARIANTS = {
     "tau 0": ["dyco.tau=0"],
     "tau 0.2": ["dyco.tau=0.2"],
@@ -104,29 +130,30 @@ VARIANTS = {
     "all layers": ["dyco.layers=[0,1,2,3]"],
 }
 PARTS = {  # of each seed, in the order in which they are run
-    "table": {k: v for host in HOSTS for k, v in cells_of(host, TABLE).items()},
-    "controls": {k: v for host in HOSTS for k, v in cells_of(host, CONTROLS).items()},
+    "table": cells_of_hosts(TABLE),
+    "controls": cells_of_hosts(CONTROLS),
     "rate": {
-        k: v
-        for factor, lr in (("half", 5e-5), ("twice", 2e-4))
-        for k, v in cells_of("grpo", SMALL, f"{factor} rate: ", [f"optim.lr={lr}"]).items()
+        **cells_of("grpo", SMALL, "half rate: ", extra=("optim.lr=5e-05",)),
+        **cells_of("grpo", SMALL, "twice rate: ", extra=("optim.lr=0.0002",)),
     },
     "ablations": cells_of("grpo", VARIANTS),
-    "level2": cells_of("grpo", SMALL, "level 2: ", ["toy.level=2", "rollout.max_new_tokens=96"]),
+    "level2": cells_of(
+        "grpo", SMALL, "level 2: ", extra=("toy.level=2", "rollout.max_new_tokens=96")
+    ),
 }
-# rule: what it is set against besides the host
-AGAINST = {
-    "paper": ("uniform", "shuffled", "response"),
+AGAINST = {  # what a cell is set against besides its host
+    "paper": (*controls_of("paper"), "response"),
     "paper minmax": ("uniform", "paper"),
-    "signed minmax": ("signed uniform", "signed shuffled"),
+    "signed minmax": tuple(controls_of("signed")),
 }
+
 MEASURES = {
     "final": "at the end, temperature 1",
     "greedy": "at the end, greedy",
     "area": "mean over the curve",
     "online": "mean in training",
 }
-KEPT = {
+KEPT = {  # of metrics.jsonl, every step
     "online": "reward/accuracy",
     "entropy": "policy/entropy",
     "clip_fraction": "policy/clip_fraction",
@@ -134,6 +161,307 @@ KEPT = {
     "length": "response/length",
     "alignment": "dyco/alignment",
 }
+
+
+# ---------------------------------------------------------------------------------------- running
+
+
+def read_runs() -> dict[tuple[str, int], dict]:
+    """{(cell, seed): line of runs.jsonl}.
+
+    Raises ValueError for a line that was made with other overrides than its cell has now. What
+    config.yaml says besides, and the code, are not compared.
+    """
+    path = RESULTS / "runs.jsonl"
+    settings = {
+        cell: [*REGIME, *overrides] for part in PARTS.values() for cell, overrides in part.items()
+    }
+    runs = {}
+    for line, row in read_jsonl(path, growing=True) if path.exists() else []:
+        if row["settings"] != settings.get(row["cell"]):
+            raise ValueError(
+                f"{path}, line {line}: {row['cell']}, seed {row['seed']}, was run with "
+                f"{' '.join(row['settings'])}, which is not what that cell is now; "
+                "move the file away, or take the line out"
+            )
+        runs[row["cell"], row["seed"]] = row
+    return runs
+
+
+def run_one(cell: str, overrides: list[str], seed: int, scratch: Path) -> dict:
+    """Train once, in a process of its own with one thread; returns the run's line."""
+    folder = scratch / f"{cell}-{seed}".replace("/", "-").replace(" ", "_").replace(":", "")
+    shutil.rmtree(folder, ignore_errors=True)  # a run that was cut off begins anew
+    started = time.perf_counter()
+    settings = [*REGIME, *overrides, f"train.seed={seed}", f"run.dir={folder}"]
+    process = subprocess.run(
+        [sys.executable, "train.py", "config.yaml", *settings],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    # A run that was asked to stop exits with 0, too, but has no final/.
+    if process.returncode or not (folder / "final").exists():
+        errors = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
+        raise RuntimeError(f"{cell}, seed {seed}, did not end: {errors[-1]}")
+    line = {
+        "cell": cell,
+        "seed": seed,
+        "settings": [*REGIME, *overrides],
+        **read_curves(folder / "metrics.jsonl"),
+    }
+    shutil.rmtree(folder)
+    line["seconds"] = round(time.perf_counter() - started, 1)
+    return line
+
+
+def read_curves(path: Path) -> dict[str, list]:
+    """What is kept of a run's metrics.jsonl."""
+    rows = [row for _, row in read_jsonl(path)]
+    evaluations = [row for row in rows if "eval/accuracy" in row]
+    curves = {
+        "steps": [row["step"] for row in evaluations],
+        "accuracy": [row["eval/accuracy"] for row in evaluations],
+        "greedy": [row["eval/accuracy_greedy"] for row in evaluations],
+    }
+    for name, key in KEPT.items():
+        # The first row is the evaluation before any step.
+        values = [round(row[key], 5) for row in rows[1:] if key in row]
+        if values:
+            curves[name] = values
+    return curves
+
+
+def run_missing(parts: list[str], seeds: int, jobs: int, scratch: Path) -> None:
+    """Seed after seed, so that tables of few seeds are complete early.
+
+    Raises RuntimeError, at the end, if any run failed.
+    """
+    finished = read_runs()
+    wanted = [
+        (cell, overrides, seed)
+        for seed in range(seeds)
+        for part in parts
+        for cell, overrides in PARTS[part].items()
+        if (cell, seed) not in finished
+    ]
+    failures = []
+    lock = Lock()
+    with (
+        exclusive(scratch, "--scratch"),
+        tqdm(total=len(wanted), desc="runs") as bar,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+
+        def work(one: tuple[str, list[str], int]) -> None:
+            cell, overrides, seed = one
+            try:
+                row = run_one(cell, overrides, seed, scratch)
+            except RuntimeError as error:  # the others go on
+                failures.append(str(error))
+                tqdm.write(f"error: {error}")
+                return
+            accuracy = 100 * row["accuracy"][-1]
+            with lock:
+                append_jsonl(RESULTS / "runs.jsonl", [row])
+                bar.update()
+                tqdm.write(f"{cell}, seed {seed}: {accuracy:.0f} % in {row['seconds']:.0f} s")
+
+        for _ in pool.map(work, wanted):  # an interrupt takes back what has not begun
+            pass
+    if failures:
+        raise RuntimeError(
+            f"{len(failures)} of {len(wanted)} runs did not end, the first: {failures[0]}"
+        )
+
+
+# ------------------------------------------------------------------------------------- statistics
+
+
+def measure(row: dict, name: str) -> float:
+    """One of MEASURES of a run, in percent.
+
+    "final" is accuracy at the end, "greedy" the same for greedy decoding, "area" the mean height of
+    the curve (by trapezoids). "online" is the accuracy of all responses sampled in training, each
+    before the update that learns from it and on a prompt not seen before.
+    """
+    if name == "greedy":
+        return 100 * row["greedy"][-1]
+    if name == "online":
+        return 100 * statistics.fmean(row["online"])
+    if name == "final":
+        return 100 * row["accuracy"][-1]
+    steps = row["steps"]
+    curve = row["accuracy"]
+    areas = [
+        (end - start) * (left + right) / 2
+        for (start, end), (left, right) in zip(pairwise(steps), pairwise(curve), strict=True)
+    ]
+    return 100 * sum(areas) / (steps[-1] - steps[0])
+
+
+def shared_seeds(runs: dict, cells: list[str]) -> list[int]:
+    """The seeds that all of some cells have been run with."""
+    seeds_of = ({seed for other, seed in runs if other == cell} for cell in cells)
+    return sorted(set.intersection(*seeds_of))
+
+
+def differences(runs: dict, cells: list[str], baselines: list[str], name: str) -> list[float]:
+    """Cells minus the baselines at their places, averaged over the cells: one number per seed."""
+    gains = []
+    for seed in shared_seeds(runs, [*cells, *baselines]):
+        gains_of_cells = [
+            measure(runs[cell, seed], name) - measure(runs[baseline, seed], name)
+            for cell, baseline in zip(cells, baselines, strict=True)
+        ]
+        gains.append(statistics.fmean(gains_of_cells))
+    return gains
+
+
+class Comparison(NamedTuple):
+    """A line of the table: some cells, each against the baseline at its place."""
+
+    label: str
+    cells: list[str]
+    baselines: list[str]
+
+
+def describe(runs: dict, comparison: Comparison) -> dict:
+    """What table.json holds of a comparison: the cells' mean and (gain, low, high) per measure."""
+    _, cells, baselines = comparison
+    seeds = shared_seeds(runs, [*cells, *baselines]) or shared_seeds(runs, cells)
+    described: dict = {"seeds": len(seeds)}
+    for name in MEASURES:
+        values = [measure(runs[cell, seed], name) for cell in cells for seed in seeds]
+        gains = [] if cells == baselines else differences(runs, cells, baselines, name)
+        described[name] = {
+            "mean": statistics.fmean(values),
+            "gain": bootstrap_mean(gains) if gains else None,
+        }
+    return described
+
+
+# ------------------------------------------------------------------------------------- the tables
+
+
+def host_of(cell: str) -> str:
+    return cell.split("/")[0] + "/host"
+
+
+def against_hosts(runs: dict, cells: list[str]) -> list[Comparison]:
+    """Each of some cells against its host, then each rule over all hosts of a pool."""
+    comparisons = [Comparison(cell, [cell], [host_of(cell)]) for cell in cells]
+    for rule in dict.fromkeys(cell.split("/")[1] for cell in cells):
+        if rule == "host":
+            continue
+        for pool, hosts in POOLS.items():
+            pooled = [f"{host}/{rule}" for host in hosts]
+            baselines = [f"{host}/host" for host in hosts]
+            complete = all(cell in cells for cell in pooled)
+            if complete and shared_seeds(runs, [*pooled, *baselines]):
+                comparisons.append(Comparison(f"{pool}/{rule}", pooled, baselines))
+    return comparisons
+
+
+def against_each_other(runs: dict, ran: set[str]) -> list[Comparison]:
+    """The comparisons of AGAINST, and the variants of the ablations against `paper`."""
+    prefixes = dict.fromkeys(
+        cell.split("/")[0] for cells in PARTS.values() for cell in cells if cell in ran
+    )
+    comparisons = []
+    for rule, others in AGAINST.items():
+        for other in others:
+            # "grpo", "level 2: grpo", …: where both have been run with the same seeds
+            both = [
+                prefix
+                for prefix in prefixes
+                if shared_seeds(runs, [f"{prefix}/{rule}", f"{prefix}/{other}"])
+            ]
+            groups = [(prefix, [prefix]) for prefix in both]
+            groups += [
+                (pool, list(hosts))
+                for pool, hosts in POOLS.items()
+                if all(host in both for host in hosts)
+            ]
+            for name, members in groups:
+                cells = [f"{member}/{rule}" for member in members]
+                baselines = [f"{member}/{other}" for member in members]
+                if shared_seeds(runs, [*cells, *baselines]):
+                    comparisons.append(Comparison(f"{name}/{rule} − {other}", cells, baselines))
+    for variant in VARIANTS:
+        cell = f"grpo/{variant}"
+        if cell in ran:
+            comparisons.append(Comparison(f"{cell} − paper", [cell], ["grpo/paper"]))
+    return comparisons
+
+
+def gain_text(gain: tuple | None) -> str:
+    if gain is None:
+        return "–"
+    form = "{:+.1f}" if gain[1] is None else "{:+.1f} ({:+.1f} … {:+.1f})"
+    return form.format(*gain).replace("-", "−")
+
+
+def table_line(comparison: Comparison, described: dict, means: bool) -> str:
+    """A line of Markdown, bold where several hosts are averaged; with or without the means."""
+    label = comparison.label
+    if len(comparison.cells) > 1:
+        label = f"**{label}**"
+    fields = [label, str(described["seeds"])]
+    for name in MEASURES:
+        if means:
+            fields.append(f"{described[name]['mean']:.1f}")
+        fields.append(gain_text(described[name]["gain"]))
+    return f"| {' | '.join(fields)} |"
+
+
+def tabulate() -> str:
+    """results/table.md, table.json, gains.svg and curves.svg of what has been run.
+
+    Returns the Markdown.
+    """
+    runs = read_runs()
+    ran = {cell for cell, _ in runs}
+    described: dict[str, dict] = {}
+
+    def table_lines(comparisons: list[Comparison], means: bool) -> list[str]:
+        lines = []
+        for comparison in comparisons:
+            described[comparison.label] = describe(runs, comparison)
+            lines.append(table_line(comparison, described[comparison.label], means))
+        return lines
+
+    lines = [
+        "# What DyCo-RL adds on the embedded default",
+        "",
+        "Accuracy in percent, means over seeds, and gains over the host, paired by seed, with 95 % "
+        "bootstrap intervals (expanded percentile, as long as Student's; not corrected for their "
+        "number). First three: on held-out samples; last: of the responses sampled in training. "
+        "Bold: mean over the hosts of each seed, all four or those without SAPO.",
+    ]
+    for part, cells in PARTS.items():
+        cells = [cell for cell in cells if cell in ran]
+        if cells:
+            heads = " | ".join(f"{label} | gain" for label in MEASURES.values())
+            lines += ["", f"## {part}", "", f"| cell | seeds | {heads} |"]
+            lines.append("|---|---|" + "---|---|" * len(MEASURES))
+            lines += table_lines(against_hosts(runs, cells), means=True)
+    lines += ["", "## against each other", "", "Differences, paired by seed.", ""]
+    lines.append("| | seeds | " + " | ".join(MEASURES.values()) + " |")
+    lines.append("|---|---|" + "---|" * len(MEASURES))
+    lines += table_lines(against_each_other(runs, ran), means=False)
+
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "table.md").write_text("\n".join([*lines, ""]))
+    (RESULTS / "table.json").write_text(json.dumps(described, indent=1))
+    (RESULTS / "gains.svg").write_text(gains_figure(described))
+    (RESULTS / "curves.svg").write_text(curves_figure(runs))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------- figures
+
 COLORS = {
     "grpo": "#0072b2",
     "dapo": "#d55e00",
@@ -142,289 +470,14 @@ COLORS = {
     "all": "#111111",
 }
 CURVES = {"host": "#888888", "paper": "#0072b2", "shuffled": "#d55e00", "signed minmax": "#009e73"}
-
-
-# ------------------------------------------------------------------------------------------------------------ running
-
-
-def read_runs() -> dict[tuple[str, int], dict]:
-    """{(cell, seed): line}. Raises ValueError for a line that was made with other overrides than its cell has now; what config.yaml says
-    besides, and the code, are not compared."""
-    path = RESULTS / "runs.jsonl"
-    settings = {
-        cell: [*REGIME, *overrides] for part in PARTS.values() for cell, overrides in part.items()
-    }
-    found = {}
-    for line, row in read_jsonl(path, growing=True) if path.exists() else []:
-        if row["settings"] != settings.get(row["cell"]):
-            raise ValueError(
-                f"{path}, line {line}: {row['cell']}, seed {row['seed']}, was run with {' '.join(row['settings'])}, which is not what "
-                "that cell is now; move the file away, or take the line out"
-            )
-        found[row["cell"], row["seed"]] = row
-    return found
-
-
-def run_one(cell: str, overrides: list[str], seed: int, scratch: Path) -> dict:
-    """Train once, in a process of its own with one thread; returns the run's line."""
-    folder = scratch / f"{cell}-{seed}".replace("/", "-").replace(" ", "_").replace(":", "")
-    shutil.rmtree(folder, ignore_errors=True)  # a run that was cut off begins anew
-    started = time.perf_counter()
-    command = [
-        sys.executable,
-        "train.py",
-        "config.yaml",
-        *REGIME,
-        *overrides,
-        f"train.seed={seed}",
-        f"run.dir={folder}",
-    ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if (
-        done.returncode or not (folder / "final").exists()
-    ):  # a run that was asked to stop has none, and exits with 0
-        raise RuntimeError(
-            f"{cell}, seed {seed}, did not end: {(done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]}"
-        )
-    rows = [row for _, row in read_jsonl(folder / "metrics.jsonl")]
-    evaluations = [row for row in rows if "eval/accuracy" in row]
-    found = {
-        "cell": cell,
-        "seed": seed,
-        "settings": [*REGIME, *overrides],
-        "steps": [row["step"] for row in evaluations],
-        "accuracy": [row["eval/accuracy"] for row in evaluations],
-        "greedy": [row["eval/accuracy_greedy"] for row in evaluations],
-    }
-    for name, key in KEPT.items():  # of every step
-        if values := [round(row[key], 5) for row in rows[1:] if key in row]:
-            found[name] = values
-    shutil.rmtree(folder)
-    return {**found, "seconds": round(time.perf_counter() - started, 1)}
-
-
-def run_missing(parts: list[str], seeds: int, jobs: int, scratch: Path) -> None:
-    """Seed after seed, so that tables of few seeds are complete early. Raises RuntimeError, at the end, if any run failed."""
-    have, lock = read_runs(), Lock()
-    wanted = [
-        (cell, overrides, seed)
-        for seed in range(seeds)
-        for part in parts
-        for cell, overrides in PARTS[part].items()
-        if (cell, seed) not in have
-    ]
-    failed = []
-    with (
-        exclusive(scratch, "--scratch"),
-        tqdm(total=len(wanted), desc="runs") as bar,
-        ThreadPoolExecutor(jobs) as pool,
-    ):
-
-        def work(item) -> None:
-            try:
-                row = run_one(*item, scratch)
-            except RuntimeError as error:  # the others go on
-                failed.append(str(error))
-                tqdm.write(f"error: {error}")
-                return
-            with lock:
-                append_jsonl(RESULTS / "runs.jsonl", [row])
-                bar.update()
-                tqdm.write(
-                    f"{row['cell']}, seed {row['seed']}: {100 * row['accuracy'][-1]:.0f} % in {row['seconds']:.0f} s"
-                )
-
-        for _ in pool.map(work, wanted):
-            pass
-    if failed:
-        raise RuntimeError(
-            f"{len(failed)} of {len(wanted)} runs did not end, the first: {failed[0]}"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------- statistics
-
-
-def measure(row: dict, name: str) -> float:
-    """In percent: accuracy at the end, greedy at the end, mean height of the curve (trapezoids), or accuracy of all responses sampled in
-    training, each before the update that learns from it and on a prompt not seen before."""
-    if name == "greedy":
-        return 100 * row["greedy"][-1]
-    if name == "online":
-        return 100 * statistics.fmean(row["online"])
-    if name == "final":
-        return 100 * row["accuracy"][-1]
-    curve, steps = row["accuracy"], row["steps"]
-    area = sum((b - a) * (x + y) / 2 for a, b, x, y in zip(steps, steps[1:], curve, curve[1:]))
-    return 100 * area / (steps[-1] - steps[0])
-
-
-def expanded_percentile(n: int) -> float:
-    """The lower quantile of bootstrap means of n values that a 95 % interval begins at; the upper one is 1 minus that.
-
-    2.5 % makes intervals of few values too short (8 normals: 89 %). This makes the interval of normal values Student's:
-    Φ(−t √(n/(n−1))), "expanded percentile" in Hesterberg, What Teachers Should Know About the Bootstrap, 2015.
-    """
-    normal, v = statistics.NormalDist(), n - 1
-    z = normal.inv_cdf(0.975)
-    t = (
-        z
-        + (z**3 + z) / (4 * v)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    )
-    return normal.cdf(-t * (n / v) ** 0.5)
-
-
-def bootstrap(values: list[float], draws: int = 10000) -> tuple[float, float | None, float | None]:
-    """(mean, low, high): the 95 % bootstrap interval of a mean, resampling the values; seeded; none for fewer than four."""
-    x, n = torch.tensor(values, dtype=torch.float64), len(values)
-    if n < 4:
-        return float(x.mean()), None, None
-    low = expanded_percentile(n)
-    picks = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
-    return float(x.mean()), *torch.quantile(
-        x[picks].mean(1), torch.tensor([low, 1 - low], dtype=torch.float64)
-    ).tolist()
-
-
-def shared_seeds(runs: dict, cells: list[str]) -> list[int]:
-    return sorted(
-        set.intersection(*({seed for other, seed in runs if other == cell} for cell in cells))
-    )
-
-
-def differences(runs: dict, cells: list[str], baselines: list[str], name: str) -> list[float]:
-    """Of cells and the baselines at their places, for each seed that all of them have, the mean over the cells."""
-    return [
-        statistics.fmean(
-            measure(runs[cell, seed], name) - measure(runs[baseline, seed], name)
-            for cell, baseline in zip(cells, baselines)
-        )
-        for seed in shared_seeds(runs, [*cells, *baselines])
-    ]
-
-
-def tabulate() -> str:
-    """results/table.md, table.json, gains.svg and curves.svg of what has been run; returns the Markdown."""
-    runs, found = read_runs(), {}
-    ran = {cell for cell, _ in runs}
-
-    def text(gain: tuple | None) -> str:
-        return (
-            "–"
-            if gain is None
-            else ("{:+.1f}" if gain[1] is None else "{:+.1f} ({:+.1f} … {:+.1f})")
-            .format(*gain)
-            .replace("-", "−")
-        )
-
-    def row(label: str, cells: list[str], baselines: list[str], means: bool) -> str:
-        seeds = shared_seeds(runs, [*cells, *baselines]) or shared_seeds(runs, cells)
-        entry = found[label] = {"seeds": len(seeds)}
-        fields = []
-        for name in MEASURES:
-            gains = [] if cells == baselines else differences(runs, cells, baselines, name)
-            entry[name] = {
-                "mean": statistics.fmean(
-                    measure(runs[cell, seed], name) for cell in cells for seed in seeds
-                ),
-                "gain": bootstrap(gains) if gains else None,
-            }
-            fields += ([f"{entry[name]['mean']:.1f}"] if means else []) + [
-                text(entry[name]["gain"])
-            ]
-        bold = "**" if len(cells) > 1 else ""
-        return f"| {bold}{label}{bold} | {len(seeds)} | " + " | ".join(fields) + " |"
-
-    lines = [
-        "# What DyCo-RL adds on the embedded default",
-        "",
-        "Accuracy in percent, means over seeds, and gains over the host, paired by seed, with 95 % bootstrap intervals (expanded "
-        "percentile, as long as Student's; not corrected for their number). First three: on held-out samples; last: of the responses "
-        "sampled in training. Bold: mean over the hosts of each seed, all four or those without SAPO.",
-    ]
-    for part, cells in PARTS.items():
-        cells = [cell for cell in cells if cell in ran]
-        if cells:
-            lines += [
-                "",
-                f"## {part}",
-                "",
-                "| cell | seeds | "
-                + " | ".join(f"{label} | gain" for label in MEASURES.values())
-                + " |",
-                "|---|---|" + "---|---|" * len(MEASURES),
-            ]
-        lines += [row(cell, [cell], [host_of(cell)], True) for cell in cells]
-        for rule in dict.fromkeys(cell.split("/")[1] for cell in cells):
-            for pool, hosts in POOLS.items():
-                same = [f"{host}/{rule}" for host in hosts if f"{host}/{rule}" in cells]
-                if (
-                    len(same) == len(hosts)
-                    and rule != "host"
-                    and shared_seeds(runs, [*same, *map(host_of, same)])
-                ):
-                    lines.append(row(f"{pool}/{rule}", same, list(map(host_of, same)), True))
-    lines += [
-        "",
-        "## against each other",
-        "",
-        "Differences, paired by seed.",
-        "",
-        "| | seeds | " + " | ".join(MEASURES.values()) + " |",
-        "|---|---|" + "---|" * len(MEASURES),
-    ]
-    prefixes = dict.fromkeys(
-        cell.split("/")[0] for cells in PARTS.values() for cell in cells if cell in ran
-    )
-    for rule, others in AGAINST.items():
-        for other in others:
-            pairs = [
-                pair
-                for prefix in prefixes
-                if shared_seeds(runs, pair := [f"{prefix}/{rule}", f"{prefix}/{other}"])
-            ]
-            lines += [
-                row(f"{cell} − {other}", [cell], [baseline], False) for cell, baseline in pairs
-            ]
-            for pool, hosts in POOLS.items():
-                pooled = [pair for pair in pairs if pair[0].split("/")[0] in hosts]
-                if len(pooled) == len(hosts) and shared_seeds(
-                    runs, [cell for pair in pooled for cell in pair]
-                ):
-                    lines.append(row(f"{pool}/{rule} − {other}", *map(list, zip(*pooled)), False))
-    lines += [
-        row(f"grpo/{variant} − paper", [f"grpo/{variant}"], ["grpo/paper"], False)
-        for variant in VARIANTS
-        if f"grpo/{variant}" in ran
-    ]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "table.md").write_text("\n".join([*lines, ""]))
-    (RESULTS / "table.json").write_text(json.dumps(found, indent=1))
-    (RESULTS / "gains.svg").write_text(gains_figure(found))
-    (RESULTS / "curves.svg").write_text(curves_figure(runs))
-    return "\n".join(lines)
-
-
-def host_of(cell: str) -> str:
-    return cell.split("/")[0] + "/host"
-
-
-# ------------------------------------------------------------------------------------------------------------- figures
+GAIN_STEPS = 8  # between the ticks of the gains' axis, about
 
 
 def svg(width: int, height: int, title: str, parts: list[str]) -> str:
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" '
-            f'font-size="12">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'width="{width}" font-family="sans-serif" font-size="12">',
             f'<rect width="{width}" height="{height}" fill="white"/>',
             f'<text x="14" y="20" font-weight="bold" font-size="14">{html.escape(title)}</text>',
             *parts,
@@ -433,110 +486,125 @@ def svg(width: int, height: int, title: str, parts: list[str]) -> str:
     )
 
 
-def gains_figure(found: dict) -> str:
-    """What the rules gain over the host and over their controls in the mean height of the curve: for each host and, bold, for all."""
-    pairs = [
-        (rule, other)
+def gains_of(described: dict, rule: str, other: str) -> dict[str, tuple]:
+    """{host, or "all": (gain, low, high)} of a rule against another, where there is an interval."""
+    gains = {}
+    for host in COLORS:
+        label = f"{host}/{rule}" if other == "host" else f"{host}/{rule} − {other}"
+        gain = described[label]["area"]["gain"] if label in described else None
+        if gain and gain[1] is not None:
+            gains[host] = gain
+    return gains
+
+
+def gains_figure(described: dict) -> str:
+    """What rules gain over the host and over their controls in the mean height of the curve.
+
+    One line for each host and, bold, one for all.
+    """
+    groups = {
+        f"{rule} − {other}": gains_of(described, rule, other)
         for rule in (*TABLE, *CONTROLS)
-        for other in ("host", *AGAINST.get(rule, ()))
         if rule != "host"
-    ]
-    groups = []
-    for rule, other in pairs:
-        labels = {
-            host: f"{host}/{rule}" + (f" − {other}" if other != "host" else "") for host in COLORS
-        }
-        gains = {
-            host: found[label]["area"]["gain"] for host, label in labels.items() if label in found
-        }
-        groups.append(
-            (
-                f"{rule} − {other}",
-                {host: gain for host, gain in gains.items() if gain and gain[1] is not None},
-            )
-        )
-    bound = max([2.0, *(abs(x) for _, gains in groups for gain in gains.values() for x in gain)])
-    x = lambda value: 436 + value / bound * 190
-    parts, y = [], 34
-    for title, gains in groups:
+        for other in ("host", *AGAINST.get(rule, ()))
+    }
+    ends = [abs(end) for gains in groups.values() for gain in gains.values() for end in gain]
+    bound = max([2.0, *ends])
+
+    def x(value: float) -> float:
+        return 436 + value / bound * 190
+
+    marks = []
+    y = 34
+    for title, gains in groups.items():
         if gains:
             y += 8
-            parts.append(f'<text x="14" y="{y + 7 * len(gains) + 4}">{html.escape(title)}</text>')
+            middle = y + 7 * len(gains) + 4
+            marks.append(f'<text x="14" y="{middle}">{html.escape(title)}</text>')
         for host, (mean, low, high) in gains.items():
-            y, wide = y + 14, 3 if host == "all" else 1.5
-            parts.append(
-                f'<g stroke="{COLORS[host]}" fill="{COLORS[host]}"><title>{html.escape(f"{host}: {title}")} {mean:+.2f} ({low:+.2f} … {high:+.2f})</title>'
-                f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y}" y2="{y}" stroke-width="{wide}"/>'
-                f'<circle cx="{x(mean):.1f}" cy="{y}" r="{1.3 * wide:.1f}"/></g>'
-                f'<text x="234" y="{y + 4}" text-anchor="end" font-size="11" fill="{COLORS[host]}">{host}</text>'
+            y += 14
+            color = COLORS[host]
+            width = 3 if host == "all" else 1.5
+            hint = html.escape(f"{host}: {title}") + f" {mean:+.2f} ({low:+.2f} … {high:+.2f})"
+            marks.append(
+                f'<g stroke="{color}" fill="{color}"><title>{hint}</title>'
+                f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y}" y2="{y}" '
+                f'stroke-width="{width}"/>'
+                f'<circle cx="{x(mean):.1f}" cy="{y}" r="{1.3 * width:.1f}"/></g>'
+                f'<text x="234" y="{y + 4}" text-anchor="end" font-size="11" '
+                f'fill="{color}">{host}</text>'
             )
-    axis = [
-        f'<line x1="{x(v):.1f}" x2="{x(v):.1f}" y1="38" y2="{y + 14}" stroke="{"#888" if v == 0 else "#e4e4e4"}"/>'
-        f'<text x="{x(v):.1f}" y="{y + 30}" text-anchor="middle" fill="#555">{f"{v:+g}".replace("-", "−") if v else 0}</text>'
-        for v in ticks(bound)
-    ]
-    return svg(
-        640,
-        y + 40,
-        "Gain, mean over the held-out curve, percentage points (95 % intervals)",
-        axis + parts,
-    )
+    axis = []
+    for value in ticks(-bound, bound, GAIN_STEPS):
+        color = "#888" if value == 0 else "#e4e4e4"
+        name = f"{value:+g}".replace("-", "−") if value else "0"
+        axis.append(
+            f'<line x1="{x(value):.1f}" x2="{x(value):.1f}" y1="38" y2="{y + 14}" '
+            f'stroke="{color}"/>'
+            f'<text x="{x(value):.1f}" y="{y + 30}" text-anchor="middle" fill="#555">{name}</text>'
+        )
+    title = "Gain, mean over the held-out curve, percentage points (95 % intervals)"
+    return svg(640, y + 40, title, [*axis, *marks])
+
+
+def curves_panel(runs: dict, host: str, left: int, top: int) -> list[str]:
+    """The curves of one host, means over the seeds that all of them have."""
+    width = 250
+    height = 160
+    parts = [f'<text x="{left}" y="{top - 8}" font-weight="bold">{host}</text>']
+    for percent in (0, 25, 50, 75, 100):
+        y = top + height * (1 - percent / 100)
+        parts.append(
+            f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" stroke="#e4e4e4"/>'
+            f'<text x="{left - 6}" y="{y + 4}" text-anchor="end" fill="#555">{percent}</text>'
+        )
+    ran = {cell for cell, _ in runs}
+    colors = {rule: color for rule, color in CURVES.items() if f"{host}/{rule}" in ran}
+    seeds = shared_seeds(runs, [f"{host}/{rule}" for rule in colors]) if colors else []
+    if not seeds:
+        return parts
+    steps = runs[f"{host}/{next(iter(colors))}", seeds[0]]["steps"]
+
+    def x(step: int) -> str:
+        return f"{left + width * step / steps[-1]:.1f}"
+
+    for rule, color in colors.items():
+        of_seeds = [runs[f"{host}/{rule}", seed]["accuracy"] for seed in seeds]
+        heights = [statistics.fmean(column) for column in zip(*of_seeds, strict=True)]
+        points = [
+            f"{x(step)},{top + height * (1 - share):.1f}"
+            for step, share in zip(steps, heights, strict=True)
+        ]
+        parts.append(
+            f'<polyline points="{" ".join(points)}" fill="none" stroke="{color}" stroke-width="2"/>'
+        )
+    for step in steps:
+        parts.append(
+            f'<text x="{x(step)}" y="{top + height + 16}" text-anchor="middle" '
+            f'fill="#555">{step}</text>'
+        )
+    names = " · ".join(f'<tspan fill="{color}">{rule}</tspan>' for rule, color in colors.items())
+    parts.append(f'<text x="{left + 50}" y="{top - 8}">{names}</text>')
+    return parts
 
 
 def curves_figure(runs: dict) -> str:
-    """Accuracy at temperature 1 over steps, means over seeds: one panel per host, one curve per rule of CURVES."""
+    """Accuracy at temperature 1 over steps: one panel per host, one curve per rule of CURVES."""
     parts = []
     for place, host in enumerate(HOSTS):
-        left, top, wide, high = 44 + 320 * (place % 2), 52 + 226 * (place // 2), 250, 160
-        parts.append(f'<text x="{left}" y="{top - 8}" font-weight="bold">{host}</text>')
-        for share in (0, 25, 50, 75, 100):
-            y = top + high * (1 - share / 100)
-            parts.append(
-                f'<line x1="{left}" x2="{left + wide}" y1="{y}" y2="{y}" stroke="#e4e4e4"/>'
-                f'<text x="{left - 6}" y="{y + 4}" text-anchor="end" fill="#555">{share}</text>'
-            )
-        curves = {
-            rule: color
-            for rule, color in CURVES.items()
-            if any(cell == f"{host}/{rule}" for cell, _ in runs)
-        }
-        seeds = shared_seeds(runs, [f"{host}/{rule}" for rule in curves]) if curves else []
-        if not seeds:
-            continue
-        steps = runs[f"{host}/{next(iter(curves))}", seeds[0]]["steps"]
-        x = lambda step: f"{left + wide * step / steps[-1]:.1f}"
-        for rule, color in curves.items():
-            heights = [
-                statistics.fmean(column)
-                for column in zip(*(runs[f"{host}/{rule}", seed]["accuracy"] for seed in seeds))
-            ]
-            path = " ".join(
-                f"{x(step)},{top + high * (1 - height):.1f}" for step, height in zip(steps, heights)
-            )
-            parts.append(
-                f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>'
-            )
-        parts += [
-            f'<text x="{x(step)}" y="{top + high + 16}" text-anchor="middle" fill="#555">{step}</text>'
-            for step in steps
-        ]
-        names = " · ".join(
-            f'<tspan fill="{color}">{rule}</tspan>' for rule, color in curves.items()
-        )
-        parts.append(f'<text x="{left + 50}" y="{top - 8}">{names}</text>')
-    return svg(
-        640, 490, "Accuracy at temperature 1 on held-out samples, percent, over steps", parts
+        row, column = divmod(place, 2)
+        parts += curves_panel(runs, host, left=44 + 320 * column, top=52 + 226 * row)
+    title = "Accuracy at temperature 1 on held-out samples, percent, over steps"
+    return svg(640, 490, title, parts)
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.ablate", description="Run the grid of cells × seeds, and tabulate it."
     )
-
-
-def ticks(bound: float) -> list[float]:
-    """Round values from −bound to bound."""
-    step = next(step for step in (0.5, 1, 2, 5, 10, 20, 50) if bound / step < 6)
-    return [i * step for i in range(-int(bound / step), int(bound / step) + 1)]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Run the grid of cells × seeds, and tabulate it.")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
@@ -544,18 +612,16 @@ def main() -> None:
         "--scratch", type=Path, default=Path("runs/ablate"), help="where unfinished runs are"
     )
     parser.add_argument("--report", action="store_true", help="write the tables and run nothing")
-    arguments = parser.parse_args()
-    if unknown := [part for part in arguments.parts if part not in PARTS]:
+    options = parser.parse_args(arguments)
+    unknown = [part for part in options.parts if part not in PARTS]
+    if unknown:
         sys.exit(f"error: no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
     RESULTS.mkdir(exist_ok=True)
     try:
-        if not arguments.report:
-            run_missing(
-                arguments.parts or list(PARTS),
-                arguments.seeds,
-                arguments.jobs,
-                arguments.scratch.resolve(),
-            )
+        if not options.report:
+            parts = options.parts or list(PARTS)
+            scratch = options.scratch.resolve()
+            run_missing(parts, options.seeds, options.jobs, scratch=scratch)
         print(tabulate())
     except (RuntimeError, ValueError, FolderError) as error:
         sys.exit(f"error: {error}")

@@ -1,4 +1,7 @@
-"""A headless chromium spoken to over pipes (Chrome DevTools Protocol): what a test of the report needs, and no more."""
+"""browser.py: a headless Chromium spoken to over pipes, as far as a test of the report needs one.
+
+It speaks the Chrome DevTools Protocol: JSON messages that end in a zero byte.
+"""
 
 import base64
 import fcntl
@@ -10,78 +13,78 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-CHROMIUM = next(
-    filter(
-        None,
-        map(
-            shutil.which,
-            ("chromium", "chromium-browser", "google-chrome", "chrome", "chromium-headless-shell"),
-        ),
-    ),
-    None,
-)
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "chromium-headless-shell")
+CHROMIUM = next((path for path in map(shutil.which, NAMES) if path), None)
+
+# Chromium wants the pipes as its file descriptors 3 and 4. This small program puts them there and
+# becomes Chromium.
+BECOME = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+KEY_CODES = {"ArrowRight": 39, "ArrowLeft": 37, "Home": 36, "End": 35, "Tab": 9}
+
+
+def high_pipe() -> tuple[int, int]:
+    """A pipe whose ends are above 9, so that they are not among those that BECOME overwrites."""
+    ends = []
+    for end in os.pipe():
+        ends.append(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10))
+        os.close(end)
+    return ends[0], ends[1]
 
 
 class Browser:
-    """One page. `problems` collects console errors, exceptions, refused loads; `requests` every address the page asked for."""
+    """One page. Use it as a context manager.
+
+    problems: console errors, exceptions and refused loads. requests: every address the page asked
+    for.
+    """
 
     def __init__(self, profile, width: int = 1280, height: int = 900, limit: float = 60.0):
-        to_chromium, from_chromium = os.pipe(), os.pipe()
-        here, there = (
-            [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in pipe]
-            for pipe in (to_chromium, from_chromium)
-        )
-        for end in (*to_chromium, *from_chromium):
-            os.close(end)
-        self.limit, self.numbers, self.problems, self.requests, self.rest, self.events = (
-            limit,
-            itertools.count(1),
-            [],
-            [],
-            b"",
-            [],
-        )
-        # chromium wants them as its fds 3 and 4
-        become = "import os, sys; [os.dup2(int(sys.argv[i]), i + 2) for i in (1, 2)]; os.execv(sys.argv[3], sys.argv[3:])"
+        self.limit = limit
+        self.numbers = itertools.count(1)
+        self.problems: list[dict] = []
+        self.requests: list[str] = []
+        self.events: list[str | None] = []
+        self.rest = b""
+        self.session = None
+        self._start(profile, width, height)
+        targets = self.call("Target.getTargets")["targetInfos"]
+        page = next(target["targetId"] for target in targets if target["type"] == "page")
+        attached = self.call("Target.attachToTarget", targetId=page, flatten=True)
+        self.session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+        self.resize(width, height)
+
+    def _start(self, profile, width: int, height: int) -> None:
+        chromium_reads, self.out = high_pipe()
+        self.into, chromium_writes = high_pipe()
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+            f"--window-size={width},{height}",
+            "about:blank",
+        ]
+        pipes = [str(chromium_reads), str(chromium_writes)]
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                become,
-                str(here[0]),
-                str(there[1]),
-                CHROMIUM,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                "--remote-debugging-pipe",
-                f"--user-data-dir={profile}",
-                f"--window-size={width},{height}",
-                "about:blank",
-            ],
-            pass_fds=(here[0], there[1]),
+            [sys.executable, "-c", BECOME, *pipes, CHROMIUM, *options],
+            pass_fds=(chromium_reads, chromium_writes),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(here[0]), os.close(there[1])
-        self.out, self.into, self.session = here[1], there[0], None
-        target = next(
-            t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"
-        )["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
-            "sessionId"
-        ]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
+        os.close(chromium_reads)
+        os.close(chromium_writes)
 
     def __enter__(self):
         return self
@@ -89,48 +92,65 @@ class Browser:
     def __exit__(self, *_):
         self.process.kill()
         self.process.wait()
-        os.close(self.out), os.close(self.into)
+        os.close(self.out)
+        os.close(self.into)
 
     def _message(self, deadline: float) -> dict:
+        """The next message of Chromium, after noting what it says about the page."""
         while b"\0" not in self.rest:
-            if not select.select([self.into], [], [], max(0, deadline - time.monotonic()))[0]:
+            wait = max(0, deadline - time.monotonic())
+            readable, _, _ = select.select([self.into], [], [], wait)
+            if not readable:
                 raise TimeoutError("chromium does not answer")
-            if not (got := os.read(self.into, 1 << 20)):
+            received = os.read(self.into, 1 << 20)
+            if not received:
                 raise ConnectionError("chromium has ended")
-            self.rest += got
+            self.rest += received
         raw, _, self.rest = self.rest.partition(b"\0")
         message = json.loads(raw)
-        name, facts = message.get("method"), message.get("params", {})
-        self.events.append(name)
-        if (
-            name == "Runtime.exceptionThrown"
-            or name == "Runtime.consoleAPICalled"
-            and facts["type"] in ("error", "assert")
-        ):
-            self.problems.append(facts)
-        if name == "Log.entryAdded" and facts["entry"]["level"] == "error":
-            self.problems.append(facts["entry"])
-        if name == "Network.requestWillBeSent":
-            self.requests.append(facts["request"]["url"])
-        if name == "Page.javascriptDialogOpening":
-            self.problems.append(facts)
+        self._note(message.get("method"), message.get("params", {}))
         return message
 
+    def _note(self, event: str | None, facts: dict) -> None:
+        self.events.append(event)
+        if event == "Network.requestWillBeSent":
+            self.requests.append(facts["request"]["url"])
+        logged = event == "Log.entryAdded" and facts["entry"]["level"] == "error"
+        printed = event == "Runtime.consoleAPICalled" and facts["type"] in ("error", "assert")
+        raised = event in ("Runtime.exceptionThrown", "Page.javascriptDialogOpening")
+        if logged or printed or raised:
+            self.problems.append(facts)
+
     def call(self, method: str, **parameters) -> dict:
-        number, deadline = next(self.numbers), time.monotonic() + self.limit
-        message = {"id": number, "method": method, "params": parameters} | (
-            {"sessionId": self.session} if self.session else {}
-        )
+        """Call a method of the protocol and wait for its result."""
+        number = next(self.numbers)
+        deadline = time.monotonic() + self.limit
+        message = {"id": number, "method": method, "params": parameters}
+        if self.session:
+            message["sessionId"] = self.session
         data = json.dumps(message).encode() + b"\0"
         while data:
-            data = data[os.write(self.out, data) :]
-        while (answer := self._message(deadline)).get("id") != number:
-            pass
+            written = os.write(self.out, data)
+            data = data[written:]
+        answer = self._message(deadline)
+        while answer.get("id") != number:
+            answer = self._message(deadline)
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']}")
         return answer["result"]
 
-    def open(self, path) -> None:
+    def resize(self, width: int, height: int, mobile: bool = False) -> None:
+        """Set the size of the window, in CSS pixels."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2 if mobile else 1,
+            mobile=mobile,
+        )
+
+    def open(self, path: Path) -> None:
+        """Open a file and wait until it is loaded."""
         self.events.clear()
         self.call("Page.navigate", url=path.resolve().as_uri())
         deadline = time.monotonic() + self.limit
@@ -147,10 +167,14 @@ class Browser:
         return answer["result"].get("value")
 
     def centre(self, selector: str) -> list[float]:
-        """Where an element's first line stands in the window, in pixels, scrolled into view."""
+        """Where an element's first line is in the window, in pixels, scrolled into view."""
         return self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}}); "
-            "const b = e.getClientRects()[0]; return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+            "(() => {"
+            f"  const element = document.querySelector({json.dumps(selector)});"
+            "  element.scrollIntoView({block: 'center'});"
+            "  const box = element.getClientRects()[0];"
+            "  return [box.x + box.width / 2, box.y + box.height / 2];"
+            "})()"
         )
 
     def point(self, selector: str, click: bool = False) -> None:
@@ -158,25 +182,17 @@ class Browser:
         x, y = self.centre(selector)
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         if click:
-            for kind in ("mousePressed", "mouseReleased"):
-                self.call(
-                    "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
-                )
+            button = {"x": x, "y": y, "button": "left", "clickCount": 1}
+            self.call("Input.dispatchMouseEvent", type="mousePressed", **button)
+            self.call("Input.dispatchMouseEvent", type="mouseReleased", **button)
 
     def key(self, name: str) -> None:
-        codes = {"ArrowRight": 39, "ArrowLeft": 37, "Home": 36, "End": 35, "Tab": 9}
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call(
-                "Input.dispatchKeyEvent",
-                type=kind,
-                key=name,
-                code=name,
-                windowsVirtualKeyCode=codes[name],
-            )
+        """Press and release a key of KEY_CODES."""
+        key = {"key": name, "code": name, "windowsVirtualKeyCode": KEY_CODES[name]}
+        self.call("Input.dispatchKeyEvent", type="rawKeyDown", **key)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **key)
 
-    def screenshot(self, path, whole: bool = False) -> None:
-        path.write_bytes(
-            base64.b64decode(
-                self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
-            )
-        )
+    def screenshot(self, path: Path, whole: bool = False) -> None:
+        """Write the window, or the whole page, to a PNG file."""
+        shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(shot["data"]))
