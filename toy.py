@@ -17,12 +17,15 @@ it learns *bad habits*. These are slips, made on purpose at a set rate. A visual
 colour of the next shape in SHAPES, a textual slip makes the running total one too high. Both are
 decisions that reinforcement learning can undo, and the two rates tell visual from textual errors.
 
-    python toy.py            # print a question of each level, its right trace, and one with slips
+    python toy.py                                  # a question of each level, and two traces
+    python toy.py --sample 0 runs/picture.png      # a test picture, its question and its answer
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -98,7 +101,7 @@ LEVEL_3 = replace(
     stages=(("colors", 150, 6e-3), ("traces", 600, 4e-3), ("slips", 80, 1e-3)),
 )
 LEVELS = {1: LEVEL_1, 2: LEVEL_2, 3: LEVEL_3}
-WARM_START_MINUTES = {1: 3, 2: 5, 3: 8}  # per level, about, on one core
+SECONDS_PER_BATCH = 0.52  # of the warm start, about, on one core
 
 
 # ---------------------------------------------------------------- the task
@@ -469,9 +472,11 @@ def prepare(
     _remove_leftovers(folder)
     if not folder.exists():
         if progress:
+            batches = sum(batches for _, batches, _ in LEVELS[level].stages)
+            minutes = math.ceil(batches * SECONDS_PER_BATCH / 60)
             tqdm.write(
-                f"warm start of the toy: built once, about {WARM_START_MINUTES[level]} minutes "
-                f"on one core, kept in {folder}",
+                f"warm start of the toy: built once, about {minutes} min on one core, "
+                f"kept in {folder}",
                 file=sys.stderr,
             )
         built = warm_start(LEVELS[level], seed, template, progress=progress)
@@ -543,9 +548,47 @@ def splits(config) -> tuple[ToyDataset, ToyDataset]:
     return train, test
 
 
-if __name__ == "__main__":
+# ---------------------------------------------------------------- the command line
+
+
+def show_levels() -> None:
+    """Print a question of each level, its faultless trace and one with slips."""
     for number, level in LEVELS.items():
-        sample = make_sample(level, seed=0, split="train", index=0)
-        print(f"level {number}    {sample.question}")
+        sample = make_sample(level, seed=0, split="test", index=0)
+        print(f"level {number}    {question_of(sample)}")
         print(f"  right    {write_trace(sample, level)}")
         print(f"  slips    {write_trace(sample, level, random.Random(0))}")
+
+
+def save_sample(index: int, picture: str) -> None:
+    """Save the picture of a test sample of level 1, and print its question and answer."""
+    sample = make_sample(LEVELS[1], seed=0, split="test", index=index)
+    Path(picture).parent.mkdir(parents=True, exist_ok=True)
+    sample.images[0].save(picture)
+    print(f"{question_of(sample)}    (answer: {sample.answer}; picture: {picture})")
+
+
+def question_of(sample: Sample) -> str:
+    return sample.question.replace("<image>", "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Show the toy task: without options, each level.")
+    parser.add_argument(
+        "--sample",
+        nargs=2,
+        metavar=("INDEX", "PICTURE"),
+        help="save the picture of a test sample of level 1, and print its question and answer",
+    )
+    options = parser.parse_args()
+    if options.sample is None:
+        show_levels()
+        return
+    index, picture = options.sample
+    if not index.isdecimal():
+        parser.error(f"--sample: expected a whole number, found {index!r}")
+    save_sample(int(index), picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -40,7 +40,7 @@ def image_processor():
 
 @pytest.fixture
 def make_policy(tokenizer, image_processor):
-    """make_policy(seed=0, temperature=1.0, ...) -> a new Policy of two layers, two queries per key."""
+    """make_policy(seed=0, temperature=1.0, ...) -> a new Policy of two decoder layers."""
 
     def make(seed: int = 0, **options) -> Policy:
         hf = toy.build_model(tokenizer, hidden=128, layers=2, seed=seed)

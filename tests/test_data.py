@@ -208,7 +208,7 @@ def sample_of(question: str, *sizes: tuple[int, int]) -> Sample:
 
 
 def expected_ids(tokenizer, user: str) -> list[int]:
-    """Byte-level ids by hand: special tokens by name, "he" merged, every other byte its own token."""
+    """Byte-level ids by hand: special tokens by name, "he" merged, else a token per byte."""
     text = f"{SYSTEM}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
     ids = []
     while text:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEMPLATE
+from PIL import Image
 
 import rewards
 import toy
@@ -93,13 +94,34 @@ def test_slips_happen_at_their_rates():
     )
 
 
+def command(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, toy.__file__, *map(str, arguments)], capture_output=True, text=True
+    )
+
+
 def test_the_command_line_shows_every_level():
-    shown = subprocess.run([sys.executable, toy.__file__], capture_output=True, text=True)
+    shown = command()
     assert shown.returncode == 0, shown.stderr
     for number, level in LEVELS.items():
-        sample = make_sample(level, 0, "train", 0)
-        assert f"level {number}    {sample.question}" in shown.stdout
+        sample = make_sample(level, 0, "test", 0)
+        assert f"level {number}    {sample.question.removeprefix('<image>')}" in shown.stdout
         assert write_trace(sample, level) in shown.stdout
+
+
+def test_the_command_line_saves_a_picture_with_its_question(tmp_path):
+    picture = tmp_path / "new" / "picture.png"
+    saved = command("--sample", 3, picture)
+    assert saved.returncode == 0, saved.stderr
+    sample = make_sample(LEVELS[1], 0, "test", 3)
+    assert sample.question.removeprefix("<image>") in saved.stdout
+    assert f"answer: {sample.answer}" in saved.stdout
+    with Image.open(picture) as image:
+        assert image.convert("RGB").tobytes() == sample.images[0].tobytes()
+
+    refused = command("--sample", "three", picture)
+    assert refused.returncode == 2
+    assert "--sample: expected a whole number, found 'three'" in refused.stderr
 
 
 # ---------------------------------------------------------------- tokenizer and model
@@ -191,7 +213,7 @@ def test_warm_start_learns_and_is_cached(tmp_path, monkeypatch, capfd):
     said, shown = capfd.readouterr()
     assert said == ""
     assert shown.splitlines()[0] == (
-        f"warm start of the toy: built once, about 3 minutes on one core, kept in {other}"
+        f"warm start of the toy: built once, about 1 min on one core, kept in {other}"
     )
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {path.name for path in tmp_path.glob("toy-1-*") if "." not in path.name}
