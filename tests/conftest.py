@@ -1,17 +1,13 @@
-"""Fixtures: tiny real Qwen2.5-VL policies, with random weights and the toy's tokenizer."""
+"""Tiny real Qwen2.5-VL policies for the tests: random weights, the toy's tokenizer, seconds on a CPU."""
 
 import os
-import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # float32 and gloo, on a machine with GPUs too
 
-from pathlib import Path
-
 import pytest
 import torch
-from helpers import save_image
 from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image
 
@@ -24,8 +20,9 @@ TEMPLATE = "{question} Think."
 
 
 def pytest_configure(config):
-    # Tests write only into temporary folders.
-    set_hypothesis_home_dir(tempfile.mkdtemp())
+    import tempfile
+
+    set_hypothesis_home_dir(tempfile.mkdtemp())  # tests write only into temporary folders
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +37,7 @@ def image_processor():
 
 @pytest.fixture
 def make_policy(tokenizer, image_processor):
-    """make_policy(seed=0, temperature=1.0, ...) -> a new Policy of two decoder layers."""
+    """make_policy(seed=0, temperature=1.0, ...) -> a fresh two-layer Policy with two query heads per key head."""
 
     def make(seed: int = 0, **options) -> Policy:
         hf = toy.build_model(tokenizer, hidden=128, layers=2, seed=seed)
@@ -58,10 +55,7 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def prompts(tokenizer, image_processor):
-    """Prompts with one, no and two images, of different lengths.
-
-    The second image of the third stands inside the text.
-    """
+    """Prompts with one, no and two images, of different lengths, the second image of the third inside the text."""
     samples = [
         Sample("one", (picture(112, 84, 0),), "<image>Sum circle, cross.", "3"),
         Sample("none", (), "Sum circle, square, triangle.", "5"),
@@ -89,8 +83,8 @@ def random_responses(prompts, group_size: int, longest: int, vocabulary: int, se
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path):
     """A folder with a.png, red and 40 x 30 pixels, and b.png, blue and 60 x 80."""
-    save_image(tmp_path / "a.png", (40, 30), (255, 0, 0))
-    save_image(tmp_path / "b.png", (60, 80), (0, 0, 255))
+    Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / "a.png")
+    Image.new("RGB", (60, 80), (0, 0, 255)).save(tmp_path / "b.png")
     return tmp_path

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import chat_row, load_rows, noise, plain_row, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from row_files import chat_row, load_rows, noise, plain_row, write_rows
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil

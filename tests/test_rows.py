@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import chat_row, load_rows, noise, plain_row, save_image
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
+from row_files import chat_row, load_rows, noise, plain_row, save_image
 
 from data import JsonlDataset
 from rows import QWEN_SPECIAL_TOKENS, DataError, decode_image, load_image, parse_row

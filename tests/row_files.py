@@ -1,4 +1,4 @@
-"""What several tests share: rows and images in files, runs of train.py and what they wrote."""
+"""What the tests of rows.py and data.py share: rows and images, in files."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,6 @@ import numpy as np
 from PIL import Image
 
 from data import JsonlDataset
-
-ROOT = Path(__file__).resolve().parent.parent
-
-# ---------------------------------------------------------------- rows and images
 
 
 def save_image(path: Path, size=(40, 30), color="red", **options) -> str:
