@@ -1,4 +1,7 @@
-"""Token advantages (paper eq. 1-8): hand-computed numbers, an independent float64 loop, and properties."""
+"""dyco.py (eq. 1-8): hand-computed numbers, an independent float64 loop, and properties.
+
+A new rule is tested here as soon as it is in dyco.RULES. It needs a reference, see ref_advantages.
+"""
 
 import doctest
 import itertools
@@ -10,18 +13,10 @@ import torch
 
 import dyco
 
-RULES = [
-    "off",
-    "paper",
-    "signed",
-    "centered",
-    "uniform",
-    "shuffled",
-    "signed_uniform",
-    "signed_shuffled",
-    "response",
-]
-SHIFTS = ["fisher_rao", "hellinger", "js", "l1"]
+RULES = list(dyco.RULES)
+SHIFTS = list(dyco.SHIFTS)
+# These need a generator or a group, and have tests of their own.
+NOT_IN_THE_LOOP = ("shuffled", "signed_shuffled", "response")
 DTYPES = [torch.float32, torch.float64]
 F64 = dict(rtol=1e-12, atol=1e-12)  # a few thousand float64 roundings
 F32 = dict(rtol=2e-6, atol=2e-6)  # sums of at most 50 terms of size <= pi in float32 (eps 1.2e-7)
@@ -40,46 +35,68 @@ def close(actual, expected, **tolerance):
     torch.testing.assert_close(actual, expected, **(tolerance or F64))
 
 
-# ---------------------------------------------------------------- the independent implementation: loops over floats
+# ---------------------------------------------------------------- the independent implementation
+
+
+def no_reference(kind, name, function):
+    """A name that nobody wrote a reference for must not pass for another."""
+    return NotImplementedError(
+        f"{kind} {name!r} has no reference in tests/test_dyco.py: "
+        f"write it as a loop over Python floats in {function}"
+    )
 
 
 def ref_distance(p, q, shift):
-    overlap = sum(math.sqrt(a * b) for a, b in zip(p, q))
+    overlap = sum(math.sqrt(a * b) for a, b in zip(p, q, strict=True))
     if shift == "fisher_rao":
         return 2 * math.acos(min(1.0, overlap))
     if shift == "hellinger":
         return math.pi * math.sqrt(max(0.0, 1 - overlap))  # |sqrt p - sqrt q|^2 / 2 = 1 - overlap
     if shift == "l1":
-        return math.pi * sum(abs(a - b) for a, b in zip(p, q)) / 2
-    halves = [
-        [a * math.log2(2 * a / (a + b)) for a, b in zip(x, y) if a > 0] for x, y in ((p, q), (q, p))
-    ]
-    return math.pi * math.sqrt(max(0.0, sum(map(sum, halves)) / 2))
+        return math.pi * sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2
+    if shift != "js":
+        raise no_reference("shift", shift, "ref_distance")
+
+    def half(x, y):
+        return sum(a * math.log2(2 * a / (a + b)) for a, b in zip(x, y, strict=True) if a > 0)
+
+    return math.pi * math.sqrt(max(0.0, (half(p, q) + half(q, p)) / 2))
 
 
 def ref_signals(rows, masks, shift):
     """rows, masks: T lists of K for one modality -> (masses, shifts)."""
-    masses, shifts, previous = [], [], None
-    for row, keep in zip(rows, masks):
-        mass = sum(a for a, k in zip(row, keep) if k)
-        p = [a / mass if k else 0.0 for a, k in zip(row, keep)] if mass > 0 else None
-        shifts.append(ref_distance(previous, p, shift) if previous and p else 0.0)
+    masses, shifts = [], []
+    previous = None
+    for row, keep in zip(rows, masks, strict=True):
+        kept = [a if k else 0.0 for a, k in zip(row, keep, strict=True)]
+        mass = sum(kept)
+        within = [a / mass for a in kept] if mass > 0 else None
+        moved = ref_distance(previous, within, shift) if previous and within else 0.0
+        shifts.append(moved)
         masses.append(mass)
-        previous = p
+        previous = within
     return masses, shifts
 
 
 def ref_scores(visual, text, roles, ratio):
-    def minmax(x):
-        low, high = min(x), max(x)
-        return [(a - low) / (high - low) if high > low else 0.0 for a in x]
+    def minmax(masses):
+        low, high = min(masses), max(masses)
+        return [(a - low) / (high - low) if high > low else 0.0 for a in masses]
+
+    def relative(masses, others):
+        totals = [a + b for a, b in zip(masses, others, strict=True)]
+        return [a / s if s > 0 else 0.0 for a, s in zip(masses, totals, strict=True)]
 
     if ratio == "minmax":
         visual, text = minmax(visual), minmax(text)
+    elif ratio == "relative":
+        visual, text = relative(visual, text), relative(text, visual)
     else:
-        total = [a + b for a, b in zip(visual, text)]
-        visual, text = ([a / s if s > 0 else 0.0 for a, s in zip(x, total)] for x in (visual, text))
-    return [{1: v, -1: x, 0: 0.0}[r] for v, x, r in zip(visual, text, roles)]
+        raise no_reference("ratio", ratio, "ref_scores")
+    scores = []
+    for of_visual, of_text, role in zip(visual, text, roles, strict=True):
+        scores.append({1: of_visual, -1: of_text, 0: 0.0}[role])
+    return scores
 
 
 def ref_weights(scores):
@@ -91,20 +108,35 @@ def ref_advantages(advantages, scores, roles, alpha, rule):
     """One response, lists of floats; the rules that need neither a generator nor a group."""
     if rule == "off":
         return list(advantages)
-    if rule in ("paper", "uniform"):
-        weights = ref_weights(scores) if rule == "paper" else [1.0] * len(scores)
-        return [(1 + alpha * w) * a for w, a in zip(weights, advantages)]
-    active = [t for t, r in enumerate(roles) if r != 0]
-    weights = dict(zip(active, ref_weights([scores[t] for t in active])))
+    if rule == "uniform":
+        return [(1 + alpha) * a for a in advantages]
+    if rule == "paper":
+        weights = ref_weights(scores)
+        return [(1 + alpha * w) * a for w, a in zip(weights, advantages, strict=True)]
+
+    active = [t for t, role in enumerate(roles) if role != 0]
+    weights = ref_weights([scores[t] for t in active])
     if rule == "signed_uniform":
-        weights = dict.fromkeys(active, 1.0)
-    if rule == "centered":
-        weights = {t: w - 1 for t, w in weights.items()}
-    sign = [(a > 0) - (a < 0) for a in advantages]
-    return [
-        (1 + alpha * sign[t] * weights[t]) * a if t in weights else a
-        for t, a in enumerate(advantages)
-    ]
+        weights = [1.0] * len(active)
+    elif rule == "centered":
+        weights = [w - 1 for w in weights]
+    elif rule != "signed":
+        raise no_reference("rule", rule, "ref_advantages")
+    result = list(advantages)
+    for t, weight in zip(active, weights, strict=True):
+        sign = math.copysign(1, advantages[t]) if advantages[t] else 0
+        result[t] *= 1 + alpha * sign * weight
+    return result
+
+
+def test_what_has_no_reference_is_named():
+    for call in (
+        lambda: ref_distance([1.0], [1.0], "mine"),
+        lambda: ref_scores([0.5], [0.5], [0], "mine"),
+        lambda: ref_advantages([1.0], [0.0], [0], 0.2, "mine"),
+    ):
+        with pytest.raises(NotImplementedError, match="'mine' has no reference.*write it"):
+            call()
 
 
 # ---------------------------------------------------------------- inputs
@@ -412,7 +444,7 @@ def test_roles_compare_strictly_with_tau_on_both_sides():
     assert dyco.assign_roles(tensor([[0.04]]), tensor([[0.0]]), mask[:, :1]).item() == 0
 
 
-@pytest.mark.parametrize("ratio", ["relative", "minmax"])
+@pytest.mark.parametrize("ratio", dyco.RATIOS)
 def test_scores_match_the_loop_and_ignore_padding(ratio):
     for seed in range(10):
         _, _, roles, mask = score_case(seed)
@@ -475,9 +507,7 @@ def test_first_token_is_neutral_and_a_one_token_response_has_weight_one():
 # ---------------------------------------------------------------- rules
 
 
-@pytest.mark.parametrize(
-    "rule", ["off", "paper", "signed", "centered", "uniform", "signed_uniform"]
-)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in NOT_IN_THE_LOOP])
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
 def test_rules_match_the_loop(rule, alpha):
     for seed in range(10):
@@ -573,7 +603,9 @@ def test_response_rule_leaves_a_group_of_equal_scores_alone(dtype):
 @pytest.mark.parametrize("rule", RULES)
 def test_all_neutral_response_and_zero_advantage(rule):
     advantages, scores, roles, mask = score_case(6)
-    factor = 1.2 if rule in ("paper", "uniform", "shuffled") else 1.0
+    # Shuffling changes nothing where all scores are equal.
+    base = {"shuffled": "paper", "signed_shuffled": "signed", "response": "off"}.get(rule, rule)
+    factor = ref_advantages([1.0, 1.0], [0.0, 0.0], [0, 0], 0.2, base)[0]
     neutral = reweight((advantages, 0 * scores, 0 * roles, mask), rule)
     close(neutral, factor * advantages[:, None] * mask)
     assert reweight((0 * advantages, scores, roles, mask), rule).eq(0).all()
