@@ -1,26 +1,39 @@
-"""toy.py: the embedded default: a visual-reasoning task, its tokenizer, a tiny Qwen2.5-VL, and a warm start.
+"""toy.py: the embedded default: a visual-reasoning task, a tiny Qwen2.5-VL, and its warm start.
 
-A picture holds one of each shape, every one in a random colour and cell. Each colour is worth a number (fixed, or read
-from a legend in the question), and the question asks for the sum over some shapes:
+A picture holds one of each shape, every one in a random colour and cell. Each colour is worth a
+number (fixed, or read from a legend in the question), and the question asks for the sum over some
+shapes:
 
     Sum cross, circle, square.
-    <think>cross is blue 3, total 3. circle is red 1, total 4. square is red 1, total 5.</think><answer>5</answer>
+    <think>cross is blue 3, total 3. circle is red 1, total 4. square is red 1, total 5.</think>
+    <answer>5</answer>                                         (on one line, without a space)
 
-A right answer alternates between the modalities: the colour of a shape can only be seen, its number and the running
-total can only be read. The warm start teaches every skill and then *bad habits*: slips, made on purpose at a set rate.
-A visual slip names the colour of the next shape in SHAPES, a textual slip makes the running total one too high.
-Both are decisions that reinforcement learning can undo, and the two rates tell visual from textual errors.
+A right answer alternates between the modalities: the colour of a shape can only be seen, its number
+and the running total can only be read.
 
-    python toy.py            # build the warm start that config.yaml asks for, and print its folder
+Reinforcement learning needs a policy that is sometimes right. The warm start makes one, by
+supervised training in stages: first it learns to see colours, then to write whole traces, and last
+it learns *bad habits*. These are slips, made on purpose at a set rate. A visual slip names the
+colour of the next shape in SHAPES, a textual slip makes the running total one too high. Both are
+decisions that reinforcement learning can undo, and the two rates tell visual from textual errors.
+
+    python toy.py                                  # a question of each level, and two traces
+    python toy.py --sample 0 runs/picture.png      # a test picture, its question and its answer
 """
 
+import argparse
+import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
+import sys
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,14 +49,16 @@ COLORS = {
     "blue": (31, 90, 200),
     "yellow": (240, 200, 20),
 }
+BACKGROUND = (245, 245, 245)
 FIXED_VALUES = {"red": 1, "green": 2, "blue": 3, "yellow": 4}
 CELL = 28  # pixels: one visual token of Qwen2.5-VL
 BATCH = 32  # of the warm start
+IGNORED = -100  # the label of positions without a loss
 
 
 @dataclass(frozen=True)
 class Level:
-    """One difficulty. Slip rates are probabilities per decision of the last warm-start stage."""
+    """One difficulty. Slip rates are probabilities per decision, in the last warm-start stage."""
 
     grid: int  # cells per side; grid² visual tokens at cell_size 1
     cell_size: int  # visual tokens per side of a cell
@@ -51,78 +66,67 @@ class Level:
     operands: int  # shapes in the question
     legend: bool  # colours are worth what a legend in the question says, else FIXED_VALUES
     visual_slip: float  # a shape is given the colour of the next shape in SHAPES
-    habit_slip: float  # the same, for the first shape of SHAPES: above one half it fools greedy decoding too
+    # The same, for the first shape of SHAPES. Above one half, greedy decoding is wrong there too;
+    # below, it would be right from the start and have nothing to learn.
+    habit_slip: float
     textual_slip: float  # a running total comes out one too high
     stages: tuple  # warm start: (kind of trace, batches, learning rate) in order
 
 
-LEVELS = {
-    # the default: 16 visual tokens, fixed values
-    1: Level(
-        grid=4,
-        cell_size=1,
-        shapes=4,
-        operands=3,
-        legend=False,
-        visual_slip=0.2,
-        habit_slip=0.82,
-        textual_slip=0.12,
-        stages=(("colors", 150, 6e-3), ("traces", 110, 4e-3), ("slips", 80, 1e-3)),
-    ),
-    # longer and larger: 25 visual tokens, six shapes, four operands
-    2: Level(
-        grid=5,
-        cell_size=1,
-        shapes=6,
-        operands=4,
-        legend=False,
-        visual_slip=0.2,
-        habit_slip=0.82,
-        textual_slip=0.2,
-        stages=(("colors", 250, 6e-3), ("traces", 150, 4e-3), ("slips", 80, 1e-3)),
-    ),
-    # what a colour is worth must be read: a legend in each question, totals up to 27
-    3: Level(
-        grid=4,
-        cell_size=1,
-        shapes=4,
-        operands=3,
-        legend=True,
-        visual_slip=0.2,
-        habit_slip=0.82,
-        textual_slip=0.12,
-        stages=(("colors", 150, 6e-3), ("traces", 600, 4e-3), ("slips", 80, 1e-3)),
-    ),
-}
+# The default: 16 visual tokens, fixed values.
+LEVEL_1 = Level(
+    grid=4,
+    cell_size=1,
+    shapes=4,
+    operands=3,
+    legend=False,
+    visual_slip=0.2,
+    habit_slip=0.82,
+    textual_slip=0.12,
+    stages=(("colors", 150, 6e-3), ("traces", 110, 4e-3), ("slips", 80, 1e-3)),
+)
+# Longer and larger: 25 visual tokens, six shapes, four operands.
+LEVEL_2 = replace(
+    LEVEL_1,
+    grid=5,
+    shapes=6,
+    operands=4,
+    textual_slip=0.2,
+    stages=(("colors", 250, 6e-3), ("traces", 150, 4e-3), ("slips", 80, 1e-3)),
+)
+# What a colour is worth must be read: a legend in each question, totals up to 27.
+LEVEL_3 = replace(
+    LEVEL_1,
+    legend=True,
+    stages=(("colors", 150, 6e-3), ("traces", 600, 4e-3), ("slips", 80, 1e-3)),
+)
+LEVELS = {1: LEVEL_1, 2: LEVEL_2, 3: LEVEL_3}
+SECONDS_PER_BATCH = 0.52  # of the warm start, about, on one core
 
 
-# ---------------------------------------------------------------------------------------------------- the task
+# ---------------------------------------------------------------- the task
 
 
 def draw_shape(
     draw: ImageDraw.ImageDraw, shape: str, color: tuple, x: int, y: int, size: int
 ) -> None:
     """Draw one shape into the square cell whose upper left corner is (x, y), in pixels."""
-    m = size // 7
-    left, top, right, bottom, cx, cy = (
-        x + m,
-        y + m,
-        x + size - m - 1,
-        y + size - m - 1,
-        x + size // 2,
-        y + size // 2,
-    )
+    margin = size // 7
+    left, right = x + margin, x + size - margin - 1
+    top, bottom = y + margin, y + size - margin - 1
+    center_x, center_y = x + size // 2, y + size // 2
     if shape == "circle":
         draw.ellipse((left, top, right, bottom), fill=color)
     elif shape == "square":
         draw.rectangle((left, top, right, bottom), fill=color)
     elif shape == "triangle":
-        draw.polygon([(cx, top), (right, bottom), (left, bottom)], fill=color)
+        draw.polygon([(center_x, top), (right, bottom), (left, bottom)], fill=color)
     elif shape == "cross":
         draw.line((left, top, right, bottom), fill=color, width=size // 5)
         draw.line((left, bottom, right, top), fill=color, width=size // 5)
     elif shape == "diamond":
-        draw.polygon([(cx, top), (right, cy), (cx, bottom), (left, cy)], fill=color)
+        corners = [(center_x, top), (right, center_y), (center_x, bottom), (left, center_y)]
+        draw.polygon(corners, fill=color)
     elif shape == "ring":
         draw.ellipse((left, top, right, bottom), outline=color, width=size // 6)
     else:
@@ -130,34 +134,28 @@ def draw_shape(
 
 
 def make_sample(level: Level, seed: int, split: str, index: int) -> Sample:
-    """Sample number `index` of a split: the same arguments give the same picture and question, on any machine."""
+    """Sample number `index` of a split.
+
+    The same arguments give the same picture and question, on any machine.
+    """
     rng = random.Random(f"{seed}/{split}/{index}")
     shapes = SHAPES[: level.shapes]
     colors = {shape: rng.choice(list(COLORS)) for shape in shapes}
-    cells = dict(zip(shapes, rng.sample(range(level.grid**2), level.shapes)))
+    cells = rng.sample(range(level.grid**2), level.shapes)
     asked = rng.sample(shapes, level.operands)
-    values = (
-        dict(zip(COLORS, rng.sample(range(1, 10), len(COLORS)))) if level.legend else FIXED_VALUES
-    )
+    values = FIXED_VALUES
+    legend = ""
+    if level.legend:
+        values = dict(zip(COLORS, rng.sample(range(1, 10), len(COLORS)), strict=True))
+        legend = ", ".join(f"{color} is {value}" for color, value in values.items()) + ". "
 
     size = CELL * level.cell_size
-    image = Image.new("RGB", (size * level.grid, size * level.grid), (245, 245, 245))
+    image = Image.new("RGB", (size * level.grid, size * level.grid), BACKGROUND)
     draw = ImageDraw.Draw(image)
-    for shape, cell in cells.items():
-        draw_shape(
-            draw,
-            shape,
-            COLORS[colors[shape]],
-            cell % level.grid * size,
-            cell // level.grid * size,
-            size,
-        )
+    for shape, cell in zip(shapes, cells, strict=True):
+        row, column = divmod(cell, level.grid)
+        draw_shape(draw, shape, COLORS[colors[shape]], x=column * size, y=row * size, size=size)
 
-    legend = (
-        "".join(f"{color} is {value}, " for color, value in values.items())[:-2] + ". "
-        if level.legend
-        else ""
-    )
     return Sample(
         id=f"{split}-{index}",
         images=(image,),
@@ -171,11 +169,13 @@ class ToyDataset:
     """`size` samples of one split ("train" or "test"), drawn when they are asked for."""
 
     def __init__(self, level: Level, seed: int, split: str, size: int):
-        self.level, self.seed, self.split, self.size = level, seed, split, size
+        self.level = level
+        self.seed = seed
+        self.split = split
+        self.size = size
         self.name = f"toy/{split}"
-        self.fingerprint = hashlib.sha256(
-            repr((asdict(level), seed, split, size)).encode()
-        ).hexdigest()
+        made_of = repr((asdict(level), seed, split, size))
+        self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
 
     def __len__(self) -> int:
         return self.size
@@ -183,20 +183,24 @@ class ToyDataset:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.size:
             raise IndexError(index)
-        return make_sample(self.level, self.seed, self.split, index)
+        return make_sample(self.level, self.seed, self.split, index=index)
 
 
 def write_trace(sample: Sample, level: Level, rng: random.Random | None = None) -> str:
     """The response of a faultless solver, or with `rng` of one that slips at the level's rates."""
     colors, values = sample.extra["colors"], sample.extra["values"]
-    steps, total = [], 0
+    shapes = list(colors)
+    steps = []
+    total = 0
     for shape in sample.extra["asked"]:
         color = colors[shape]
         if rng is not None:
-            others = list(colors)
-            if rng.random() < (level.habit_slip if shape == others[0] else level.visual_slip):
-                color = colors[others[(others.index(shape) + 1) % len(others)]]
+            rate = level.habit_slip if shape == shapes[0] else level.visual_slip
+            if rng.random() < rate:
+                following = shapes[(shapes.index(shape) + 1) % len(shapes)]
+                color = colors[following]
         total += values[color]
+        # A wrong total is carried on, as a reader of the trace would carry it.
         if rng is not None and rng.random() < level.textual_slip:
             total += 1
         steps.append(f"{shape} is {color} {values[color]}, total {total}.")
@@ -204,22 +208,30 @@ def write_trace(sample: Sample, level: Level, rng: random.Random | None = None) 
 
 
 def write_colors(sample: Sample) -> str:
-    """Every shape with its colour, in the order of the question and then of SHAPES: dense practice in looking."""
-    asked = sample.extra["asked"]
-    order = asked + [shape for shape in sample.extra["colors"] if shape not in asked]
-    return "<think>" + " ".join(f"{shape} is {sample.extra['colors'][shape]}." for shape in order)
+    """Every shape with its colour, those of the question first: dense practice in looking."""
+    colors = sample.extra["colors"]
+    order = list(sample.extra["asked"])
+    order += [shape for shape in colors if shape not in order]
+    return "<think>" + " ".join(f"{shape} is {colors[shape]}." for shape in order)
 
 
-# --------------------------------------------------------------------------------------- tokenizer and model
+# ---------------------------------------------------------------- tokenizer and model
 
+# That of Qwen2.5-VL, without what the toy does not need (tools, videos).
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
     "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -234,29 +246,28 @@ SPECIAL_TOKENS = [
 
 
 def build_tokenizer(level: Level, template: str):
-    """Byte-level BPE trained on the task's own text, with Qwen's pre-tokenizer, special tokens and chat format."""
+    """Byte-level BPE trained on the task's own text, with Qwen's special tokens and chat format."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
-    samples = [make_sample(level, 0, "vocabulary", index) for index in range(2000)]
     corpus = [template, "system\nYou are a helpful assistant.\nuser\nassistant\n"]
-    for sample in samples:
-        corpus += [sample.question.replace("<image>", ""), write_trace(sample, level)]
+    for index in range(2000):
+        sample = make_sample(level, seed=0, split="vocabulary", index=index)
+        corpus.append(sample.question.replace("<image>", ""))
+        corpus.append(write_trace(sample, level))
     trained = Tokenizer(models.BPE())
-    # the pre-tokenizer that Qwen2Tokenizer will apply: merges across its borders would never be reached
+    # Qwen2Tokenizer will apply its own pre-tokenizer: merges across its borders would be useless.
     trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
-    trained.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=1000,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
+    trained.train_from_iterator(corpus, trainer)
     learned = json.loads(trained.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"],
-        merges=[tuple(m) for m in learned["merges"]],
+        merges=[tuple(merge) for merge in learned["merges"]],
         extra_special_tokens=SPECIAL_TOKENS,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -267,24 +278,28 @@ def build_tokenizer(level: Level, template: str):
 
 
 def build_image_processor():
+    """Qwen's, for images of 4 to 1600 visual tokens: the sizes are areas in pixels, not edges."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 2 * CELL * 2 * CELL, "longest_edge": 40 * CELL * 40 * CELL}
+        size={"shortest_edge": (2 * CELL) ** 2, "longest_edge": (40 * CELL) ** 2}
     )
 
 
 def build_model(
     tokenizer, hidden: int = 128, layers: int = 4, vocabulary: int | None = None, seed: int = 0
 ):
-    """A randomly initialised Qwen2_5_VLForConditionalGeneration, about 1.4 M parameters at the default width.
+    """A randomly initialised Qwen2_5_VLForConditionalGeneration, 1.4 M parameters by default.
 
-    initializer_range 0.08 instead of 0.02 decides whether so narrow a model learns within minutes.
+    `hidden` is the width of the text model, a multiple of 64; `vocabulary` the number of tokens, by
+    default the tokenizer's.
     """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     token_id = tokenizer.convert_tokens_to_ids
     head_dim = 32
+    # With the usual 0.02, so narrow a model stays on a plateau for a thousand steps.
+    initializer_range = 0.08
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=vocabulary or len(tokenizer),
@@ -294,7 +309,8 @@ def build_model(
             num_attention_heads=hidden // head_dim,
             num_key_value_heads=hidden // head_dim // 2,
             max_position_embeddings=4096,
-            initializer_range=0.08,
+            initializer_range=initializer_range,
+            # The sections (time, height, width) share half of head_dim, as in the released models.
             rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
             bos_token_id=token_id("<|endoftext|>"),
             eos_token_id=token_id("<|im_end|>"),
@@ -306,8 +322,9 @@ def build_model(
             intermediate_size=256,
             num_heads=3,
             out_hidden_size=hidden,
+            # Without such a block, patches would never see beyond their window.
             fullatt_block_indexes=[1],
-            initializer_range=0.08,
+            initializer_range=initializer_range,
         ),
         image_token_id=token_id("<|image_pad|>"),
         video_token_id=token_id("<|video_pad|>"),
@@ -325,64 +342,90 @@ def build_model(
     return model
 
 
-# ------------------------------------------------------------------------------------------------- warm start
+# ---------------------------------------------------------------- warm start
 
 
 def collate(
     prompts: list[Prompt], traces: list[list[int]], pad_id: int
-) -> tuple[dict, torch.Tensor]:
-    """Right-padded rows [prompt | trace | <|im_end|>] for the stock forward; labels -100 outside the traces."""
-    rows = [
-        torch.cat([prompt.input_ids, torch.tensor(trace)]) for prompt, trace in zip(prompts, traces)
-    ]
-    pad = lambda tensors, value: torch.nn.utils.rnn.pad_sequence(
-        tensors, batch_first=True, padding_value=value
-    )
-    labels = [
-        torch.cat([torch.full_like(p.input_ids, -100), torch.tensor(t)])
-        for p, t in zip(prompts, traces)
-    ]
-    image = [
-        torch.nn.functional.pad(p.visual_mask.long(), (0, len(row) - len(p.visual_mask)))
-        for p, row in zip(prompts, rows)
-    ]
-    batch = {
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Right-padded rows [prompt | trace] for the stock forward, and labels, IGNORED but in traces.
+
+    Takes B prompts and B traces, which are token ids that end with <|im_end|>. Returns the
+    arguments of the forward and the labels, [B, longest row] int64.
+    """
+    rows, labels, image_types = [], [], []
+    for prompt, trace in zip(prompts, traces, strict=True):
+        response = torch.tensor(trace)
+        rows.append(torch.cat([prompt.input_ids, response]))
+        labels.append(torch.cat([torch.full_like(prompt.input_ids, IGNORED), response]))
+        # Without these, transformers silently gives image tokens the positions of plain text.
+        image_types.append(torch.cat([prompt.visual_mask.long(), torch.zeros_like(response)]))
+
+    def pad(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+    arguments = {
         "input_ids": pad(rows, pad_id),
         "attention_mask": pad([torch.ones_like(row) for row in rows], 0),
-        "mm_token_type_ids": pad(image, 0),
-        "pixel_values": torch.cat([p.pixel_values for p in prompts]),
-        "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts]),
+        "mm_token_type_ids": pad(image_types, 0),
+        "pixel_values": torch.cat([prompt.pixel_values for prompt in prompts]),
+        "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in prompts]),
     }
-    return batch, pad(labels, -100)
+    return arguments, pad(labels, IGNORED)
 
 
-def train_stage(model, draw_batch, batches: int, lr: float, bar) -> None:
-    """Supervised training on the response tokens; draw_batch(i) gives batch i as `collate` makes it.
+def draw_batch(
+    index: int, kind: str, level: Level, seed: int, template: str, tokenizer, image_processor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Batch number `index` of a stage of `kind` "colors", "traces" or "slips", by `collate`."""
+    if kind == "colors":
+        template = "{question}"  # the question alone: a third fewer tokens
+    prompts, traces = [], []
+    for place in range(index * BATCH, (index + 1) * BATCH):
+        sample = make_sample(level, seed, f"warm-{kind}", index=place)
+        if kind == "colors":
+            text = write_colors(sample)
+        elif kind == "traces":
+            text = write_trace(sample, level)
+        else:
+            text = write_trace(sample, level, random.Random(f"{seed}/{sample.id}"))
+        prompts.append(encode_prompt(sample, 0, tokenizer, image_processor, template=template))
+        traces.append(tokenizer(text + "<|im_end|>").input_ids)
+    return collate(prompts, traces, tokenizer.convert_tokens_to_ids("<|endoftext|>"))
 
-    Muon for the matrices and AdamW for the rest learned to see colours in half the batches that AdamW alone needed.
-    """
-    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    inner_ids = {id(p) for p in inner}
-    outer = [p for p in model.parameters() if id(p) not in inner_ids]
+
+def train_stage(model, draw, batches: int, lr: float, bar: tqdm) -> None:
+    """Supervised training on the response tokens; draw(i) gives batch i."""
+    # Muon for the matrices and AdamW for the rest: they learn to see colours in half the batches
+    # that AdamW alone needs.
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and "embed" not in name
+        (matrices if is_matrix else others).append(parameter)
     optimizers = [
-        torch.optim.Muon(inner, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(outer, lr=lr / 2, weight_decay=0.0, betas=(0.9, 0.95)),
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr / 2, weight_decay=0.0, betas=(0.9, 0.95)),
     ]
+
+    def share_of_lr(batch: int) -> float:
+        """Twenty batches up, then linearly down to a twentieth."""
+        return min(1.0, (batch + 1) / 20, 1.05 - batch / batches)
+
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i + 1) / 20, 1.05 - i / batches))
-        for o in optimizers
+        torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr) for optimizer in optimizers
     ]
     for i in range(batches):
-        batch, labels = draw_batch(i)
-        hidden = model.model(**batch, use_cache=False).last_hidden_state
-        keep = labels[:, 1:] != -100  # only response positions reach the language-model head
-        loss = torch.nn.functional.cross_entropy(
-            model.lm_head(hidden[:, :-1][keep]), labels[:, 1:][keep]
-        )
+        arguments, labels = draw(i)
+        hidden = model.model(**arguments, use_cache=False).last_hidden_state
+        # Position t predicts token t + 1. Only what has a label reaches the language-model head.
+        targets = labels[:, 1:]
+        keep = targets != IGNORED
+        logits = model.lm_head(hidden[:, :-1][keep])
+        loss = torch.nn.functional.cross_entropy(logits, targets[keep])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for step in (*optimizers, *schedules):
-            step.step()
+        for stepped in (*optimizers, *schedules):
+            stepped.step()
         model.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.4f}")
         bar.update()
@@ -390,37 +433,27 @@ def train_stage(model, draw_batch, batches: int, lr: float, bar) -> None:
 
 def warm_start(level: Level, seed: int, template: str, progress: bool = True):
     """Train the policy that RL starts from. Returns (model, tokenizer, image processor)."""
-    tokenizer, image_processor = build_tokenizer(level, template), build_image_processor()
+    tokenizer = build_tokenizer(level, template)
+    image_processor = build_image_processor()
     model = build_model(tokenizer, seed=seed)
-    pad_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    bar = tqdm(total=sum(batches for _, batches, _ in level.stages), disable=not progress)
-    for kind, batches, lr in level.stages:
-
-        def draw_batch(i: int, kind=kind):
-            samples = [
-                make_sample(level, seed, f"warm-{kind}", i * BATCH + j) for j in range(BATCH)
-            ]
-            if kind == "colors":  # the question alone: a third fewer tokens
-                texts, wording = [write_colors(sample) for sample in samples], "{question}"
-            else:
-                slips = lambda sample: (
-                    random.Random(f"{seed}/{sample.id}") if kind == "slips" else None
-                )
-                texts, wording = (
-                    [write_trace(sample, level, slips(sample)) for sample in samples],
-                    template,
-                )
-            prompts = [
-                encode_prompt(sample, 0, tokenizer, image_processor, wording) for sample in samples
-            ]
-            return collate(
-                prompts, [tokenizer(text + "<|im_end|>").input_ids for text in texts], pad_id
+    batches_in_all = sum(batches for _, batches, _ in level.stages)
+    with tqdm(total=batches_in_all, disable=not progress) as bar:
+        for kind, batches, lr in level.stages:
+            bar.set_description(f"warm start: {kind}")
+            draw = partial(
+                draw_batch,
+                kind=kind,
+                level=level,
+                seed=seed,
+                template=template,
+                tokenizer=tokenizer,
+                image_processor=image_processor,
             )
-
-        bar.set_description(f"warm start: {kind}")
-        train_stage(model, draw_batch, batches, lr, bar)
-    bar.close()
+            train_stage(model, draw, batches, lr=lr, bar=bar)
     return model, tokenizer, image_processor
+
+
+# ---------------------------------------------------------------- the cache
 
 
 def prepare(
@@ -428,45 +461,134 @@ def prepare(
 ) -> Path:
     """The folder of the warm start, a Hugging Face directory; built if the cache does not hold it.
 
-    The folder's name is a hash of this file's text, level, seed and prompt template.
-    Raises ValueError for an unknown level.
+    The folder's name is a hash of all that the warm start depends on: this file's text, level, seed
+    and prompt template. Raises ValueError for an unknown level.
     """
     if level not in LEVELS:
         raise ValueError(f"toy.level: expected one of {', '.join(map(str, LEVELS))}, found {level}")
     made_of = f"{Path(__file__).read_text()}\n{level}\n{seed}\n{template}"
-    folder = Path(cache_dir) / f"toy-{level}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+    name = f"toy-{level}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+    folder = Path(cache_dir) / name
+    _remove_leftovers(folder)
     if not folder.exists():
-        built = warm_start(LEVELS[level], seed, template, progress)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
-        for part in built:
-            part.save_pretrained(beside)
-        try:
-            os.rename(beside, folder)  # atomic: a folder of this name is complete
-        except OSError:
-            shutil.rmtree(beside)  # another process was first
-            if not folder.exists():
-                raise
+        if progress:
+            batches = sum(batches for _, batches, _ in LEVELS[level].stages)
+            minutes = math.ceil(batches * SECONDS_PER_BATCH / 60)
+            tqdm.write(
+                f"warm start of the toy: built once, about {minutes} min on one core, "
+                f"kept in {folder}",
+                file=sys.stderr,
+            )
+        built = warm_start(LEVELS[level], seed, template, progress=progress)
+        _save_whole(folder, built)
     return folder
+
+
+def _save_whole(folder: Path, parts: tuple) -> None:
+    """Save model, tokenizer and image processor into `folder`, which is complete or absent.
+
+    A kill or a loss of power must not leave a folder that the next run would take for a warm start.
+    So all is written to a folder beside it and flushed to the disk, and then renamed, in one step.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.partial-"))
+    beside.chmod(0o755)
+    for part in parts:
+        part.save_pretrained(beside)
+    for path in (*beside.rglob("*"), beside):
+        _flush(path)
+    try:
+        os.rename(beside, folder)
+    except OSError:
+        shutil.rmtree(beside)
+        # If another process was first, its folder is as good as this one.
+        if not folder.exists():
+            raise
+    _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    """Have a file or a folder written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed builds of this folder left beside it."""
+    for path in folder.parent.glob(f"{folder.name}.partial-*"):
+        # Another process may remove it at the same moment.
+        with contextlib.suppress(OSError):
+            # Saving takes seconds. A younger one may be of a process that is still at it.
+            if time.time() - path.stat().st_mtime > 3600:
+                shutil.rmtree(path)
+
+
+# ---------------------------------------------------------------- what a config asks for
 
 
 def warm_start_folder(config, progress: bool = True) -> Path:
     """`prepare` with what a Config asks for."""
     settings = config.toy
     return prepare(
-        settings.level, settings.seed, config.data.prompt_template, settings.cache_dir, progress
+        level=settings.level,
+        seed=settings.seed,
+        template=config.data.prompt_template,
+        cache_dir=settings.cache_dir,
+        progress=progress,
     )
 
 
 def splits(config) -> tuple[ToyDataset, ToyDataset]:
     """The training and the test split that a Config asks for."""
-    level = LEVELS[config.toy.level]
-    train = ToyDataset(level, config.toy.seed, "train", config.toy.train_size)
-    test = ToyDataset(level, config.toy.seed, "test", config.toy.eval_size)
+    settings = config.toy
+    level = LEVELS[settings.level]
+    train = ToyDataset(level, settings.seed, "train", size=settings.train_size)
+    test = ToyDataset(level, settings.seed, "test", size=settings.eval_size)
     return train, test
 
 
-if __name__ == "__main__":
-    from config import load_config
+# ---------------------------------------------------------------- the command line
 
-    print(warm_start_folder(load_config()))
+
+def show_levels() -> None:
+    """Print a question of each level, its faultless trace and one with slips."""
+    for number, level in LEVELS.items():
+        sample = make_sample(level, seed=0, split="test", index=0)
+        print(f"level {number}    {question_of(sample)}")
+        print(f"  right    {write_trace(sample, level)}")
+        print(f"  slips    {write_trace(sample, level, random.Random(0))}")
+
+
+def save_sample(index: int, picture: str) -> None:
+    """Save the picture of a test sample of level 1, and print its question and answer."""
+    sample = make_sample(LEVELS[1], seed=0, split="test", index=index)
+    Path(picture).parent.mkdir(parents=True, exist_ok=True)
+    sample.images[0].save(picture)
+    print(f"{question_of(sample)}    (answer: {sample.answer}; picture: {picture})")
+
+
+def question_of(sample: Sample) -> str:
+    return sample.question.replace("<image>", "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Show the toy task: without options, each level.")
+    parser.add_argument(
+        "--sample",
+        nargs=2,
+        metavar=("INDEX", "PICTURE"),
+        help="save the picture of a test sample of level 1, and print its question and answer",
+    )
+    options = parser.parse_args()
+    if options.sample is None:
+        show_levels()
+        return
+    index, picture = options.sample
+    if not index.isdecimal():
+        parser.error(f"--sample: expected a whole number, found {index!r}")
+    save_sample(int(index), picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -80,3 +80,11 @@ def random_responses(prompts, group_size: int, longest: int, vocabulary: int, se
     lengths[0], lengths[1] = longest, 1
     tokens = torch.randint(0, vocabulary - 10, (rows, longest), generator=generator)
     return tokens, torch.arange(longest) < lengths[:, None]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a.png, red and 40 x 30 pixels, and b.png, blue and 60 x 80."""
+    Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / "a.png")
+    Image.new("RGB", (60, 80), (0, 0, 255)).save(tmp_path / "b.png")
+    return tmp_path

@@ -1,19 +1,20 @@
-"""Group advantages and policy losses: numbers by hand, an independent loop with its own gradients, invariances."""
+"""rl_algos.py: numbers by hand, an independent loop with its own gradients, and invariances.
+
+A new algorithm is tested here as soon as it is registered. It needs an entry in REFERENCES.
+"""
 
 import doctest
 import math
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 
 import rl_algos
+from rl_algos import ALGORITHMS
 
-NAMES = ["grpo", "dapo", "gspo", "sapo", "dr_grpo", "cispo"]
-PER_TOKEN = [
-    "dapo",
-    "cispo",
-]  # normalised by the number of tokens, the others by the number of responses
+BUDGET = 16  # max_new_tokens
 F64 = dict(rtol=1e-12, atol=1e-13)  # a few hundred float64 roundings of numbers near 1
 
 
@@ -33,20 +34,28 @@ def make_settings(**changes):
         kl=0.0,
         temperature_pos=1.0,
         temperature_neg=1.05,
-        max_new_tokens=16,
+        max_new_tokens=BUDGET,
     )
     return SimpleNamespace(**{**values, **changes})
 
 
 def make_case(seed, lengths=(6, 1, 9, 0, 4), spread=0.3, dtype=torch.float64):
-    """Log-ratios of size `spread`; row 3 is fully masked. Returns logprobs, old, advantages, mask, ref."""
-    g, B, T = torch.Generator().manual_seed(seed), len(lengths), max(lengths)
-    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
-    old = -3 * torch.rand(B, T, generator=g, dtype=torch.float64) - 1
-    logprobs = old + spread * torch.randn(B, T, generator=g, dtype=torch.float64)
-    ref = logprobs + 0.3 * torch.randn(B, T, generator=g, dtype=torch.float64)
-    advantages = torch.randn(B, T, generator=g, dtype=torch.float64)
-    return tuple(x.to(dtype) for x in (logprobs, old, advantages)) + (mask, ref.to(dtype))
+    """Log-ratios of size `spread`; row 3 is fully masked.
+
+    Returns logprobs, old, advantages, mask, ref.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = len(lengths), max(lengths)
+    mask = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
+
+    def normal():
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    old = -3 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
+    logprobs = old + spread * normal()
+    ref = logprobs + 0.3 * normal()
+    advantages = normal()
+    return logprobs.to(dtype), old.to(dtype), advantages.to(dtype), mask, ref.to(dtype)
 
 
 def run(name, case, settings, normalizer=None, with_ref=True):
@@ -69,7 +78,7 @@ def run(name, case, settings, normalizer=None, with_ref=True):
 
 
 def one_token(name, ratio, advantage, **changes):
-    """Loss and gradient of a single token of a single response whose current log-probability is -1."""
+    """Loss and gradient of one response of one token, whose current log-probability is -1."""
     case = (
         tensor([[-1.0]]),
         tensor([[-1.0 - math.log(ratio)]]),
@@ -84,53 +93,124 @@ def one_token(name, ratio, advantage, **changes):
 # ---------------------------------------------------------------- the independent implementation
 
 
-def ref_token(name, logp, ratio, sequence_ratio, a, c):
-    """Objective (maximised) of one token and its derivative with respect to logp; stop-gradients held constant."""
-    if name == "sapo":
-        temperature = c.temperature_pos if a > 0 else c.temperature_neg
-        gate = 1 / (1 + math.exp(-temperature * (ratio - 1)))
-        return 4 / temperature * gate * a, 4 * gate * (1 - gate) * ratio * a
-    r = sequence_ratio if name == "gspo" else ratio
-    clipped = min(max(r, 1 - c.clip_low), 1 + c.clip_high)
-    if name == "cispo":
-        return clipped * a * logp, clipped * a
-    return (r * a, r * a) if r * a <= clipped * a else (clipped * a, 0.0)
+class Token(NamedTuple):
+    """What the objective of one token may depend on, as floats."""
+
+    logprob: float
+    ratio: float  # of the token
+    sequence_ratio: float  # the geometric mean of the response's
+    advantage: float
 
 
-def ref_loss(name, case, c, normalizer=None):
+# Each returns the objective (maximised) of one token and its derivative with respect to the
+# token's log-probability, with what the algorithm holds constant held constant.
+
+
+def ref_bounded(ratio, settings):
+    return min(max(ratio, 1 - settings.clip_low), 1 + settings.clip_high)
+
+
+def ref_surrogate(ratio, advantage, settings):
+    free = ratio * advantage
+    bounded = ref_bounded(ratio, settings) * advantage
+    return (free, free) if free <= bounded else (bounded, 0.0)
+
+
+def ref_clipped(token, settings):
+    return ref_surrogate(token.ratio, token.advantage, settings)
+
+
+def ref_gspo(token, settings):
+    return ref_surrogate(token.sequence_ratio, token.advantage, settings)
+
+
+def ref_sapo(token, settings):
+    good = token.advantage > 0
+    temperature = settings.temperature_pos if good else settings.temperature_neg
+    gate = 1 / (1 + math.exp(-temperature * (token.ratio - 1)))
+    value = 4 / temperature * gate * token.advantage
+    return value, 4 * gate * (1 - gate) * token.ratio * token.advantage
+
+
+def ref_cispo(token, settings):
+    weighted = ref_bounded(token.ratio, settings) * token.advantage
+    return weighted * token.logprob, weighted
+
+
+# Name: the objective of a token, and what a token's share is averaged over.
+REFERENCES = {
+    "grpo": (ref_clipped, "response"),
+    "dapo": (ref_clipped, "token"),
+    "dr_grpo": (ref_clipped, "budget"),
+    "gspo": (ref_gspo, "response"),
+    "sapo": (ref_sapo, "response"),
+    "cispo": (ref_cispo, "token"),
+}
+each_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
+
+
+def reference(name):
+    """-> objective, average. A name that nobody wrote a reference for must not pass for another."""
+    if name not in REFERENCES:
+        raise NotImplementedError(
+            f"algorithm {name!r} has no reference in tests/test_rl_algos.py: write the objective "
+            "of one token and its derivative as plain Python, and enter them in REFERENCES"
+        )
+    return REFERENCES[name]
+
+
+def ref_normalizer(name, mask):
+    """What is divided by in a step of these responses: their tokens, or their number."""
+    _, average = reference(name)
+    return int(mask.sum()) if average == "token" else len(mask)
+
+
+def ref_share(name, length):
+    """What a token of a response of `length` tokens is divided by, before the normalizer."""
+    _, average = reference(name)
+    return {"response": max(length, 1), "token": 1, "budget": BUDGET}[average]
+
+
+def ref_loss(name, case, settings, normalizer=None):
     """Loss and gradient, token by token over Python floats."""
-    logprobs, old, advantages, mask, ref = (x.tolist() for x in case)
-    lengths = [sum(row) for row in mask]
+    objective, _ = reference(name)
     if normalizer is None:
-        normalizer = max(sum(lengths), 1) if name in PER_TOKEN else len(mask)
-    total, gradient = 0.0, [[0.0] * len(row) for row in mask]
-    for b, n in enumerate(lengths):
-        share = {"dapo": 1, "cispo": 1, "dr_grpo": c.max_new_tokens}.get(
-            name, max(n, 1)
-        ) * normalizer
-        real = [t for t, m in enumerate(mask[b]) if m]
-        sequence_ratio = math.exp(sum(logprobs[b][t] - old[b][t] for t in real) / max(n, 1))
+        normalizer = max(ref_normalizer(name, case[3]), 1)
+    logprobs, old, advantages, mask, ref = (x.tolist() for x in case)
+    total = 0.0
+    gradient = [[0.0] * len(row) for row in mask]
+    for b, row in enumerate(mask):
+        real = [t for t, inside in enumerate(row) if inside]
+        share = ref_share(name, len(real)) * normalizer
+        log_ratios = {t: logprobs[b][t] - old[b][t] for t in real}
+        sequence_ratio = math.exp(sum(log_ratios.values()) / max(len(real), 1))
         for t in real:
-            logp, gap = logprobs[b][t], ref[b][t] - logprobs[b][t]
-            value, slope = ref_token(
-                name, logp, math.exp(logp - old[b][t]), sequence_ratio, advantages[b][t], c
+            token = Token(
+                logprobs[b][t], math.exp(log_ratios[t]), sequence_ratio, advantage=advantages[b][t]
             )
-            total -= (value - c.kl * (math.exp(gap) - gap - 1)) / share
-            gradient[b][t] = -(slope - c.kl * (1 - math.exp(gap))) / share
+            value, slope = objective(token, settings)
+            gap = ref[b][t] - logprobs[b][t]
+            k3 = math.exp(gap) - gap - 1
+            total -= (value - settings.kl * k3) / share
+            gradient[b][t] = -(slope - settings.kl * (1 - math.exp(gap))) / share
     return total, gradient
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_an_algorithm_without_a_reference_is_named():
+    with pytest.raises(NotImplementedError, match="'mine' has no reference.*REFERENCES"):
+        ref_loss("mine", make_case(0), make_settings())
+
+
+@each_algorithm
 @pytest.mark.parametrize("kl", [0.0, 0.04])
 @pytest.mark.parametrize("normalizer", [None, 37])
 def test_losses_match_the_loop_in_value_and_gradient(name, kl, normalizer):
     for seed in range(10):
-        case, settings = make_case(seed), make_settings(kl=kl)
+        case = make_case(seed)
+        settings = make_settings(kl=kl)
         if name == "gspo" and seed % 2:  # the recipe's own, narrow clip range
-            case, settings = (
-                make_case(seed, spread=1e-3),
-                make_settings(kl=kl, clip_low=3e-4, clip_high=4e-4),
-            )
+            case = make_case(seed, spread=1e-3)
+            settings = make_settings(kl=kl, clip_low=3e-4, clip_high=4e-4)
         loss, gradient, metrics = run(name, case, settings, normalizer)
         expected, expected_gradient = ref_loss(name, case, settings, normalizer)
         close(loss, expected)
@@ -141,7 +221,7 @@ def test_losses_match_the_loop_in_value_and_gradient(name, kl, normalizer):
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "sapo", "dr_grpo"])
 def test_gradient_is_that_of_the_value(name):
-    """Central differences; only for objectives without stop-gradients. Kinks are missed: they have width 1e-6."""
+    """Central differences, for objectives without stop-gradients. Kinks, 1e-6 wide, are missed."""
     logprobs, old, advantages, mask, ref = make_case(11)
 
     def loss(x):
@@ -152,17 +232,19 @@ def test_gradient_is_that_of_the_value(name):
     assert torch.autograd.gradcheck(loss, logprobs.requires_grad_())
 
 
-# ---------------------------------------------------------------- signs and clipping, one token at a time
+# ---------------------------------------------------------------- signs and clipping of one token
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "sapo", "cispo"])
 def test_a_single_token_at_ratio_one(name):
-    """The objective is maximised: the loss has slope -A in a good token's log-probability, and in a bad one's too."""
+    """The objective is maximised: the loss has slope -A in the token's log-probability."""
     assert one_token(name, 1.0, 2.0)[1] == pytest.approx(-2.0, rel=1e-12)
     assert one_token(name, 1.0, -3.0)[1] == pytest.approx(3.0, rel=1e-12)
-    value = {"sapo": -2 * 2.0, "cispo": -2.0 * -1.0}.get(
-        name, -2.0
-    )  # sapo: 4/1 * sigmoid(0) * 2; cispo: A * logp
+    value = -2.0
+    if name == "sapo":
+        value = -4 * 0.5 * 2.0  # 4 / temperature * sigmoid(0) * A
+    if name == "cispo":
+        value = -2.0 * -1.0  # A * logprob
     assert one_token(name, 1.0, 2.0)[0] == pytest.approx(value, rel=1e-12)
 
 
@@ -183,7 +265,8 @@ def test_clipping_on_either_side(name, ratio, advantage, low, high, objective, f
         name, ratio, advantage, clip_low=low, clip_high=high, max_new_tokens=1
     )
     assert loss == pytest.approx(-objective, rel=1e-12)
-    assert gradient == (pytest.approx(-ratio * advantage, rel=1e-12) if flows else 0.0)
+    expected = -ratio * advantage if flows else 0.0
+    assert gradient == pytest.approx(expected, rel=1e-12, abs=0)
 
 
 def test_cispo_clips_the_weight_and_keeps_the_gradient():
@@ -194,21 +277,25 @@ def test_cispo_clips_the_weight_and_keeps_the_gradient():
 
 
 def test_sapo_gate_and_temperatures():
-    """tau 2, r = 1 + ln(3)/2: sigmoid(ln 3) = 3/4. Value 4/2 * 3/4 = 1.5; slope 4 * 3/4 * 1/4 * r = 0.75 r.
-    tau 4 for bad tokens, r = 1 - ln(3)/4: sigmoid(-ln 3) = 1/4. Value -4/4 * 1/4; slope -0.75 r."""
+    """tau 2, r = 1 + ln(3)/2: sigmoid(ln 3) = 3/4. Value 4/2 * 3/4; slope 4 * 3/4 * 1/4 * r.
+
+    tau 4 for bad tokens, r = 1 - ln(3)/4: sigmoid(-ln 3) = 1/4. Value -4/4 * 1/4; slope -0.75 r.
+    """
     temperatures = dict(temperature_pos=2.0, temperature_neg=4.0)
-    up, down = 1 + math.log(3) / 2, 1 - math.log(3) / 4
-    assert one_token("sapo", up, 1.0, **temperatures) == pytest.approx(
-        (-1.5, -0.75 * up), rel=1e-12
-    )
-    assert one_token("sapo", down, -1.0, **temperatures) == pytest.approx(
-        (0.25, 0.75 * down), rel=1e-12
-    )
+    up = 1 + math.log(3) / 2
+    encouraged = one_token("sapo", up, 1.0, **temperatures)
+    assert encouraged == pytest.approx((-1.5, -0.75 * up), rel=1e-12)
+    down = 1 - math.log(3) / 4
+    discouraged = one_token("sapo", down, -1.0, **temperatures)
+    assert discouraged == pytest.approx((0.25, 0.75 * down), rel=1e-12)
 
 
 def test_gspo_token_form_by_hand():
     """Log-ratios 0.3 and -0.1: s = e^0.1 for both tokens, whatever their own ratios.
-    A = (1, -2): value -(s - 2 s) / 2, gradient -(s, -2 s) / 2. Clipped at 1.1, the first has value -(1.1 - 2 s) / 2."""
+
+    A = (1, -2): value -(s - 2 s) / 2, gradient -(s, -2 s) / 2. Clipped at 1.1, the first has value
+    -(1.1 - 2 s) / 2.
+    """
     s, mask = math.exp(0.1), torch.ones(1, 2, dtype=torch.bool)
     case = tensor([[-1.0, -2.0]]), tensor([[-1.3, -1.9]]), tensor([[1.0, -2.0]]), mask, None
     loss, gradient, _ = run("gspo", case, make_settings(), with_ref=False)
@@ -220,7 +307,10 @@ def test_gspo_token_form_by_hand():
 
 
 def test_gspo_averages_log_ratios_before_anything_is_cut():
-    """Log-ratios 40 and -39.8 have mean 0.1: one extreme token does not move the sequence out of the clip range."""
+    """Log-ratios 40 and -39.8 have mean 0.1.
+
+    One extreme token does not move the sequence out of the clip range.
+    """
     ones = tensor([[1.0, 1.0]])
     case = tensor([[-1.0, -50.0]]), tensor([[-41.0, -10.2]]), ones, ones.bool(), None
     loss, gradient, _ = run("gspo", case, make_settings(), with_ref=False)
@@ -244,10 +334,13 @@ def test_gspo_token_form_equals_the_sequence_form_when_the_advantage_is_one_per_
 # ---------------------------------------------------------------- KL
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_algorithm
 def test_kl_is_k3_added_to_the_loss_unscaled_by_ratio_and_advantage(name):
-    """ref / pi = 2: k3 = 2 - ln 2 - 1 = 0.306853, its slope in logp 1 - 2 = -1. A = 0 and ratio 3 leave it alone.
-    The second response is empty: it counts as a response and not as a token."""
+    """ref / pi = 2: k3 = 2 - ln 2 - 1 = 0.306853, its slope in logp 1 - 2 = -1.
+
+    A = 0 and ratio 3 leave it alone. The second response is empty: it counts as a response and not
+    as a token.
+    """
     case = (
         tensor([[-1.0], [0.0]]),
         tensor([[-1.0 - math.log(3)], [0.0]]),
@@ -255,19 +348,21 @@ def test_kl_is_k3_added_to_the_loss_unscaled_by_ratio_and_advantage(name):
         torch.tensor([[True], [False]]),
         tensor([[-1.0 + math.log(2)], [0.0]]),
     )
-    share = {"dapo": 1, "cispo": 1, "dr_grpo": 2 * 16}.get(name, 2)
+    # The one token's share; two responses, but one token, where tokens are counted.
+    share = {"response": 2, "token": 1, "budget": 2 * BUDGET}[reference(name)[1]]
     loss, gradient, metrics = run(name, case, make_settings(kl=0.5))
     close(loss, 0.5 * 0.306852819440055 / share)
     close(gradient, [[-0.5 / share], [0.0]])
     assert "kl" in metrics
-    # where the policy is e^30 times as likely as the reference, k3 grows linearly, 30 - 1 + e^-30, and still pulls back
+    # Where the policy is e^30 times as likely as the reference, k3 grows linearly, 30 - 1 + e^-30,
+    # and still pulls back.
     far = case[:4] + (tensor([[-31.0], [0.0]]),)
     loss, gradient, _ = run(name, far, make_settings(kl=0.5))
     close(loss, 0.5 * 29 / share)
     close(gradient, [[0.5 / share], [0.0]])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_algorithm
 def test_kl_needs_reference_logprobs(name):
     case = make_case(0)
     with pytest.raises(ValueError):
@@ -279,23 +374,21 @@ def test_kl_needs_reference_logprobs(name):
 # ---------------------------------------------------------------- normalisers, masks, micro-batches
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_algorithm
 def test_micro_batches_add_up_to_the_whole(name):
-    """Uneven splits, an empty response alone; DAPO's count and the others' B are those of the whole."""
+    """Uneven splits, an empty response alone; the normalizer is that of the whole."""
     for seed in range(5):
         case, settings = make_case(seed), make_settings(kl=0.04)
-        normalizer = int(case[3].sum()) if name in PER_TOKEN else len(case[3])
+        normalizer = ref_normalizer(name, case[3])
         loss, gradient, _ = run(name, case, settings)
         for sizes in ((1, 1, 1, 1, 1), (2, 3), (3, 1, 1)):
-            parts = [
-                run(name, part, settings, normalizer)
-                for part in zip(*(x.split(sizes) for x in case))
-            ]
-            close(sum(p[0] for p in parts), loss)
-            close(torch.cat([p[1] for p in parts]), gradient)
+            micro_batches = zip(*(x.split(sizes) for x in case), strict=True)
+            parts = [run(name, part, settings, normalizer) for part in micro_batches]
+            close(sum(loss for loss, _, _ in parts), loss)
+            close(torch.cat([gradient for _, gradient, _ in parts]), gradient)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_algorithm
 def test_normalizer_semantics_with_a_fully_masked_response(name):
     """Responses of 2, 1 and 0 tokens at ratio 1, A = (3, 3 | 5): sums 6 and 5, means 3 and 5.
     grpo, gspo, sapo: means over 3 responses; dapo: sums over 3 tokens; dr_grpo: sums over 3 * 16.
@@ -304,55 +397,49 @@ def test_normalizer_semantics_with_a_fully_masked_response(name):
     mask = torch.tensor([[1, 1], [1, 0], [0, 0]], dtype=torch.bool)
     case = zero, zero, tensor([[3.0, 3.0], [5.0, 0.0], [9.0, 9.0]]), mask, zero
     _, gradient, _ = run(name, case, make_settings())
-    expected = {
-        "dapo": [[1, 1], [5 / 3, 0]],
-        "cispo": [[1, 1], [5 / 3, 0]],
-        "dr_grpo": [[1 / 16, 1 / 16], [5 / 48, 0]],
+    by_average = {
+        "response": [[0.5, 0.5], [5 / 3, 0], [0, 0]],
+        "token": [[1, 1], [5 / 3, 0], [0, 0]],
+        "budget": [[1 / 16, 1 / 16], [5 / 48, 0], [0, 0]],
     }
-    expected = expected.get(name, [[0.5, 0.5], [5 / 3, 0]]) + [[0, 0]]
-    close(gradient, -tensor(expected))
-    _, gradient, _ = run(
-        name, case, make_settings(), normalizer=12
-    )  # four times as many in the whole step
-    close(gradient, -tensor(expected) / 4)
+    expected = tensor(by_average[reference(name)[1]])
+    close(gradient, -expected)
+    # Four times as many in the whole step.
+    _, gradient, _ = run(name, case, make_settings(), normalizer=12)
+    close(gradient, -expected / 4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_algorithm
 def test_an_empty_mask_gives_zero_and_still_has_a_backward(name):
     logprobs, old, advantages, mask, ref = make_case(0)
-    loss, gradient, metrics = run(
-        name, (logprobs, old, advantages, mask & False, ref), make_settings(kl=0.04)
-    )
-    assert loss == 0 and gradient.eq(0).all()
+    case = logprobs, old, advantages, mask & False, ref
+    loss, gradient, metrics = run(name, case, make_settings(kl=0.04))
+    assert loss == 0
+    assert gradient.eq(0).all()
     assert all(math.isfinite(float(m)) for m in metrics.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_algorithm
 @pytest.mark.parametrize("garbage", [math.inf, -math.inf, math.nan, 1e30])
 def test_padding_may_hold_anything(name, garbage):
-    """0 * inf is NaN: masked positions must be replaced before the arithmetic, not multiplied by 0 after it."""
+    """0 * inf is NaN: masked positions must be replaced before the arithmetic."""
     for dtype in (torch.float32, torch.float64):
         case, settings = make_case(2, dtype=dtype), make_settings(kl=0.04)
         mask = case[3]
         loss, gradient, _ = run(name, case, settings)
-        for dirty in [
-            (0,),
-            (1,),
-            (2,),
-            (4,),
-            (0, 1),
-            (0, 1, 2, 4),
-        ]:  # one argument at a time, two, and all
-            filled = tuple(
-                x.masked_fill(~mask, garbage) if i in dirty else x for i, x in enumerate(case)
-            )
+        # one argument at a time, two, and all
+        for dirty in [(0,), (1,), (2,), (4,), (0, 1), (0, 1, 2, 4)]:
+            filled = list(case)
+            for i in dirty:
+                filled[i] = filled[i].masked_fill(~mask, garbage)
             dirty_loss, dirty_gradient, metrics = run(name, filled, settings)
-            assert torch.equal(dirty_loss, loss) and torch.equal(dirty_gradient, gradient)
+            assert torch.equal(dirty_loss, loss)
+            assert torch.equal(dirty_gradient, gradient)
             assert dirty_gradient[~mask].eq(0).all()
             assert all(math.isfinite(float(m)) for m in metrics.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_algorithm
 def test_extra_padding_columns_do_not_matter(name):
     case, settings = make_case(4), make_settings(kl=0.04)
     loss, gradient, _ = run(name, case, settings)
@@ -362,28 +449,27 @@ def test_extra_padding_columns_do_not_matter(name):
     close(padded_gradient[:, 2:-3], gradient)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_algorithm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("log_ratio", [100.0, -100.0, 800.0, -800.0])
 @pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
 def test_extreme_log_ratios_stay_finite(name, dtype, log_ratio, advantage):
-    """exp(100) overflows float32 and exp(800) float64; the unused branch of a minimum then has gradient 0 * inf."""
+    """exp(100) overflows float32 and exp(800) float64.
+
+    The unused branch of a minimum then has the gradient 0 * inf.
+    """
     logprobs = tensor([[-1.0, -1.0, -1.0]], dtype)
     old = logprobs - tensor([[log_ratio, 0, 0]], dtype)
-    case = (
-        logprobs,
-        old,
-        torch.full_like(logprobs, advantage),
-        torch.ones(1, 3, dtype=torch.bool),
-        old.clone(),
-    )
+    advantages = torch.full_like(logprobs, advantage)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    case = logprobs, old, advantages, mask, old.clone()
     for kl in (0.0, 0.04):
         loss, gradient, metrics = run(name, case, make_settings(kl=kl))
-        assert torch.isfinite(loss) and torch.isfinite(gradient).all()
+        assert torch.isfinite(loss)
+        assert torch.isfinite(gradient).all()
         assert all(math.isfinite(float(m)) for m in metrics.values())
-    if (
-        name in ("grpo", "dapo") and log_ratio * advantage > 0
-    ):  # far on the clipped side: no push at all
+    # Far on the clipped side there is no push at all.
+    if name in ("grpo", "dapo") and log_ratio * advantage > 0:
         _, gradient, _ = run(name, case, make_settings())
         assert gradient[0, 0] == 0
 
@@ -394,32 +480,33 @@ def test_extreme_log_ratios_stay_finite(name, dtype, log_ratio, advantage):
 def test_grpo_gspo_and_sapo_share_their_gradient_at_ratio_one():
     for seed in range(10):
         logprobs, _, advantages, mask, ref = make_case(seed)
-        case, settings = (logprobs, logprobs.clone(), advantages, mask, ref), make_settings(kl=0.02)
-        gradients = {name: run(name, case, settings)[1] for name in NAMES}
+        case = logprobs, logprobs.clone(), advantages, mask, ref
+        settings = make_settings(kl=0.02)
+        gradients = {name: run(name, case, settings)[1] for name in REFERENCES}
         close(gradients["gspo"], gradients["grpo"])
         close(gradients["sapo"], gradients["grpo"])
         narrow = make_settings(kl=0.02, clip_high=0.2)
         close(run("dapo", case, narrow)[1], gradients["dapo"])  # clip-higher does nothing
         close(gradients["cispo"], gradients["dapo"])
-        assert not torch.allclose(
-            gradients["dapo"], gradients["grpo"]
-        )  # lengths differ, so the normaliser matters
-        moved = run("sapo", (logprobs, logprobs - 0.1, advantages, mask, ref), settings)[1]
+        # lengths differ, so the normaliser matters
+        assert not torch.allclose(gradients["dapo"], gradients["grpo"])
+        off_policy = logprobs, logprobs - 0.1, advantages, mask, ref
+        moved = run("sapo", off_policy, settings)[1]
         assert not torch.allclose(moved, gradients["sapo"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_algorithm
 def test_a_group_of_equal_rewards_has_exactly_no_gradient(name):
     rewards = torch.full((1, 5), 0.1)
     logprobs, old, _, mask, ref = make_case(1, dtype=torch.float32)
     advantages = rl_algos.group_advantages(rewards).reshape(-1, 1).expand(mask.shape)
-    loss, gradient, _ = run(
-        name, (logprobs, old, advantages, mask, ref), make_settings(), with_ref=False
-    )
-    assert loss == 0 and gradient.eq(0).all()
+    case = logprobs, old, advantages, mask, ref
+    loss, gradient, _ = run(name, case, make_settings(), with_ref=False)
+    assert loss == 0
+    assert gradient.eq(0).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_algorithm
 def test_advantages_are_constants(name):
     logprobs, old, advantages, mask, ref = make_case(3)
     advantages.requires_grad_()
@@ -436,37 +523,42 @@ def test_advantages_are_constants(name):
     assert gradient.ne(0).any() and (none is None or none.eq(0).all())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_algorithm
 def test_half_precision_is_computed_in_float32(name):
-    """The same numbers in float32 give the same loss; a bfloat16 ratio (8 bits) could not even hold 1 + 4e-4."""
+    """The same numbers in float32 give the same loss.
+
+    A bfloat16 ratio, of 8 bits, could not even hold 1 + 4e-4.
+    """
     half = make_case(7, dtype=torch.bfloat16)
     single = tuple(x.float() if x.is_floating_point() else x for x in half)
     settings = make_settings(kl=0.04)
-    (low, low_gradient, _), (high, high_gradient, _) = (
-        run(name, half, settings),
-        run(name, single, settings),
-    )
-    assert low.dtype == torch.float32 and torch.equal(low, high)
-    assert torch.equal(
-        low_gradient, high_gradient.bfloat16()
-    )  # rounded once, when it is handed back
+    low, low_gradient, _ = run(name, half, settings)
+    high, high_gradient, _ = run(name, single, settings)
+    assert low.dtype == torch.float32
+    assert torch.equal(low, high)
+    # It is rounded once, when it is handed back.
+    assert torch.equal(low_gradient, high_gradient.bfloat16())
     mixed, _, _ = run(name, (half[0],) + single[1:], settings)
-    assert mixed.dtype == torch.float32 and torch.equal(mixed, high)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, high)
 
 
 def test_unknown_algorithm_names_the_choices():
-    assert set(NAMES) <= set(rl_algos.ALGORITHMS)
+    assert {"grpo", "dapo", "gspo", "sapo", "dr_grpo", "cispo"} <= ALGORITHMS.keys()
     with pytest.raises(ValueError) as error:
         run("grppo", make_case(0), make_settings())
-    assert all(name in str(error.value) for name in NAMES)
+    assert all(name in str(error.value) for name in ALGORITHMS)
 
 
 # ---------------------------------------------------------------- group advantages
 
 
 def test_group_advantages_by_hand():
-    """(1, 0, 0, 1): mean 1/2, unbiased std sqrt(4 * .25 / 3) = .57735, so .5 / .57745 = .865875 (biased: .9998).
-    (3, 1, 2, 2): mean 2, std sqrt(2/3) = .816497, so 1 / .816597 = 1.224595."""
+    """The std is unbiased, and 1e-4 is added to it.
+
+    (1, 0, 0, 1): mean 1/2, std sqrt(4 * .25 / 3) = .57735, so .5 / .57745 = .865875 (not .9998).
+    (3, 1, 2, 2): mean 2, std sqrt(2/3) = .816497, so 1 / .816597 = 1.224595.
+    """
     rewards = tensor([[1, 0, 0, 1], [3, 1, 2, 2]])
     close(
         rl_algos.group_advantages(rewards),
@@ -490,13 +582,17 @@ def test_group_advantages_by_hand():
 @pytest.mark.parametrize("scale", ["std", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_are_exactly_zero(scale, dtype):
-    """The mean of three times 0.1 is not 0.1 in floating point; over eps = 1e-4 the rest would be 1e-4 in float32."""
+    """The mean of three times 0.1 is not 0.1 in floating point.
+
+    Over eps = 1e-4 the rest would be 1e-4 in float32.
+    """
     for value in (0.1, 0.3, 0.7, 1 / 3, -1.1, 1e6 + 0.1, 0.0, 1.0):
         for size in range(2, 17):
             rewards = torch.full((2, size), value, dtype=dtype)
             rewards[1, 0] += 1  # the neighbour is not constant
             advantages = rl_algos.group_advantages(rewards, scale=scale)
-            assert advantages[0].eq(0).all() and advantages[1, 0] > 0, (value, size)
+            assert advantages[0].eq(0).all(), (value, size)
+            assert advantages[1, 0] > 0, (value, size)
 
 
 def test_groups_are_independent_and_shift_does_not_matter():
@@ -527,9 +623,8 @@ def test_overlong_penalty_by_hand():
     lengths = torch.tensor([0, 1, 80, 81, 85, 90, 99, 100, 120])
     penalty = rl_algos.overlong_penalty(lengths, 100, 20)
     assert penalty.is_floating_point()
-    close(
-        penalty, [0, 0, 0, -0.05, -0.25, -0.5, -0.95, -1, -1], rtol=0, atol=1e-7
-    )  # float32 quotients of small integers
+    # 1e-7: float32 quotients of small integers
+    close(penalty, [0, 0, 0, -0.05, -0.25, -0.5, -0.95, -1, -1], rtol=0, atol=1e-7)
     close(rl_algos.overlong_penalty(lengths.reshape(3, 3), 100, 20), penalty.reshape(3, 3))
     assert rl_algos.overlong_penalty(lengths, 100, 0).eq(0).all()
 
