@@ -1,4 +1,7 @@
-"""Tiny real Qwen2.5-VL policies for the tests: random weights, the toy's tokenizer, seconds on a CPU."""
+"""What the tests work on: tiny real Qwen2.5-VL policies with random weights, prompts, and runs.
+
+The tokenizer and the image processor are the toy's. All of it takes seconds on a CPU.
+"""
 
 import os
 
@@ -6,22 +9,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # float32 and gloo, on a machine with GPUs too
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image
 
 import toy
+import train
 from data import Sample, encode_prompt
-from model import Policy
+from model import Policy, save_policy
+
+pytest.register_assert_rewrite("helpers")  # before it is imported, or its asserts say little
+import helpers  # noqa: E402
 
 torch.set_num_threads(1)
 TEMPLATE = "{question} Think."
 
 
 def pytest_configure(config):
-    import tempfile
-
     set_hypothesis_home_dir(tempfile.mkdtemp())  # tests write only into temporary folders
 
 
@@ -37,7 +45,10 @@ def image_processor():
 
 @pytest.fixture
 def make_policy(tokenizer, image_processor):
-    """make_policy(seed=0, temperature=1.0, ...) -> a fresh two-layer Policy with two query heads per key head."""
+    """make_policy(seed=0, **options of Policy) -> a fresh Policy.
+
+    It has two decoder layers, with two query heads per key head.
+    """
 
     def make(seed: int = 0, **options) -> Policy:
         hf = toy.build_model(tokenizer, hidden=128, layers=2, seed=seed)
@@ -46,28 +57,38 @@ def make_policy(tokenizer, image_processor):
     return make
 
 
+@pytest.fixture
+def start(make_policy, tmp_path):
+    """start(*overrides, folder="run") runs train.main on a random policy -> the run's folder."""
+    save_policy(make_policy(seed=1), tmp_path / "model")
+    (tmp_path / "reward.py").write_text(helpers.REWARD)
+
+    def run(*overrides: str, folder: str = "run") -> Path:
+        train.main(helpers.small_run(tmp_path, folder, *overrides))
+        return tmp_path / folder
+
+    return run
+
+
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    pixels = torch.randint(
-        0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
-    )
+    """Noise."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, size=(height, width, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 
 
 @pytest.fixture(scope="session")
 def prompts(tokenizer, image_processor):
-    """Prompts with one, no and two images, of different lengths, the second image of the third inside the text."""
+    """Prompts of different lengths: with one image, with none, with two, one amid the text."""
+    one = (picture(112, 84, seed=0),)
+    two = (picture(56, 84, seed=1), picture(140, 56, seed=2))
     samples = [
-        Sample("one", (picture(112, 84, 0),), "<image>Sum circle, cross.", "3"),
-        Sample("none", (), "Sum circle, square, triangle.", "5"),
-        Sample(
-            "two",
-            (picture(56, 84, 1), picture(140, 56, 2)),
-            "<image>Sum cross.<image>And circle.",
-            "7",
-        ),
+        Sample("one", one, "<image>Sum circle, cross.", answer="3"),
+        Sample("none", (), "Sum circle, square, triangle.", answer="5"),
+        Sample("two", two, "<image>Sum cross.<image>And circle.", answer="7"),
     ]
     return [
-        encode_prompt(sample, index, tokenizer, image_processor, TEMPLATE)
+        encode_prompt(sample, index, tokenizer, image_processor=image_processor, template=TEMPLATE)
         for index, sample in enumerate(samples)
     ]
 
@@ -77,7 +98,8 @@ def random_responses(prompts, group_size: int, longest: int, vocabulary: int, se
     generator = torch.Generator().manual_seed(seed)
     rows = len(prompts) * group_size
     lengths = torch.randint(1, longest + 1, (rows,), generator=generator)
-    lengths[0], lengths[1] = longest, 1
+    lengths[0] = longest
+    lengths[1] = 1
     tokens = torch.randint(0, vocabulary - 10, (rows, longest), generator=generator)
     return tokens, torch.arange(longest) < lengths[:, None]
 
