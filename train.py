@@ -573,6 +573,8 @@ def build(config: Config, world: World) -> Training:
         raise ConfigError(str(error)) from error
     dataset, held_out = read_data(config, policy, world)
     inputs = {"data.path": dataset.fingerprint}
+    if held_out is not None:
+        inputs["data.eval_path"] = held_out.fingerprint
     if reference is not None:  # the policy goes on from the checkpoint, the reference from here
         inputs["model.path"] = evaluate.weights_of(str(path))
     if custom_reward is not None:
