@@ -73,6 +73,20 @@ def respond(
     )
 
 
+def respond_to_all(
+    policy: Policy, samples: Sequence[Sample], places: Sequence[int], template: str, **options
+) -> tuple[list[str], list[int]]:
+    """Texts and lengths of the responses to many samples. `options` are those of `respond`."""
+    texts = []
+    lengths = []
+    for start in range(0, len(places), SAMPLES_AT_ONCE):
+        part = places[start : start + SAMPLES_AT_ONCE]
+        rollout = respond(policy, samples, part, template, **options)
+        texts += rollout.texts
+        lengths += rollout.mask.sum(1).tolist()
+    return texts, lengths
+
+
 # --------------------------------------------------------------------------------- held-out samples
 
 
@@ -117,34 +131,19 @@ def held_out(
     share = list(range(len(samples)))[world.rank :: world.size]
     answers = [samples[place].answer for place in share]
 
-    def draw(asked: list[Sample], with_greedy: bool) -> tuple[list[str], list[int]]:
-        """Texts and lengths of a sampled response to each sample of this process's share.
-
-        with_greedy: each is followed by a greedy one, from the same prefill.
-        """
-        texts = []
-        lengths = []
-        for start in range(0, len(share), SAMPLES_AT_ONCE):
-            rollout = respond(
-                policy,
-                asked,
-                share[start : start + SAMPLES_AT_ONCE],
-                template,
-                max_new_tokens=max_new_tokens,
-                key=(seed, "held out"),
-                max_cache_tokens=max_cache_tokens,
-                temperature=1.0,
-                group_size=2 if with_greedy else 1,
-                greedy_last=with_greedy,
-            )
-            texts += rollout.texts
-            lengths += rollout.mask.sum(1).tolist()
-        return texts, lengths
-
     def count_right(texts: list[str]) -> float:
         return sum(map(rewards.accuracy, texts, answers))
 
-    texts, lengths = draw(samples, with_greedy=True)
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "key": (seed, "held out"),
+        "max_cache_tokens": max_cache_tokens,
+        "temperature": 1.0,
+    }
+    # Each sampled response is followed by a greedy one: both come from one prefill.
+    texts, lengths = respond_to_all(
+        policy, samples, share, template, group_size=2, greedy_last=True, **options
+    )
     sums = {
         "accuracy": count_right(texts[::2]),
         "format": sum(map(rewards.format, texts[::2])),
@@ -152,8 +151,9 @@ def held_out(
         "accuracy_greedy": count_right(texts[1::2]),
     }
     if swapped and any(sample.images for sample in samples):
-        texts, _ = draw(swap_images(samples), with_greedy=False)
+        texts, _ = respond_to_all(policy, swap_images(samples), share, template, **options)
         sums["accuracy_swapped"] = count_right(texts)
+    # float64 counts exactly, so that the result is the same on any number of processes.
     totals = world.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
     return {name: total / len(samples) for name, total in zip(sums, totals, strict=True)}
 
@@ -182,6 +182,7 @@ def read_tokens(policy: Policy, rollout: Rollout, settings) -> TokenReading:
 
     import dyco
 
+    # The same forward as in training reads the attention, not the decoding that wrote the response.
     tap = policy.tap(settings, keep_images=True)
     mask = rollout.mask
     with torch.no_grad():
@@ -211,6 +212,7 @@ def ask(arguments: argparse.Namespace) -> None:
     """Print the response to one question about some images."""
     import torch
 
+    from data import Sample
     from model import load_policy
     from rows import DataError, load_image
     from tools.token_table import printable, token_table
@@ -232,7 +234,7 @@ def ask(arguments: argparse.Namespace) -> None:
         )
     rollout = respond(
         policy,
-        [make_question(question, images)],
+        [Sample("ask", images, question, "")],
         [0],
         arguments.template or config.data.prompt_template,
         max_new_tokens=arguments.max_new_tokens,
@@ -242,12 +244,6 @@ def ask(arguments: argparse.Namespace) -> None:
     if arguments.tokens:
         print()
         print(token_table(read_tokens(policy, rollout, config.dyco)))
-
-
-def make_question(question: str, images: tuple) -> Sample:
-    from data import Sample
-
-    return Sample("ask", images, question, "")
 
 
 def config_of(model: str) -> Config:
@@ -273,6 +269,7 @@ def weights_of(model: str) -> str:
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = path.stat().st_size
         with open(path, "rb") as file:
+            # A megabyte at each end: hashing all of 16 GB would take a minute.
             digest.update(f"{path.name} {size}".encode() + file.read(2**20))
             file.seek(max(0, size - 2**20))
             digest.update(file.read())
@@ -358,11 +355,15 @@ def add_ask(commands) -> argparse.ArgumentParser:
     return parser
 
 
+def print_warning(message, *_) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parsed = parse(arguments)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            warnings.showwarning = print_warning
             parsed.call(parsed)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -23,6 +23,7 @@ Scoring, in the order of reading:
     suite.py         all of them by name, and the toy
     scoring.py       from responses to scores; pass@k
     table.py         several runs in the layout of the paper's table 1
+    options.py       the options of evaluate.py run, score and table
 
 Running a model, which alone needs torch and is not imported here:
     running.py       answer the rows, on one process or several

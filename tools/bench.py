@@ -619,6 +619,9 @@ def measure(names: list[str]) -> list[dict]:
 
 
 def main(arguments: list[str]) -> None:
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        sys.exit()
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     if arguments[:1] == ["--job"]:

@@ -37,7 +37,8 @@ def token_table(reading: TokenReading) -> str:
     columns.insert(4, roles)
     lines = []
     for place, name in enumerate(("", "token", "")):
-        lines.append(name.ljust(TOKEN_WIDTH) + "".join(f"{column[place]:>9}" for column in COLUMNS))
+        titles = "".join(f"{column[place]:>9}" for column in COLUMNS)
+        lines.append((name.ljust(TOKEN_WIDTH) + titles).rstrip())
     for token, *values in zip(reading.tokens, *columns, strict=True):
         lines.append(fit(repr(token), TOKEN_WIDTH) + "".join(f"{value:>9}" for value in values))
     return "\n".join([*lines, LEGEND])

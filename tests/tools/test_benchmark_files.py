@@ -328,3 +328,37 @@ def test_no_file_breaks_the_reader_of_responses(tmp_path_factory, content):
         assert all(isinstance(text, str) for texts in found.values() for text in texts.values())
     except BenchmarkError as error:
         assert str(error).startswith(str(path))
+
+
+def test_responses_stand_once_and_may_be_numbers(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    path.write_text(
+        '{"index": 1, "response": "A"}\n\n{"index": "1", "response": "B"}\n'
+        '{"index": 2, "response": 5}\n{"index": 2, "response": "x"}\n'
+    )
+    with pytest.raises(
+        BenchmarkError, match="2 responses stand more than once: '1', '2'; expected each once"
+    ):
+        read_responses(path)
+    path.write_text('{"index": 1, "response": "A", "sample": 1}\n{"index": "hb_1", "response": 5}')
+    assert read_responses(path) == {"1": {1: "A"}, "hb_1": {0: "5"}}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "Expecting property name"),
+        ("[1]", r"found \[1\]; expected a JSON object"),
+        ('{"index": 1}', "no key 'response'"),
+        ('{"index": null, "response": ""}', '"index" is None'),
+        ('{"index": 1, "response": null}', '"response" is None; expected text'),
+        ('{"index": 1, "response": "", "sample": -1}', '"sample" is -1'),
+        ('{"index": true, "response": ""}', '"index" is True'),
+        ("[" * 100000, "expected a JSON object"),
+    ],
+)
+def test_a_broken_line_of_responses_is_named(tmp_path, line, message):
+    path = tmp_path / "responses.jsonl"
+    path.write_text('{"index": 0, "response": ""}\n' + line + "\n")
+    with pytest.raises(BenchmarkError, match=f"responses.jsonl, line 2: .*{message}"):
+        read_responses(path)

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -68,19 +67,8 @@ def test_run_and_score_each_benchmark(run, tmp_path, capsys, name):
     assert f"{folder / 'responses.jsonl'}: {len(found)} responses" in printed.out
     assert "the released" in printed.err
     for mode in ("raw", "final"):
-        evaluate.main(
-            [
-                "score",
-                "--benchmark",
-                name,
-                "--data",
-                str(tmp_path / f"{name}.tsv"),
-                "--responses",
-                str(folder / "responses.jsonl"),
-                "--mode",
-                mode,
-            ]
-        )
+        files = ["--data", tmp_path / f"{name}.tsv", "--responses", folder / "responses.jsonl"]
+        evaluate.main(["score", "--benchmark", name, *map(str, files), "--mode", mode])
         printed = capsys.readouterr()
         score = json.loads(printed.out)
         assert list(score) == ["benchmark", "mode", "headline", "scores", "counts", "judge"]
@@ -334,17 +322,9 @@ def test_samples_for_pass_at_k(run, tmp_path, capsys):
     run("MMBench_DEV_EN_V11", *options, "--max-cache-tokens", "1")
     assert (folder / "responses.jsonl").read_bytes() == whole
     capsys.readouterr()
-    evaluate.main(
-        [
-            "score",
-            "--benchmark",
-            "MMBench_DEV_EN_V11",
-            "--data",
-            str(tmp_path / "MMBench_DEV_EN_V11.tsv"),
-            "--responses",
-            str(folder / "responses.jsonl"),
-        ]
-    )
+    name = "MMBench_DEV_EN_V11"
+    files = ["--data", tmp_path / f"{name}.tsv", "--responses", folder / "responses.jsonl"]
+    evaluate.main(["score", "--benchmark", name, *map(str, files)])
     found = json.loads(capsys.readouterr().out)
     assert {"pass@1", "pass@2", "pass@3"} <= found["scores"].keys()
     assert found["counts"]["scored"] == 12
@@ -359,36 +339,21 @@ def test_two_processes_write_what_one_does(run, model, tmp_path):
         for i in range(7)
     ]
     one = run("LogicVista", rows=rows)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(Path(evaluate.__file__)),
-        "run",
-        "--model",
-        str(model),
-        "--benchmark",
-        "LogicVista",
-        "--data",
-        str(tmp_path / "LogicVista.tsv"),
-        "--out",
-        str(tmp_path / "two"),
-        *QUICK,
-    ]
+    two = tmp_path / "two"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    files = ["--model", model, "--data", tmp_path / "LogicVista.tsv", "--out", two]
+    command = [evaluate.__file__, "run", "--benchmark", "LogicVista", *map(str, files), *QUICK]
     done = subprocess.run(
-        command,
+        [sys.executable, *torchrun, *command],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "two" / "responses.jsonl").read_bytes() == (
-        one / "responses.jsonl"
-    ).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+    responses = (two / "responses.jsonl").read_bytes()
+    assert responses == (one / "responses.jsonl").read_bytes()
+    assert sorted(path.name for path in two.iterdir()) == [
         ".lock",
         "responses.jsonl",
         "run.json",
@@ -441,19 +406,8 @@ def test_the_toy_is_run_by_the_same_command_and_answers_as_in_training(
 ):
     """The greedy responses are those that train.py's evaluation scores."""
     monkeypatch.setattr(toy, "prepare", lambda *_: model)
-    evaluate.main(
-        [
-            "run",
-            "--model",
-            "toy",
-            "--benchmark",
-            "toy",
-            "--out",
-            str(tmp_path / "toy"),
-            "--max-new-tokens",
-            "6",
-        ]
-    )
+    command = ["run", "--model", "toy", "--benchmark", "toy", "--out", str(tmp_path / "toy")]
+    evaluate.main([*command, "--max-new-tokens", "6"])
     assert "final: accuracy 0.0" in capsys.readouterr().out
     policy = load_policy(model, torch.device("cpu"), trainable=False)
     texts = []
