@@ -1,15 +1,17 @@
-"""distributed.py: start-up under torchrun or alone, reductions, sharded weights, and checkpoints that are whole or absent.
+"""distributed.py: the processes of a run, sums over them, and weights that they share out.
 
-Every process works on whole groups, its share of the step's prompts. Of several, each holds a share of every weight, gradient
-and optimizer state (FSDP2, `shard`); a layer's weights are gathered while it runs, and all of them for a rollout (`gathered`).
-Collective calls must be the same on every process: one without work for a pass makes an idle one (model.Policy.idle).
+Every process works on whole groups: its share of the step's prompts. Where there are several, each
+also holds a share of every weight, gradient and optimizer state (FSDP2, `shard`). The weights of a
+layer are gathered while it runs, and all weights at once for a rollout (`gathered`).
+
+Collective calls must be the same on every process. One that has no work for a pass makes an idle
+pass instead (model.Policy.idle).
 """
 
 import contextlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -54,9 +56,14 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def start() -> World:
-    """Join the process group that torchrun announces, or be alone. One GPU per process where there are any."""
-    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    """Join the process group that torchrun announces, or be alone.
+
+    Where there are GPUs, each process has one of its own.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
@@ -66,25 +73,21 @@ def start() -> World:
     return World(int(os.environ.get("RANK", 0)), size, device)
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM; on Linux only."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-# --------------------------------------------------------------------------------------------------- sharded weights
+# -------------------------------------------------------------------------------- sharded weights
 
 
 def shard(policy, world: World) -> None:
     """FSDP2: keep this process's share of the policy's weights. Alone, nothing changes. Collective.
 
-    Each decoder layer is a unit of its own, gathered while it runs. Embeddings, head, last norm and vision tower are one more,
-    gathered for a whole forward and again for the backward, so that passes with and without images gather the same. Gradients are
-    summed, not averaged: losses are divided by normalisers of all processes.
+    Each decoder layer is a unit of its own, gathered while it runs. Embeddings, head, last norm and
+    vision tower are one more unit, gathered for a whole forward and again for the backward, so that
+    passes with and without images gather the same. Gradients are summed and not averaged, because
+    losses are divided by normalisers of all processes.
     """
     if world.size == 1:
         return
@@ -103,7 +106,7 @@ def shard(policy, world: World) -> None:
 
 @contextlib.contextmanager
 def gathered(policy):
-    """The weights whole on every process: gathered once for a rollout instead of once per token. Collective."""
+    """The weights whole on every process, gathered once and not for each token. Collective."""
     units = [unit for unit in policy.modules() if isinstance(unit, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -117,7 +120,10 @@ def gathered(policy):
 
 
 def whole(tree, keep: bool = True):
-    """A tree of dicts, lists and tensors with sharded tensors gathered, on the CPU; None for tensors if not `keep`. Collective."""
+    """A tree of dicts, lists and tensors, with whole tensors on the CPU. Collective.
+
+    keep: False leaves None in place of each tensor, on processes that only help to gather.
+    """
     if isinstance(tree, dict):
         return {key: whole(value, keep) for key, value in tree.items()}
     if isinstance(tree, list):

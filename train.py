@@ -28,7 +28,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +41,7 @@ from tqdm import tqdm
 import distributed
 import dyco
 import evaluate
+import metrics
 import rewards
 import rl_algos
 import run_folder
@@ -56,7 +57,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 MAX_FAILURES = 5  # steps in a row with a loss or gradient that is not finite, before the run stops
 
 
-# ----------------------------------------------------------------- what the stages work with and on
+# ---------- what the stages work with and on
 
 
 class SampleError(RunError):
@@ -125,7 +126,7 @@ def join_batches(batches: list[Batch]) -> Batch:
     )
 
 
-# ---------------------------------------------------------------------------- 1. rollout, 2. reward
+# ---------- 1. rollout, 2. reward
 
 
 def collect(training: Training, drawn: list[tuple[int, int]], step: int) -> Batch:
@@ -232,7 +233,7 @@ def flatten(lists: list[list]) -> list:
     return [item for items in lists for item in items]
 
 
-# -------------------------------------------------------------------------------------- 3. logprobs
+# ---------- 3. logprobs
 
 
 def split(training: Training, batch: Batch, step: int) -> list[list[int]]:
@@ -329,7 +330,7 @@ def add_logprobs(training: Training, batch: Batch, minibatches: list[list[int]])
     return logged
 
 
-# ---------------------------------------------------------------------------- 4. advantage, 5. DyCo
+# ---------- 4. advantage, 5. DyCo
 
 
 def assign_advantages(config: Config, batch: Batch, step: int) -> None:
@@ -365,7 +366,7 @@ def loss_mask(config: Config, rollout: Rollout) -> Tensor:
     return rollout.mask
 
 
-# ---------------------------------------------------------------------------------------- 6. update
+# ---------- 6. update
 
 
 def update(training: Training, batch: Batch, groups: list[int]) -> dict:
@@ -412,7 +413,7 @@ def backward_of(
 
     with memory_for(describe_packed_row, config, rollout, groups):
         output = training.policy(part.prompts, part.tokens, part.mask)
-        loss, metrics = rl_algos.policy_loss(
+        loss, logged = rl_algos.policy_loss(
             config.algo.name,
             output.logprobs,
             cut(batch.old_logprobs),
@@ -424,7 +425,7 @@ def backward_of(
         )
         loss.backward()
     entropy, tokens = output.entropy.sum(), part.mask.sum()
-    return {**metrics, "loss": loss.detach(), "entropy": entropy, "tokens": tokens}
+    return {**logged, "loss": loss.detach(), "entropy": entropy, "tokens": tokens}
 
 
 def sums_over_processes(sums: dict[str, Tensor], with_kl: bool, world: World) -> dict[str, float]:
@@ -450,7 +451,7 @@ def set_learning_rate(config: Config, optimizer) -> None:
         group["lr"] = config.optim.lr * share
 
 
-# ----------------------------------------------------------------------------------------- the step
+# ---------- the step
 
 
 def train_step(training: Training, step: int) -> tuple[dict, Batch | None]:
@@ -459,12 +460,12 @@ def train_step(training: Training, step: int) -> tuple[dict, Batch | None]:
     The batch is None if dynamic sampling left nothing to learn from.
     """
     config, world = training.config, training.world
-    clock = Clock(world.device)
+    clock = metrics.Clock(world.device)
 
     # 1. rollout, 2. reward
     with distributed.gathered(training.policy):
         batch, collected = collect_useful(training, step)
-    row = describe_responses(collected, world)
+    row = metrics.describe_responses(collected, world)
     clock.lap("rollout")
     if not any(world.gather(bool(batch.positions))):
         skipped = float(config.train.updates_per_rollout)
@@ -478,7 +479,7 @@ def train_step(training: Training, step: int) -> tuple[dict, Batch | None]:
     assign_advantages(config, batch, step)
     batch.loss_mask = loss_mask(config, batch.rollout)
     if batch.roles is not None:
-        row |= describe_tokens(batch, world)
+        row |= metrics.describe_tokens(batch, world)
     clock.lap("logprobs")
 
     # 6. update
@@ -487,141 +488,15 @@ def train_step(training: Training, step: int) -> tuple[dict, Batch | None]:
         set_learning_rate(config, training.optimizer)
         updates.append(update(training, batch, groups))
     clock.lap("update")
-    row |= describe_updates(updates)
+    row |= metrics.describe_updates(updates)
     row |= clock.seconds
     tokens = sum(int(b.rollout.mask.sum()) for b in collected)
     row["time/tokens_per_second"] = sum(world.gather(tokens)) / sum(clock.seconds.values())
-    row |= describe_memory(world)
+    row |= metrics.describe_memory(world)
     return row, batch
 
 
-class Clock:
-    """Seconds of each stage, the device's work included."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-    def lap(self, stage: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[f"time/{stage}"] = now - self.last
-        self.last = now
-
-
-def means(pairs: dict[str, tuple], world: World) -> dict[str, float]:
-    """{name: (sum, count)} of each process -> {name: sum / count} over all processes.
-
-    Names whose count is 0 are left out.
-    """
-    mine = [[float(total), float(count)] for total, count in pairs.values()]
-    sums = world.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
-    return {
-        name: total / count for name, (total, count) in zip(pairs, sums, strict=True) if count > 0
-    }
-
-
-def describe_responses(collected: list[Batch], world: World) -> dict[str, float]:
-    """Means over all responses of a step, those included that dynamic sampling dropped."""
-    responses = sum(batch.rewards.numel() for batch in collected)
-    groups = sum(len(batch.rewards) for batch in collected)
-
-    def total(measure: Callable[[Batch], Tensor]) -> float:
-        return sum(float(measure(batch).sum()) for batch in collected)
-
-    def constant_groups(batch: Batch) -> Tensor:
-        return (batch.rewards == batch.rewards[:, :1]).all(1)
-
-    pairs = {
-        "reward/mean": (total(lambda batch: batch.rewards.double()), responses),
-        "reward/accuracy": (total(lambda batch: batch.accuracy), responses),
-        "reward/format": (total(lambda batch: batch.format), responses),
-        "reward/constant_groups": (total(constant_groups), groups),
-        "response/length": (total(lambda batch: batch.rollout.mask), responses),
-        "response/truncated": (total(lambda batch: batch.rollout.truncated), responses),
-    }
-    if all(batch.custom is not None for batch in collected):
-        pairs["reward/custom"] = (total(lambda batch: batch.custom), responses)
-    return means(pairs, world)
-
-
-def describe_tokens(batch: Batch, world: World) -> dict[str, float]:
-    """DyCo's own figures: means over the response tokens of the batch."""
-    mask, signals = batch.rollout.mask, batch.rollout.signals
-    has_role = batch.roles != 0
-    values = {
-        "visual_share": batch.roles > 0,
-        "text_share": batch.roles < 0,
-        "neutral_share": mask & ~has_role,
-        **signals._asdict(),
-    }
-    pairs = {f"dyco/{name}": (x.sum(), mask.sum()) for name, x in values.items()}
-    pairs["dyco/alignment"] = (batch.scores.sum(), has_role.sum())
-    return means(pairs, world)
-
-
-def describe_updates(updates: list[dict]) -> dict:
-    """Means over the updates of a step; what was skipped is added up."""
-    row = {}
-    for name in sorted({name for logged in updates for name in logged}):
-        values = [logged[name] for logged in updates if name in logged]
-        if name == "skipped_prompts":
-            row[f"policy/{name}"] = flatten(values)
-        elif name == "skipped_updates":
-            row[f"policy/{name}"] = sum(values)
-        else:
-            row[f"policy/{name}"] = sum(values) / len(values)
-    return row
-
-
-def describe_memory(world: World) -> dict[str, float]:
-    row = {}
-    resident = run_folder.resident_bytes()
-    if resident is not None:
-        row["memory/resident_gb"] = resident / 1e9
-    if world.device.type == "cuda":
-        row["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return row
-
-
-def sample_rows(training: Training, batch: Batch, step: int) -> Iterator[dict]:
-    """Some responses for samples.jsonl, with the role and score of each token.
-
-    The first response of each group comes first, then the second of each, and so on.
-    """
-    rollout, tokenizer = batch.rollout, training.policy.tokenizer
-    count = training.config.log.samples_per_step
-    order = [
-        row
-        for response in range(rollout.group_size)
-        for row in range(response, len(rollout.texts), rollout.group_size)
-    ]
-    for row in order[:count]:
-        group, response = divmod(row, rollout.group_size)
-        prompt, mask = rollout.prompts[group], rollout.mask[row]
-        described = {
-            "step": step,
-            "id": prompt.id,
-            "question": prompt.question,
-            "answer": prompt.answer,
-            "response": rollout.texts[row],
-            "reward": float(batch.rewards[group, response]),
-            "accuracy": float(batch.accuracy[group, response]),
-            "tokens": [tokenizer.decode(token) for token in rollout.tokens[row][mask].tolist()],
-        }
-        if batch.custom is not None:
-            described["custom"] = float(batch.custom[group, response])
-        if batch.roles is not None:
-            described["roles"] = batch.roles[row][mask].tolist()
-            described["scores"] = [round(x, 4) for x in batch.scores[row][mask].tolist()]
-        yield described
-
-
-# ---------------------------------------------------------------------------- running out of memory
+# ---------- running out of memory
 
 
 @contextlib.contextmanager
@@ -668,7 +543,7 @@ def describe_optimizer() -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------ the run
+# ---------- the run
 
 
 def build(config: Config, world: World) -> Training:
@@ -837,7 +712,7 @@ def run(config: Config, world: World) -> None:
             if evaluated:
                 row |= evaluation(training)
             if batch is not None:
-                folder.record_samples(sample_rows(training, batch, step))
+                folder.record_samples(metrics.sample_rows(training, batch, step))
             folder.record({"step": step, **row})
             warn(watch.warnings(row), folder, batch)
             bar.update()

@@ -116,7 +116,7 @@ TRAINING = [
         [
             Curve("rollout", "time/rollout", "first"),
             Curve("update", "time/update", "second"),
-            Curve("score", "time/score", "neutral"),
+            Curve("logprobs", "time/logprobs", "neutral"),
         ],
     ),
 ]

@@ -16,7 +16,7 @@ from PIL import Image
 import toy
 from config import load_config
 from data import Prompt, Sample, encode_prompt
-from distributed import resident_bytes
+from metrics import resident_bytes
 from model import Policy
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
