@@ -431,9 +431,11 @@ def test_max_pixels_holds_for_the_layout_of_released_checkpoints(make_policy, tm
 
 
 def test_what_is_not_a_qwen_is_refused(tmp_path):
-    message = "model.path.*neither a Hugging Face directory nor a hub id"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="model.path.*is no folder; expected a model directory"):
         load_policy(tmp_path / "nothing", torch.device("cpu"))
+    message = "model.path: 'nobody/nothing' is no folder here.*and the hub did not give it"
+    with pytest.raises(ValueError, match=message):
+        load_policy("nobody/nothing", torch.device("cpu"))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="'llama'; expected a Qwen2.5-VL"):
         load_policy(tmp_path, torch.device("cpu"))
