@@ -430,12 +430,13 @@ def test_max_pixels_holds_for_the_layout_of_released_checkpoints(make_policy, tm
     assert again.image_processor.size["longest_edge"] == 100352
 
 
-def test_what_is_not_a_qwen_is_refused(tmp_path):
+def test_what_is_not_a_qwen_is_refused(make_policy, tmp_path):
     with pytest.raises(ValueError, match="model.path.*is no folder; expected a model directory"):
         load_policy(tmp_path / "nothing", torch.device("cpu"))
     message = "model.path: 'nobody/nothing' is no folder here.*and the hub did not give it"
     with pytest.raises(ValueError, match=message):
         load_policy("nobody/nothing", torch.device("cpu"))
+    save_policy(make_policy(), tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="'llama'; expected a Qwen2.5-VL"):
         load_policy(tmp_path, torch.device("cpu"))
