@@ -1,4 +1,8 @@
-"""model.py: the packed group forward, the tap and the chunked log-probabilities against the slow, obvious versions."""
+"""model.py and attention.py against the slow, obvious versions.
+
+The packed group forward against one row at a time, the tap against the attention that transformers
+returns, the chunked log-probabilities against a whole softmax.
+"""
 
 import json
 from types import SimpleNamespace
@@ -18,23 +22,25 @@ DYCO = SimpleNamespace(layers=[-1], shift="fisher_rao", text_scope="after_image"
 
 
 def one_row(policy, prompt, response, output_attentions=False):
-    """The stock forward on [prompt | response] alone, with transformers' eager attention and its own positions."""
+    """The stock forward on [prompt | response] alone.
+
+    It has transformers' eager attention and its own positions. Returns the logits that predict the
+    response, [T, V], and the attentions of each layer.
+    """
     hf = policy.hf
     hf.model.rope_deltas = None
     hf.model.language_model.config._attn_implementation = "eager"
     ids = torch.cat([prompt.input_ids, response])[None]
     image = torch.cat([prompt.visual_mask, torch.zeros(len(response), dtype=torch.bool)])[None]
-    extra = (
-        {}
-        if prompt.pixel_values is None
-        else {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
-    )
+    images = {}
+    if prompt.pixel_values is not None:
+        images = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
     output = hf(
         input_ids=ids,
         mm_token_type_ids=image.int(),
         use_cache=False,
         output_attentions=output_attentions,
-        **extra,
+        **images,
     )
     hf.model.language_model.config._attn_implementation = model.ATTENTION
     logits = output.logits[0].float() / policy.temperature
@@ -42,38 +48,43 @@ def one_row(policy, prompt, response, output_attentions=False):
     return logits[len(prompt.input_ids) - 1 : -1], output.attentions
 
 
+def entropy_of(distribution):
+    """-Σ p·log p, where suppressed tokens have p = 0 and log p = -inf."""
+    return -(distribution.probs * distribution.logits.clamp(min=-1e9)).sum(-1)
+
+
 def one_by_one(policy, prompts, tokens, mask):
     """Log-probabilities and entropies [B, T], one row at a time."""
     group = len(tokens) // len(prompts)
-    logprobs, entropy = [], []
+    logprobs, entropies = [], []
     for row in range(len(tokens)):
         response = tokens[row][mask[row]]
-        distribution = torch.distributions.Categorical(
-            logits=one_row(policy, prompts[row // group], response)[0]
-        )
+        logits, _ = one_row(policy, prompts[row // group], response)
+        distribution = torch.distributions.Categorical(logits=logits)
         padding = torch.zeros(int((~mask[row]).sum()))
         logprobs.append(torch.cat([distribution.log_prob(response), padding]))
-        entropy.append(
-            torch.cat(
-                [-(distribution.probs * distribution.logits.clamp(min=-1e9)).sum(-1), padding]
-            )
-        )
-    return torch.stack(logprobs), torch.stack(entropy)
+        entropies.append(torch.cat([entropy_of(distribution), padding]))
+    return torch.stack(logprobs), torch.stack(entropies)
 
 
 def gradients(policy, logprobs, weights):
+    """The gradient of Σ weights·logprobs for every parameter, by name; 0 where there is none."""
     policy.zero_grad()
     (logprobs * weights).sum().backward()
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        for name, p in policy.named_parameters()
-    }
+    result = {}
+    for name, parameter in policy.named_parameters():
+        gradient = parameter.grad
+        result[name] = torch.zeros_like(parameter) if gradient is None else gradient.clone()
+    return result
 
 
 @pytest.mark.parametrize("chosen", [[0], [1], [2], [0, 1, 2]])
 def test_packed_equals_one_row_at_a_time(make_policy, prompts, chosen):
-    """Log-probabilities, entropies and gradients, with 1, 0 and 2 images and different lengths. 1e-5: float32 sums of a
-    hundred terms of order 1 in another order; gradients are compared relative to the largest of their tensor."""
+    """Log-probabilities, entropies and gradients, with 1, 0 and 2 images and different lengths.
+
+    1e-5: float32 sums of a hundred terms of order 1 in another order. Gradients are compared
+    relative to the largest of their tensor.
+    """
     policy = make_policy(temperature=0.7)
     some = [prompts[i] for i in chosen]
     tokens, mask = random_responses(some, 3, 9, 300)
@@ -87,9 +98,8 @@ def test_packed_equals_one_row_at_a_time(make_policy, prompts, chosen):
     assert sum(bool(gradient.any()) for gradient in slow_gradients.values()) > 20
     for name, gradient in slow_gradients.items():
         scale = gradient.abs().max().clamp(min=1e-3)
-        assert (packed_gradients[name] - gradient).abs().max() < 1e-5 * scale.clamp(
-            min=1
-        ) + 1e-5 * scale, name
+        tolerance = 1e-5 * scale.clamp(min=1) + 1e-5 * scale
+        assert (packed_gradients[name] - gradient).abs().max() < tolerance, name
 
 
 def test_micro_batches_add_up(make_policy, prompts):
@@ -105,18 +115,15 @@ def test_micro_batches_add_up(make_policy, prompts):
             output = policy([prompts[i] for i in part], tokens[rows], mask[rows])
             torch.testing.assert_close(output.logprobs, whole.logprobs[rows], rtol=1e-5, atol=1e-5)
             output.logprobs.sum().backward()
-        assert {
-            name for name, p in policy.named_parameters() if p.grad is not None
-        } == whole_gradients.keys()
-        for name, p in policy.named_parameters():
-            if p.grad is not None:
-                torch.testing.assert_close(
-                    p.grad, whole_gradients[name], rtol=1e-4, atol=1e-4, msg=name
-                )
+        parts = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+        assert parts.keys() == whole_gradients.keys()
+        for name, gradient in parts.items():
+            expected = whole_gradients[name]
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_a_response_does_not_see_its_neighbours(make_policy, prompts):
-    """Changing one response's tokens, or what stands on padding, leaves the others exactly as they were."""
+    """Another response's tokens, or what stands on padding, change nothing, not a bit."""
     policy = make_policy()
     tokens, mask = random_responses(prompts, 3, 8, 300)
     before = policy(prompts, tokens, mask, policy.tap(DYCO))
@@ -126,7 +133,7 @@ def test_a_response_does_not_see_its_neighbours(make_policy, prompts):
     others = torch.arange(len(tokens)) != 4
     assert torch.equal(before.logprobs[others], after.logprobs[others])
     assert not torch.equal(before.logprobs[4], after.logprobs[4])
-    for a, b in zip(before.signals, after.signals):
+    for a, b in zip(before.signals, after.signals, strict=True):
         assert torch.equal(a[others], b[others])
 
 
@@ -135,42 +142,42 @@ def test_empty_response_is_scored_as_nothing(make_policy, prompts):
     tokens, mask = random_responses(prompts[:1], 3, 5, 300)
     mask[1] = False
     output = policy(prompts[:1], tokens, mask, policy.tap(DYCO))
-    assert output.logprobs[1].eq(0).all() and all(x[1].eq(0).all() for x in output.signals)
-    torch.testing.assert_close(
-        output.logprobs[[0, 2]], policy(prompts[:1], tokens[[0, 2]], mask[[0, 2]]).logprobs
-    )
+    assert output.logprobs[1].eq(0).all()
+    assert all(signal[1].eq(0).all() for signal in output.signals)
+    others = policy(prompts[:1], tokens[[0, 2]], mask[[0, 2]])
+    torch.testing.assert_close(output.logprobs[[0, 2]], others.logprobs)
 
 
-# ------------------------------------------------------------------------------------------------------------ the tap
+# ---------------------------------------------------------------- the tap
 
 
 @pytest.mark.parametrize("scope", ["after_image", "all"])
 @pytest.mark.parametrize("layers", [[-1], [0, -1]])
 def test_tap_equals_the_attention_that_transformers_returns(make_policy, prompts, layers, scope):
-    """Signals of the tap against output_attentions=True of the stock eager forward, one row at a time."""
+    """Signals of the tap against output_attentions=True of the stock forward, row by row."""
     policy = make_policy()
     tokens, mask = random_responses(prompts, 2, 9, 300)
-    found = policy(prompts, tokens, mask, Tap(layers, policy.depth, "fisher_rao", scope)).signals
+    tap = Tap(layers, policy.depth, "fisher_rao", scope)
+    tapped = policy(prompts, tokens, mask, tap).signals
     for row in range(len(tokens)):
         prompt, response = prompts[row // 2], tokens[row][mask[row]]
         _, attentions = one_row(policy, prompt, response, output_attentions=True)
-        first, keys = len(prompt.input_ids) - 1, len(prompt.input_ids) + len(response)
+        # The query of a token is the position before it.
+        first = len(prompt.input_ids) - 1
         visual = torch.cat([prompt.visual_mask, torch.zeros(len(response), dtype=torch.bool)])
         text = ~visual
         if scope == "after_image" and visual.any():
             text[: int(visual.nonzero()[0])] = False
-        expected = [0.0] * 4
+        by_layer = []
         for layer in layers:
             rows = attentions[layer][0].mean(0)[None, first:-1]
-            signals = dyco.attention_signals(
-                rows, visual[None], text.expand(1, rows.shape[1], keys)
-            )
-            expected = [a + b / len(layers) for a, b in zip(expected, signals)]
-        for name, a, b in zip(found._fields, found, expected):
-            torch.testing.assert_close(
-                a[row][mask[row]], b[0], rtol=1e-5, atol=2e-5, msg=f"{name} of row {row}"
-            )
-            assert a[row][~mask[row]].eq(0).all()
+            by_layer.append(dyco.attention_signals(rows, visual[None], text.expand_as(rows)))
+        for name in tapped._fields:
+            expected = sum(getattr(signals, name)[0] for signals in by_layer) / len(layers)
+            signal = getattr(tapped, name)[row]
+            where = f"{name} of row {row}"
+            torch.testing.assert_close(signal[mask[row]], expected, rtol=1e-5, atol=2e-5, msg=where)
+            assert signal[~mask[row]].eq(0).all()
 
 
 def test_tap_in_blocks_of_queries(make_policy, prompts, monkeypatch):
@@ -179,7 +186,8 @@ def test_tap_in_blocks_of_queries(make_policy, prompts, monkeypatch):
     tokens, mask = random_responses(prompts, 2, 9, 300)
     whole = policy(prompts, tokens, mask, policy.tap(DYCO)).signals
     monkeypatch.setattr(Tap, "MAX_ELEMENTS", 1)
-    for a, b in zip(whole, policy(prompts, tokens, mask, policy.tap(DYCO)).signals):
+    in_blocks = policy(prompts, tokens, mask, policy.tap(DYCO)).signals
+    for a, b in zip(whole, in_blocks, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
@@ -188,7 +196,7 @@ def test_tap_names_a_layer_that_does_not_exist():
         Tap([0, 2], depth=2)
 
 
-# ------------------------------------------------------------------------------------------------- log-probabilities
+# ---------------------------------------------------------------- log-probabilities
 
 
 class LargestTensor(TorchDispatchMode):
@@ -209,29 +217,26 @@ def test_chunked_logprobs_equal_log_softmax():
     hidden = torch.randn(50, 8, generator=generator, dtype=torch.float32)
     weight = torch.randn(97, 8, generator=generator)
     targets = torch.randint(0, 90, (50,), generator=generator)
-    suppressed, slope = torch.tensor([91, 95]), torch.randn(50, generator=generator)
+    suppressed = torch.tensor([91, 95])
+    slope = torch.randn(50, generator=generator)
 
-    def full(hidden, weight):
+    def chunked(hidden, weight):
+        chunks = model._chunk_forward, model._chunk_backward
+        return TokenLogprobs.apply(hidden, weight, targets, 0.6, suppressed, 7, *chunks)
+
+    def whole(hidden, weight):
         logits = hidden @ weight.T / 0.6
         logits[:, suppressed] = -torch.inf
-        return torch.distributions.Categorical(logits=logits)
+        distribution = torch.distributions.Categorical(logits=logits)
+        return distribution.log_prob(targets), entropy_of(distribution)
 
     results = []
-    for way in ("chunked", "full"):
+    for function in (chunked, whole):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        if way == "chunked":
-            logprobs, entropy = TokenLogprobs.apply(
-                h, w, targets, 0.6, suppressed, 7, model._chunk_forward, model._chunk_backward
-            )
-        else:
-            distribution = full(h, w)
-            logprobs, entropy = (
-                distribution.log_prob(targets),
-                (-distribution.probs * distribution.logits.clamp(min=-1e9)).sum(-1),
-            )
+        logprobs, entropy = function(h, w)
         (logprobs * slope).sum().backward()
         results.append((logprobs, entropy, h.grad, w.grad))
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -240,7 +245,8 @@ def test_logits_never_exist_as_a_whole(make_policy, prompts, monkeypatch):
     policy = make_policy()
     monkeypatch.setattr(type(policy), "CHUNK", 16)
     tokens, mask = random_responses(prompts[1:2], 40, 30, 300)
-    predicted, vocabulary = int(mask.sum()), policy.hf.config.text_config.vocab_size
+    predicted = int(mask.sum())
+    vocabulary = policy.hf.config.text_config.vocab_size
     hidden = torch.randn(predicted, 4).requires_grad_()
     weight = torch.randn(vocabulary, 4).requires_grad_()
     with LargestTensor() as largest:
@@ -268,7 +274,7 @@ def test_suppressed_tokens_have_no_probability(make_policy):
     }
 
 
-# --------------------------------------------------------------------------------------------- dtype, compile, folders
+# ---------------------------------------------------------------- dtype, compile, folders
 
 
 def test_bfloat16_arithmetic_over_float32_weights(make_policy, prompts):
@@ -279,21 +285,21 @@ def test_bfloat16_arithmetic_over_float32_weights(make_policy, prompts):
     rough = policy(prompts, tokens, mask, policy.tap(DYCO))
     rough.logprobs.sum().backward()
     assert rough.logprobs.dtype == rough.signals.visual_mass.dtype == torch.float32
-    assert all(
-        p.dtype == torch.float32 and torch.isfinite(p.grad).all()
-        for p in policy.parameters()
-        if p.grad is not None
-    )
+    for parameter in policy.parameters():
+        if parameter.grad is not None:
+            assert parameter.dtype == torch.float32
+            assert torch.isfinite(parameter.grad).all()
     assert 0 < (rough.logprobs - exact).abs().max() < 0.2
 
 
 def test_windows_of_the_vision_tower_in_one_call(make_policy, prompts, monkeypatch):
-    """Three pictures, cut into windows of 64 patches and ragged ones: outputs and gradients of one call per window, in fewer calls."""
-    visual, calls, kernel = (
-        make_policy().hf.model.visual,
-        [],
-        torch.nn.functional.scaled_dot_product_attention,
-    )
+    """Three pictures, cut into windows of 64 patches and ragged ones at their edges.
+
+    Outputs and gradients are those of one call per window, in fewer calls.
+    """
+    visual = make_policy().hf.model.visual
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    calls = []
     assert visual.config._attn_implementation == attention.WINDOWS
     grid = torch.tensor([[1, 20, 26], [1, 8, 16], [1, 6, 4]])
     pixels = torch.randn(int(grid.prod(1).sum()), 1176, generator=torch.Generator().manual_seed(0))
@@ -302,44 +308,40 @@ def test_windows_of_the_vision_tower_in_one_call(make_policy, prompts, monkeypat
         visual.config._attn_implementation = implementation
         visual.zero_grad()
         calls.clear()
-        out = visual(pixels, grid).pooler_output
-        out.square().sum().backward()
-        return (
-            torch.cat(tuple(out)) if isinstance(out, (list, tuple)) else out,
-            [p.grad.clone() for p in visual.parameters()],
-            len(calls),
-        )
+        output = visual(pixels, grid).pooler_output
+        output.square().sum().backward()
+        return output, [p.grad.clone() for p in visual.parameters()], len(calls)
 
     def counted(*args, **kwargs):
         calls.append(1)
         return kernel(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
-    (ours, gradients, few), (plain, expected, many) = run(attention.WINDOWS), run("sdpa")
+    ours, our_gradients, few = run(attention.WINDOWS)
+    plain, plain_gradients, many = run("sdpa")
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
-    assert (
-        few == 5 + 3 and many == 15 + 3
-    )  # windows of 64, 32, 24, 16 and 8 patches, then 3 whole pictures
+    torch.testing.assert_close(our_gradients, plain_gradients, rtol=1e-4, atol=1e-5)
+    # windows of 64, 32, 24, 16 and 8 patches, then 3 whole pictures
+    assert few == 5 + 3
+    assert many == 15 + 3
 
 
 def test_products_into_float32_take_no_gradient(make_policy, prompts, monkeypatch):
-    """CUDA's 16-bit product with a float32 result has no derivative: it must not be met where one is wanted."""
-    policy, plain, calls = (
-        make_policy(dtype=torch.bfloat16),
-        model.float32_product,
-        [],
-    )
+    """CUDA's 16-bit product with a float32 result has no derivative: none may be wanted."""
+    policy = make_policy(dtype=torch.bfloat16)
+    plain = model.float32_product
+    wants_gradient = []
 
     def product(a, b):
-        calls.append(torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+        wants_gradient.append(torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
         return plain(a, b)
 
     for module in (attention, model):
         monkeypatch.setattr(module, "float32_product", product)
     tokens, mask = random_responses(prompts, 2, 5, 300)
     policy(prompts, tokens, mask, policy.tap(DYCO)).logprobs.sum().backward()
-    assert calls and not any(calls)
+    assert wants_gradient
+    assert not any(wants_gradient)
 
 
 def test_gradient_checkpointing_changes_nothing(make_policy, prompts):
@@ -349,7 +351,8 @@ def test_gradient_checkpointing_changes_nothing(make_policy, prompts):
     saving.train()
     a = gradients(plain, plain(prompts, tokens, mask).logprobs, mask.float())
     b = gradients(saving, saving(prompts, tokens, mask).logprobs, mask.float())
-    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 
 
 def test_frozen_vision_tower_gets_no_gradient(make_policy, prompts):
@@ -364,32 +367,28 @@ def test_frozen_vision_tower_gets_no_gradient(make_policy, prompts):
 @pytest.mark.slow
 def test_compiled_scoring_equals_eager(make_policy, prompts):
     tokens, mask = random_responses(prompts, 2, 6, 300)
-    policies = make_policy(), make_policy(compiled=True)
-    outputs = [policy(prompts, tokens, mask, policy.tap(DYCO)) for policy in policies]
-    torch.testing.assert_close(outputs[0].logprobs, outputs[1].logprobs, rtol=1e-5, atol=1e-5)
-    for a, b in zip(outputs[0].signals, outputs[1].signals):
+    eager, compiled = make_policy(), make_policy(compiled=True)
+    plain = eager(prompts, tokens, mask, eager.tap(DYCO))
+    fused = compiled(prompts, tokens, mask, compiled.tap(DYCO))
+    torch.testing.assert_close(plain.logprobs, fused.logprobs, rtol=1e-5, atol=1e-5)
+    for a, b in zip(plain.signals, fused.signals, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    a, b = (
-        gradients(policy, output.logprobs, mask.float())
-        for policy, output in zip(policies, outputs)
-    )
+    a = gradients(eager, plain.logprobs, mask.float())
+    b = gradients(compiled, fused.logprobs, mask.float())
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
 def test_saved_folder_is_a_normal_hugging_face_directory(make_policy, prompts, tmp_path):
-    """Stock classes load it, give the same logits, and generate; load_policy gives the same policy."""
+    """Stock classes load it, give the same logits, and generate; so does load_policy."""
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
     policy = make_policy(seed=3)
     save_policy(policy, tmp_path)
-    hf, tokenizer = (
-        AutoModelForImageTextToText.from_pretrained(tmp_path),
-        AutoTokenizer.from_pretrained(tmp_path),
-    )
+    hf = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert AutoImageProcessor.from_pretrained(tmp_path).size == policy.image_processor.size
-    assert tokenizer.chat_template == policy.tokenizer.chat_template and len(tokenizer) == len(
-        policy.tokenizer
-    )
+    assert tokenizer.chat_template == policy.tokenizer.chat_template
+    assert len(tokenizer) == len(policy.tokenizer)
     prompt = prompts[0]
     inputs = dict(
         input_ids=prompt.input_ids[None],
@@ -397,20 +396,19 @@ def test_saved_folder_is_a_normal_hugging_face_directory(make_policy, prompts, t
         pixel_values=prompt.pixel_values,
         image_grid_thw=prompt.image_grid_thw,
     )
-    torch.testing.assert_close(
-        hf(**inputs).logits[:, -1], policy.hf(**inputs).logits[:, -1], rtol=1e-5, atol=1e-5
-    )
+    theirs, ours = hf(**inputs).logits, policy.hf(**inputs).logits
+    torch.testing.assert_close(theirs[:, -1], ours[:, -1], rtol=1e-5, atol=1e-5)
     assert hf.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > len(prompt.input_ids)
     again = load_policy(tmp_path, torch.device("cpu"))
     tokens, mask = random_responses(prompts, 2, 6, 300)
-    assert torch.equal(
-        again(prompts, tokens, mask).logprobs, policy(prompts, tokens, mask).logprobs
-    )
-    assert again.eos_ids == policy.eos_ids and len(again.eos_ids) == 2
+    before, after = policy(prompts, tokens, mask), again(prompts, tokens, mask)
+    assert torch.equal(before.logprobs, after.logprobs)
+    assert again.eos_ids == policy.eos_ids
+    assert len(again.eos_ids) == 2
 
 
 def test_max_pixels_holds_for_the_layout_of_released_checkpoints(make_policy, tmp_path):
-    """Released preprocessor files carry min_pixels and max_pixels, which must not win over the config."""
+    """Released preprocessor files carry max_pixels, which must not win over the config."""
     save_policy(make_policy(), tmp_path)
     released = {
         "min_pixels": 3136,
@@ -425,28 +423,29 @@ def test_max_pixels_holds_for_the_layout_of_released_checkpoints(make_policy, tm
     }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(released))
     policy = load_policy(tmp_path, torch.device("cpu"), max_pixels=100352)
-    found = policy.image_processor(images=[picture(900, 600, 0)], return_tensors="pt")
-    assert 0.8 * 100352 / 196 < len(found["pixel_values"]) <= 100352 / 196
+    encoded = policy.image_processor(images=[picture(900, 600, 0)], return_tensors="pt")
+    assert 0.8 * 100352 / 196 < len(encoded["pixel_values"]) <= 100352 / 196
     save_policy(policy, tmp_path / "again")
-    assert (
-        load_policy(tmp_path / "again", torch.device("cpu")).image_processor.size["longest_edge"]
-        == 100352
-    )
+    again = load_policy(tmp_path / "again", torch.device("cpu"))
+    assert again.image_processor.size["longest_edge"] == 100352
 
 
-def test_what_is_not_a_qwen_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match="model.path.*neither a Hugging Face directory nor a hub id"
-    ):
+def test_what_is_not_a_qwen_is_refused(make_policy, tmp_path):
+    with pytest.raises(ValueError, match="model.path.*is no folder; expected a model directory"):
         load_policy(tmp_path / "nothing", torch.device("cpu"))
+    message = "model.path: 'nobody/nothing' is no folder here.*and the hub did not give it"
+    with pytest.raises(ValueError, match=message):
+        load_policy("nobody/nothing", torch.device("cpu"))
+    save_policy(make_policy(), tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="'llama'; expected a Qwen2.5-VL"):
         load_policy(tmp_path, torch.device("cpu"))
 
 
 def test_attention_never_builds_keys_for_other_responses(make_policy, prompts):
-    """Cost of attention: query–key pairs of the packed row are those of P²-causal prompt plus G·T·(P + T), not N²."""
-    policy, pairs = make_policy(), []
+    """The query–key pairs of the packed row are P² + G·T·(P + T), not N²."""
+    policy = make_policy()
+    pairs = []
     original = attention.grouped_query_attention
 
     def counting(query, key, value, scale):
@@ -465,27 +464,33 @@ def test_attention_never_builds_keys_for_other_responses(make_policy, prompts):
 
 
 def test_compiled_functions_do_not_recompile_per_step(make_policy, prompts, monkeypatch):
-    """Ten steps of other lengths, batches and prompts: rollout, scoring and update soon meet no new shape. Dynamo takes a
-    size of 1 for a case of its own, so the first time that a single row is left to decode is one more.
+    """Ten steps of other lengths, batches and prompts soon meet no new shape.
 
-    Compilation itself is left out (backend "eager"): what is counted is how often dynamo traces anew.
+    Dynamo takes a size of 1 for a case of its own, so the first time that a single row is left to
+    decode is one more. Compilation itself is left out (backend "eager"): what is counted is how
+    often dynamo traces anew.
     """
     from torch._dynamo.utils import counters
 
     from rollout import generate
 
     plain = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **options: plain(f, **options | {"backend": "eager"})
-    )
+
+    def trace_only(function, **options):
+        return plain(function, **options | {"backend": "eager"})
+
+    monkeypatch.setattr(torch, "compile", trace_only)
     torch._dynamo.reset()
     counters.clear()
-    policy, graphs = make_policy(compiled=True), []
+    policy = make_policy(compiled=True)
+    graphs = []
     policy.eos_ids = set(range(0, 40))
     for step in range(10):
         some = [prompts[i] for i in ((0, 1, 2), (0, 2), (1, 0))[step % 3]]
-        found = generate(policy, some, 3 + step % 4, 9 + 2 * step, (0, step), DYCO)
-        output = policy(some, found.tokens, found.mask, policy.tap(DYCO))
+        batch = generate(policy, some, 3 + step % 4, 9 + 2 * step, (0, step), DYCO)
+        output = policy(some, batch.tokens, batch.mask, policy.tap(DYCO))
         output.logprobs.sum().backward()
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] > 0 and graphs[-1] <= graphs[0] + 1 and len(set(graphs[5:])) == 1, graphs
+    assert graphs[0] > 0, graphs
+    assert graphs[-1] <= graphs[0] + 1, graphs
+    assert len(set(graphs[5:])) == 1, graphs

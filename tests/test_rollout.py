@@ -1,4 +1,7 @@
-"""rollout.py: shared-prompt decoding against transformers' generate, the packed forward, and itself in other batches."""
+"""rollout.py: shared-prompt decoding against other ways to the same numbers.
+
+These are transformers' generate, the packed forward, and the rollout itself in other batches.
+"""
 
 import doctest
 from types import SimpleNamespace
@@ -30,12 +33,10 @@ def test_greedy_equals_generate_of_transformers(make_policy, prompts):
     for index, prompt in enumerate(prompts):
         policy.hf.model.rope_deltas = None
         policy.hf.model.language_model.config._attn_implementation = "eager"
-        images = (
-            {}
-            if prompt.pixel_values is None
-            else {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
-        )
-        theirs = policy.hf.generate(
+        images = {}
+        if prompt.pixel_values is not None:
+            images = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+        prompt_and_response = policy.hf.generate(
             input_ids=prompt.input_ids[None],
             mm_token_type_ids=prompt.visual_mask[None].int(),
             **images,
@@ -43,135 +44,138 @@ def test_greedy_equals_generate_of_transformers(make_policy, prompts):
             max_new_tokens=20,
             do_sample=False,
             suppress_tokens=policy.suppressed.tolist(),
-        )[0, len(prompt.input_ids) :]
+        )
+        theirs = prompt_and_response[0, len(prompt.input_ids) :]
         policy.hf.model.language_model.config._attn_implementation = model.ATTENTION
         for row in (2 * index, 2 * index + 1):
             assert ours.tokens[row][ours.mask[row]].tolist() == theirs.tolist()
 
 
 def test_one_prefill_serves_sampled_and_greedy_responses(make_policy, prompts):
-    """The last response of a group is the greedy one, the others those that are sampled without it."""
+    """The last response of a group is the greedy one, the others are as sampled without it."""
     policy = eager_to_end(make_policy(seed=5))
-    both, sampled, greedy = (
-        generate(policy, prompts, size, 20, key, greedy_last=last)
-        for size, key, last in ((3, (0, 1), True), (2, (0, 1), False), (1, None, False))
-    )
-    texts = [both.texts[i : i + 3] for i in range(0, len(both.texts), 3)]
-    assert [text for group in texts for text in group[:2]] == sampled.texts
-    assert [group[2] for group in texts] == greedy.texts
+    both = generate(policy, prompts, 3, 20, key=(0, 1), greedy_last=True)
+    sampled = generate(policy, prompts, 2, 20, key=(0, 1))
+    greedy = generate(policy, prompts, 1, 20, key=None)
+    for index in range(len(prompts)):
+        *first_two, last = both.texts[3 * index : 3 * index + 3]
+        assert first_two == sampled.texts[2 * index : 2 * index + 2]
+        assert last == greedy.texts[index]
     assert both.texts[2] not in both.texts[:2]
 
 
 @pytest.mark.parametrize("scope", ["after_image", "all"])
 def test_decoding_equals_scoring(make_policy, prompts, scope):
-    """Behaviour log-probabilities and signals recorded while decoding are those of the packed forward. 1e-4 as the
-    design asks; shifts are the least precise, a square root of small probabilities."""
-    policy, settings = (
-        eager_to_end(make_policy(temperature=0.8)),
-        SimpleNamespace(**vars(DYCO) | {"text_scope": scope}),
-    )
-    found = generate(policy, prompts, 5, 25, (0, 1), settings)
-    lengths = found.mask.sum(1)
-    assert lengths.unique().numel() > 4, (
-        "the test wants rows that leave the batch at different steps"
-    )
-    scored = policy(prompts, found.tokens, found.mask, policy.tap(settings))
-    torch.testing.assert_close(found.logprobs, scored.logprobs, rtol=0, atol=1e-4)
-    for name, a, b in zip(found.signals._fields, found.signals, scored.signals):
+    """Log-probabilities and signals recorded while decoding are those of the packed forward.
+
+    Both agree to 1e-4. Shifts are the least precise: a square root of small probabilities.
+    """
+    policy = eager_to_end(make_policy(temperature=0.8))
+    settings = SimpleNamespace(**vars(DYCO) | {"text_scope": scope})
+    decoded = generate(policy, prompts, 5, 25, (0, 1), settings)
+    lengths = decoded.mask.sum(1)
+    assert lengths.unique().numel() > 4, "rows should leave the batch at different steps"
+    scored = policy(prompts, decoded.tokens, decoded.mask, policy.tap(settings))
+    torch.testing.assert_close(decoded.logprobs, scored.logprobs, rtol=0, atol=1e-4)
+    for name in decoded.signals._fields:
+        a, b = getattr(decoded.signals, name), getattr(scored.signals, name)
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4, msg=name)
-    assert (
-        found.signals.visual_mass[:5].sum() > 0 and found.signals.visual_mass[5:10].sum() == 0
-    )  # the second has no image
-    assert found.signals.text_shift[0, 1 : int(lengths[0])].ne(0).any()
+    assert decoded.signals.visual_mass[:5].sum() > 0
+    assert decoded.signals.visual_mass[5:10].sum() == 0  # the second has no image
+    assert decoded.signals.text_shift[0, 1 : int(lengths[0])].ne(0).any()
 
 
 def test_bfloat16_decoding_is_close_to_scoring(make_policy, prompts):
-    """Two kernels round differently: with 8 bits, log-probabilities of order 6 agree to some 0.1. Keys are cached in 16 bits."""
+    """Two kernels round differently, and keys are cached in 16 bits.
+
+    With 8 bits, log-probabilities of order 6 agree to some 0.1.
+    """
     policy = make_policy(dtype=torch.bfloat16)
-    found = generate(policy, prompts, 4, 12, (0, 0), DYCO)
-    scored = policy(prompts, found.tokens, found.mask, policy.tap(DYCO))
-    assert 0 < (found.logprobs - scored.logprobs).abs().max() < 0.15
-    for a, b in zip(found.signals, scored.signals):
-        assert a.dtype == torch.float32 and (a - b).abs().max() < 0.1
+    decoded = generate(policy, prompts, 4, 12, (0, 0), DYCO)
+    scored = policy(prompts, decoded.tokens, decoded.mask, policy.tap(DYCO))
+    assert 0 < (decoded.logprobs - scored.logprobs).abs().max() < 0.15
+    for a, b in zip(decoded.signals, scored.signals, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).abs().max() < 0.1
 
 
 def test_masks_end_tokens_and_truncation(make_policy, prompts):
     policy = eager_to_end(make_policy())
-    found = generate(policy, prompts, 6, 15, (0, 0), DYCO)
-    assert found.truncated.any() and not found.truncated.all()
-    for row in range(len(found.tokens)):
-        length = int(found.mask[row].sum())
-        ids = found.tokens[row, :length].tolist()
-        assert found.mask[row].tolist() == [True] * length + [False] * (
-            found.mask.shape[1] - length
-        )
+    batch = generate(policy, prompts, 6, 15, (0, 0), DYCO)
+    assert batch.truncated.any()
+    assert not batch.truncated.all()
+    for row, truncated in enumerate(batch.truncated.tolist()):
+        length = int(batch.mask[row].sum())
+        padding = batch.mask.shape[1] - length
+        assert batch.mask[row].tolist() == [True] * length + [False] * padding
+
+        ids = batch.tokens[row, :length].tolist()
         assert not any(token in policy.eos_ids for token in ids[:-1])
-        assert (ids[-1] in policy.eos_ids) == (not found.truncated[row])
-        assert length == 15 or not found.truncated[row]
-        assert found.texts[row] == policy.tokenizer.decode(
-            ids[:-1] if not found.truncated[row] else ids
-        )
-        for x in (found.tokens, found.logprobs, *found.signals):
+        assert (ids[-1] in policy.eos_ids) == (not truncated)
+        assert length == 15 or not truncated
+        said = ids if truncated else ids[:-1]
+        assert batch.texts[row] == policy.tokenizer.decode(said)
+        for x in (batch.tokens, batch.logprobs, *batch.signals):
             assert x[row, length:].eq(0).all()
-        assert found.logprobs[row, :length].lt(0).all()
+        assert batch.logprobs[row, :length].lt(0).all()
 
 
 def test_nothing_depends_on_the_batch(make_policy, prompts, monkeypatch):
-    """The same prompt and response index give the same tokens alone, in another order, in waves, and never compacted."""
+    """The same prompt and response index give the same tokens.
+
+    They do alone, in another order, in waves, and whether or not finished rows are removed.
+    """
     policy = eager_to_end(make_policy())
     whole = generate(policy, prompts, 4, 20, (3, 7), DYCO)
 
-    def check(part, order):
+    def check(order, **options):
+        part = generate(policy, [prompts[i] for i in order], 4, 20, (3, 7), DYCO, **options)
         for place, index in enumerate(order):
             for response in range(4):
-                a, b = whole.mask[4 * index + response], part.mask[4 * place + response]
-                assert (
-                    whole.tokens[4 * index + response][a].tolist()
-                    == part.tokens[4 * place + response][b].tolist()
-                )
-                for x, y in zip(whole.signals, part.signals):
-                    torch.testing.assert_close(
-                        x[4 * index + response][a], y[4 * place + response][b], rtol=0, atol=1e-5
-                    )
+                before, after = 4 * index + response, 4 * place + response
+                a, b = whole.mask[before], part.mask[after]
+                assert whole.tokens[before][a].tolist() == part.tokens[after][b].tolist()
+                for x, y in zip(whole.signals, part.signals, strict=True):
+                    torch.testing.assert_close(x[before][a], y[after][b], rtol=0, atol=1e-5)
 
-    check(generate(policy, [prompts[2]], 4, 20, (3, 7), DYCO), [2])
-    check(generate(policy, [prompts[2], prompts[0]], 4, 20, (3, 7), DYCO), [2, 0])
-    check(generate(policy, prompts, 4, 20, (3, 7), DYCO, max_cache_tokens=1), [0, 1, 2])
+    check([2])
+    check([2, 0])
+    check([0, 1, 2], max_cache_tokens=1)
     monkeypatch.setattr(rollout, "PREFILL_TOKENS", 1)
-    check(generate(policy, prompts, 4, 20, (3, 7), DYCO), [0, 1, 2])
+    check([0, 1, 2])
     monkeypatch.setattr(rollout, "COMPACT_BELOW", 0.0)
-    check(generate(policy, prompts, 4, 20, (3, 7), DYCO), [0, 1, 2])
+    check([0, 1, 2])
     monkeypatch.setattr(rollout, "COMPACT_BELOW", 1.0)
-    check(generate(policy, prompts, 4, 20, (3, 7), DYCO), [0, 1, 2])
-    assert not torch.equal(
-        generate(policy, prompts, 4, 20, (3, 8)).tokens[:, 0], whole.tokens[:, 0]
-    )
+    check([0, 1, 2])
+    other_step = generate(policy, prompts, 4, 20, (3, 8))
+    assert not torch.equal(other_step.tokens[:, 0], whole.tokens[:, 0])
 
 
 def test_responses_of_a_group_differ(make_policy, prompts):
-    found = generate(make_policy(), prompts, 8, 12, (0, 0))
-    assert len(set(found.texts[:8])) > 4
+    batch = generate(make_policy(), prompts, 8, 12, (0, 0))
+    assert len(set(batch.texts[:8])) > 4
 
 
 def test_another_temperature_than_the_policys(make_policy, prompts):
-    cool, warm = make_policy(temperature=0.5), make_policy(temperature=1.5)
-    a, b = (
-        generate(cool, prompts, 2, 8, (0, 0), temperature=1.5),
-        generate(warm, prompts, 2, 8, (0, 0)),
-    )
-    assert a.texts == b.texts and a.texts != generate(cool, prompts, 2, 8, (0, 0)).texts
+    cool = make_policy(temperature=0.5)
+    warm = make_policy(temperature=1.5)
+    warmed = generate(cool, prompts, 2, 8, (0, 0), temperature=1.5)
+    assert warmed.texts == generate(warm, prompts, 2, 8, (0, 0)).texts
+    assert warmed.texts != generate(cool, prompts, 2, 8, (0, 0)).texts
 
 
 def test_sampling_follows_the_distribution():
-    """20,000 draws over 8 ids: the chi-square statistic with 6 degrees of freedom exceeds 35 once in 200,000 runs."""
-    logits = torch.tensor(
-        [0.3, -1.0, 1.5, torch.finfo(torch.float32).min, 0.0, 2.0, -0.5, -torch.inf]
-    )
+    """20,000 draws over 8 ids.
+
+    The chi-square statistic with 6 degrees of freedom exceeds 35 once in 200,000 runs.
+    """
+    lowest = torch.finfo(torch.float32).min
+    logits = torch.tensor([0.3, -1.0, 1.5, lowest, 0.0, 2.0, -0.5, -torch.inf])
     draws = 20_000
-    found = sample_tokens(
-        logits.expand(draws, -1), torch.rand(draws, generator=torch.Generator().manual_seed(0))
-    )
-    counts, expected = torch.bincount(found, minlength=8), draws * logits.softmax(-1)
+    uniforms = torch.rand(draws, generator=torch.Generator().manual_seed(0))
+    tokens = sample_tokens(logits.expand(draws, -1), uniforms)
+    counts = torch.bincount(tokens, minlength=8)
+    expected = draws * logits.softmax(-1)
     assert counts[3] == counts[7] == 0
     seen = expected > 0
     assert ((counts - expected)[seen] ** 2 / expected[seen]).sum() < 35
@@ -186,31 +190,32 @@ def test_sampling_at_the_ends_of_the_unit_interval():
 def test_placeholders_are_never_sampled(make_policy, prompts):
     """A policy that wants nothing but image placeholders cannot have them."""
     policy = make_policy()
+    head = policy.hf.lm_head.weight
     with torch.no_grad():
-        policy.hf.lm_head.weight[policy.suppressed] = 50 * torch.sign(
-            policy.hf.lm_head.weight[policy.suppressed]
-        )
-    found = generate(policy, prompts, 4, 10, (0, 0))
-    assert not torch.isin(found.tokens[found.mask], policy.suppressed).any()
-    scored = policy(prompts, found.tokens, found.mask)
-    torch.testing.assert_close(found.logprobs, scored.logprobs, rtol=0, atol=1e-4)
+        head[policy.suppressed] = 50 * torch.sign(head[policy.suppressed])
+    batch = generate(policy, prompts, 4, 10, (0, 0))
+    assert not torch.isin(batch.tokens[batch.mask], policy.suppressed).any()
+    scored = policy(prompts, batch.tokens, batch.mask)
+    torch.testing.assert_close(batch.logprobs, scored.logprobs, rtol=0, atol=1e-4)
 
 
 def test_select_and_join_are_inverse(make_policy, prompts):
-    found = generate(eager_to_end(make_policy()), prompts, 3, 15, (0, 0), DYCO)
-    again = join([found.select([0]), found.select([1, 2])])
+    batch = generate(eager_to_end(make_policy()), prompts, 3, 15, (0, 0), DYCO)
+    again = join([batch.select([0]), batch.select([1, 2])])
     width = again.tokens.shape[1]
-    assert again.texts == found.texts and again.prompts == found.prompts
-    for a, b in zip(
-        (again.tokens, again.mask, again.logprobs, *again.signals),
-        (found.tokens, found.mask, found.logprobs, *found.signals),
-    ):
+    assert again.texts == batch.texts
+    assert again.prompts == batch.prompts
+    for name in ("tokens", "mask", "logprobs"):
+        assert torch.equal(getattr(again, name), getattr(batch, name)[:, :width])
+    for a, b in zip(again.signals, batch.signals, strict=True):
         assert torch.equal(a, b[:, :width])
-    assert torch.equal(again.truncated, found.truncated)
+    assert torch.equal(again.truncated, batch.truncated)
 
 
 def test_keyed_generators_depend_on_the_whole_key():
-    draw = lambda *key: torch.rand(4, generator=keyed_generator(*key)).tolist()
+    def draw(*key) -> tuple[float, ...]:
+        return tuple(torch.rand(4, generator=keyed_generator(*key)).tolist())
+
     assert draw(0, 1, 2) == draw(0, 1, 2)
     keys = [(0, 1, 2), (0, 1, 3), (0, 2, 2), (1, 1, 2), (0, 12), (0, "1", 2)]
-    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
+    assert len({draw(*key) for key in keys}) == len(keys)
