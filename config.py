@@ -5,12 +5,11 @@ value there. Here stand the type and the range of each. An unknown key, a wrong 
 of range is a ConfigError, which names the key, what was found and what was expected.
 """
 
-import difflib
 import math
 import re
 import types
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -19,6 +18,7 @@ import yaml
 
 import dyco
 import rl_algos
+from rows import nearest
 
 DEFAULTS = Path(__file__).with_name("config.yaml")
 TOY_LEVELS = (1, 2, 3)  # those of toy.LEVELS; config does not import the toy
@@ -197,19 +197,6 @@ class Config:
 
 SECTIONS: dict[str, type] = get_type_hints(Config)
 RECIPE_KEYS = tuple(key for key in get_type_hints(Algo) if key not in ("name", "max_refills"))
-
-
-def nearest(name: str, known: Iterable) -> str:
-    """A hint for a name that is not known.
-
-    >>> nearest("stpes", ["steps", "seed"])
-    "did you mean 'steps'?"
-    >>> nearest("x", ["steps", "seed"])
-    'known: steps, seed'
-    """
-    names = [str(k) for k in known]
-    close = difflib.get_close_matches(str(name), names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
 # ------------------------------------------------------------------------------------------ reading

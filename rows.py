@@ -7,6 +7,7 @@ checked, stands in data.py, which reads whole files with these functions. No mod
 is needed here.
 """
 
+import difflib
 import json
 import math
 import os
@@ -89,6 +90,19 @@ def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
                 last_line_end = Path(path).read_bytes().rfind(b"\n")
                 file.truncate(last_line_end + 1)
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def nearest(name: str, known: Iterable) -> str:
+    """A hint for a name that is not known.
+
+    >>> nearest("stpes", ["steps", "seed"])
+    "did you mean 'steps'?"
+    >>> nearest("x", ["steps", "seed"])
+    'known: steps, seed'
+    """
+    names = [str(k) for k in known]
+    close = difflib.get_close_matches(str(name), names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
 def show(value: Any) -> str:

@@ -85,7 +85,7 @@ def find(name: str) -> Benchmark:
     """The benchmark of a name. Raises BenchmarkError with the nearest name."""
     if name not in BENCHMARKS:
         # config imports torch, which scoring does not need.
-        from config import nearest
+        from rows import nearest
 
         raise BenchmarkError(f"no benchmark {name!r}; {nearest(name, BENCHMARKS)}")
     return BENCHMARKS[name]

@@ -71,7 +71,10 @@ def torchrun(tmp_path: Path, folder: str, *overrides: str) -> None:
 
 
 def rows_of(folder: Path, timeless: bool = True) -> list[dict]:
-    """The rows of a run's metrics.jsonl; timeless: without times and memory, which do not repeat."""
+    """The rows of a run's metrics.jsonl; timeless.
+
+    Without times and memory, which do not repeat.
+    """
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if not timeless:
         return rows

@@ -84,7 +84,10 @@ def test_numbers_and_switches_as_people_write_them():
 
 
 def test_words_that_yaml_takes_for_something_else(tmp_path):
-    """off is a rule and a setting, not False; a folder may be called 2024; braces are no mapping."""
+    """off is a rule and a setting, not False; a folder may be called 2024.
+
+    Braces are no mapping.
+    """
     config = load_config(
         DEFAULTS,
         ["dyco.rule=off", "model.compile=off", "run.dir=2024", "data.prompt_template={question}"],
@@ -140,7 +143,8 @@ def test_warnings_about_settings_that_surprise():
         ("rollout.group_size=1", r"rollout\.group_size: expected at least 2"),
         (
             "train.updates_per_rollout=3",
-            r"rollout\.prompts_per_step: expected a multiple of train\.updates_per_rollout \(3\), found 16",
+            r"rollout\.prompts_per_step: expected a multiple of "
+            r"train\.updates_per_rollout \(3\), found 16",
         ),
         ("rollout.temperature=0", r"rollout\.temperature: expected more than 0"),
         ("data.prompt_template=Hello", r"data\.prompt_template: expected text with \{question\}"),

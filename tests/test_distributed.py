@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_train import rows_of, start, weights_of  # noqa: F401  (start is a fixture)
+from helpers import rows_of, same_run, torchrun
 
 import run_folder
 import train
@@ -59,79 +58,27 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-SETTINGS = [
-    "train.steps=2",
-    "rollout.prompts_per_step=4",
-    "rollout.group_size=3",
-    "rollout.max_new_tokens=12",
-    "eval.samples=5",
-    "eval.every=2",
-    "optim.lr=1e-3",
-]
-
-
-def torchrun(tmp_path, folder: str, *settings) -> None:
-    """train.py on two gloo processes, with the settings of the `start` fixture."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "train.py",
-        "config.yaml",
-        *SETTINGS,
-        *settings,
-        f"model.path={tmp_path / 'model'}",
-        f"reward.custom={tmp_path / 'reward.py'}:vowels",
-        f"run.dir={tmp_path / folder}",
-    ]
-    done = subprocess.run(
-        command,
-        cwd=Path(train.__file__).parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "warning: no report" not in done.stdout and (tmp_path / folder / "report.html").exists()
-
-
-def same_run(tmp_path, one: Path, two: Path) -> None:
-    """Same samples; losses and gradient norms to 1e-3, as sums in another order and the steps that follow from them are."""
-    for a, b in zip(rows_of(one), rows_of(two), strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
-        assert a.get("reward/mean") == b.get("reward/mean")
-    before, a, b = (
-        load_file(tmp_path / "model" / "model.safetensors"),
-        weights_of(one),
-        weights_of(two),
-    )
-    moved = max(float((a[name] - before[name]).abs().max()) for name in a)
-    # AdamW divides by the gradient's own size, so where a gradient is rounding, its step is too: compare in the mean
-    apart = sum(float((a[name] - b[name]).abs().sum()) for name in a) / sum(
-        w.numel() for w in a.values()
-    )
-    print(f"weights moved by up to {moved:.1e} and are {apart:.1e} apart in the mean")
-    assert moved > 1e-3 and apart < 1e-4 * moved
-
-
 @pytest.mark.parametrize(
     "extra", [[], ["algo.name=dapo", "algo.dynamic_sampling=false", "algo.mask_truncated=false"]]
 )
-def test_two_processes_do_what_one_does(start, tmp_path, extra):  # noqa: F811
+def test_two_processes_do_what_one_does(start, tmp_path, extra):
     """Same global batch, weights whole on one process and sharded over two."""
     one = start("optim.warmup_steps=1", *extra, folder="one")
     torchrun(tmp_path, "two", "optim.warmup_steps=1", *extra)
     same_run(tmp_path, one, tmp_path / "two")
 
 
-def test_a_process_without_a_useful_group_goes_along(start, tmp_path):  # noqa: F811
-    """Dynamic sampling drops all groups of the second process; both end well, with what the first one learned."""
+def test_a_process_without_a_useful_group_goes_along(start, tmp_path):
+    """Dynamic sampling drops all groups of the second process.
+
+    Both end well, with what the first one learned.
+    """
     (tmp_path / "one_sided.py").write_text(
-        "import os, sys, train\nturn = iter(range(10**6))\n"
-        "train.rewards.accuracy = lambda text, answer: float(os.environ['RANK'] == '0' and next(turn) % 2)\ntrain.main(sys.argv[1:])\n"
+        "import os, sys, train\n"
+        "turn = iter(range(10**6))\n"
+        "on_first = os.environ['RANK'] == '0'\n"
+        "train.rewards.accuracy = lambda text, answer: float(on_first and next(turn) % 2)\n"
+        "train.main(sys.argv[1:])\n"
     )
     start("train.steps=1", folder="warm")
     command = [
@@ -169,7 +116,7 @@ def test_a_process_without_a_useful_group_goes_along(start, tmp_path):  # noqa: 
     assert rows[1]["reward/accuracy"] == 0.25 and rows[1]["reward/constant_groups"] == 0.5
 
 
-def test_the_error_of_one_process_ends_all(start, tmp_path):  # noqa: F811
+def test_the_error_of_one_process_ends_all(start, tmp_path):
     """A rank that fails must not leave the other waiting."""
     (tmp_path / "bad.py").write_text(
         "import os\ndef f(response, answer, sample):\n    if os.environ['RANK'] == '1':\n"

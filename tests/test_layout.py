@@ -24,7 +24,7 @@ CORE = {
     "rows": set(),
     "rewards": set(),
     "data": {"rows"},
-    "config": {"dyco", "rl_algos"},
+    "config": {"dyco", "rl_algos", "rows"},
     "attention": {"data", "dyco"},
     "model": {"attention", "data", "dyco"},
     "rollout": {"attention", "model", "data", "dyco"},

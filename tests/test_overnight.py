@@ -1,4 +1,7 @@
-"""Runs that are left alone: killed at any moment, interrupted, starved, poisoned, fed with nonsense."""
+"""Runs that are left alone.
+
+Killed at any moment, interrupted, starved, poisoned, fed with nonsense.
+"""
 
 import json
 import os
@@ -12,10 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import ROOT, rows_of, same_run, torchrun, weights_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_distributed import same_run, torchrun
-from test_train import rows_of, start, weights_of  # noqa: F401  (start is a fixture)
 
 import config as config_module
 import rewards
@@ -25,10 +27,9 @@ from config import ConfigError, load_config
 from model import load_policy
 from tools import examples
 
-ROOT = Path(train.__file__).parent
-
-# Runs train.main again and again until it ends well. Each attempt is a fork, so that it costs no start-up, and is killed with SIGKILL: by
-# turns as it is about to touch the log or a file of a checkpoint for the n-th time, as it touches any file, and after a while.
+# Runs train.main again and again until it ends well. Each attempt is a fork, so that it costs no
+# start-up, and is killed with SIGKILL: by turns as it is about to touch the log or a file of a
+# checkpoint for the n-th time, as it touches any file, and after a while.
 KILLER = """
 import os, random, shutil, signal, sys, threading
 import train, toy, transformers
@@ -41,7 +42,8 @@ die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 def strike_at(name, number):
     seen = [0]
     def watch(event, args):
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate") and folder in str(args[0]) and name in str(args[0]):
+        touches = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+        if event in touches and folder in str(args[0]) and name in str(args[0]):
             seen[0] += 1
             if seen[0] == number:
                 die()
@@ -74,8 +76,11 @@ while True:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_killed_run_ends_like_any_other(start, tmp_path, kills):  # noqa: F811
-    """SIGKILL at random moments, most of them between two operations on files: the same metrics, samples and bits."""
+def test_a_killed_run_ends_like_any_other(start, tmp_path, kills):
+    """SIGKILL at random moments, most of them between two operations on files.
+
+    The same metrics, samples and bits.
+    """
     more = [
         f"train.steps={4 + 4 * kills}",
         "checkpoint.every=1",
@@ -118,13 +123,15 @@ def test_a_killed_run_ends_like_any_other(start, tmp_path, kills):  # noqa: F811
     assert (killed / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     a, b = weights_of(whole), weights_of(killed)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    names = lambda folder: sorted(
-        str(path.relative_to(folder)) for path in folder.rglob("*") if "superseded" not in path.name
-    )
+
+    def names(folder: Path) -> list[str]:
+        paths = [path for path in folder.rglob("*") if "superseded" not in path.name]
+        return sorted(str(path.relative_to(folder)) for path in paths)
+
     assert names(killed) == names(whole)  # nothing half-written is left
 
 
-def test_stop_signal_saves_and_the_same_command_goes_on(start, tmp_path):  # noqa: F811
+def test_stop_signal_saves_and_the_same_command_goes_on(start, tmp_path):
     whole = start("train.steps=40", "eval.every=40", "rollout.max_new_tokens=6", folder="whole")
     command = [
         sys.executable,
@@ -174,12 +181,15 @@ def test_stop_signal_saves_and_the_same_command_goes_on(start, tmp_path):  # noq
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ------------------------------------------------------------------------------------------------------ many processes
+# ---------- many processes
 
 
-def test_checkpoints_cross_numbers_of_processes(start, tmp_path):  # noqa: F811
-    """One step on two processes and one on one, and the other way round, are two steps on one: same samples, weights as close as
-    sums in another order are. The rows differ in how many images they hold, and layers are recomputed."""
+def test_checkpoints_cross_numbers_of_processes(start, tmp_path):
+    """One step on two processes and one on one, and the other way round, are two steps on one.
+
+    Same samples, weights as close as sums in another order are. The rows differ in how many images
+    they hold, and layers are recomputed.
+    """
     from conftest import picture
 
     picture(84, 56, 1).save(tmp_path / "a.png")
@@ -208,9 +218,12 @@ def test_checkpoints_cross_numbers_of_processes(start, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_mixed_precision_on_two_processes(start, tmp_path):  # noqa: F811
-    """bfloat16 arithmetic over sharded float32 weights is that of autocast on one process, to the precision of bfloat16: sharded,
-    embeddings and norms are rounded, too, and gradients before they are summed. So the figures are close, and not equal."""
+def test_mixed_precision_on_two_processes(start, tmp_path):
+    """bfloat16 arithmetic over sharded float32 weights is close to autocast on one process.
+
+    It is not equal: where weights are sharded, embeddings and norms are rounded, too, and gradients
+    are rounded before they are summed.
+    """
     settings = [
         "model.dtype=bfloat16",
         "train.steps=1",
@@ -227,7 +240,7 @@ def test_mixed_precision_on_two_processes(start, tmp_path):  # noqa: F811
         )
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+# ---------- numbers
 
 
 def poisoned(monkeypatch, steps):
@@ -241,7 +254,7 @@ def poisoned(monkeypatch, steps):
     monkeypatch.setattr(train.rl_algos, "policy_loss", loss)
 
 
-def test_a_poisoned_update_is_skipped_and_named(start, monkeypatch, capsys):  # noqa: F811
+def test_a_poisoned_update_is_skipped_and_named(start, monkeypatch, capsys):
     poisoned(monkeypatch, {2, 3})  # both updates of step 2
     folder = start(
         "train.steps=3", "checkpoint.every=1", "checkpoint.keep_last=9", "optim.warmup_steps=8"
@@ -265,15 +278,14 @@ def test_a_poisoned_update_is_skipped_and_named(start, monkeypatch, capsys):  # 
     assert any(not torch.equal(first[name], third[name]) for name in first)
 
 
-def test_too_many_poisoned_steps_end_the_run(start, monkeypatch, capsys):  # noqa: F811
+def test_too_many_poisoned_steps_end_the_run(start, monkeypatch, capsys):
     poisoned(monkeypatch, range(2, 10**6))
     with pytest.raises(SystemExit) as caught:
         start("train.steps=20", "checkpoint.every=1", "eval.every=20")
     assert caught.value.code == 2 and "step 6: 5 steps in a row" in capsys.readouterr().err
 
 
-def test_out_of_memory_names_the_groups(start, monkeypatch, capsys):  # noqa: F811
-    from tools import examples
+def test_out_of_memory_names_the_groups(start, monkeypatch, capsys):
 
     plain, calls = train.Policy.forward, iter(range(10**6))
 
@@ -290,7 +302,8 @@ def test_out_of_memory_names_the_groups(start, monkeypatch, capsys):  # noqa: F8
         start("train.micro_batch_tokens=1")
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.match(
-        r"error: out of memory at a packed row of \d+ tokens, the groups of the prompts .*; lower rollout.group_size, ",
+        r"error: out of memory at a packed row of \d+ tokens, "
+        r"the groups of the prompts .*; lower rollout.group_size, ",
         error,
     )
 
@@ -302,8 +315,11 @@ def test_out_of_memory_names_the_groups(start, monkeypatch, capsys):  # noqa: F8
         ("grpo", ["algo.kl=0"]),
     ],
 )
-def test_nothing_to_learn_from(start, tmp_path, name, extra):  # noqa: F811
-    """All responses truncated and left out of the loss, or all rewards equal: no gradient, finite figures, the run goes on."""
+def test_nothing_to_learn_from(start, tmp_path, name, extra):
+    """All responses truncated and left out of the loss, or all rewards equal.
+
+    No gradient, finite figures, the run goes on.
+    """
     folder = start(
         f"algo.name={name}", *extra, "reward.custom_weight=0", "rollout.max_new_tokens=1"
     )
@@ -316,8 +332,11 @@ def test_nothing_to_learn_from(start, tmp_path, name, extra):  # noqa: F811
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_empty_responses(start, monkeypatch):  # noqa: F811
-    """A policy that ends at once: one token, no text, and with a reward that differs still something to learn."""
+def test_empty_responses(start, monkeypatch):
+    """A policy that ends at once.
+
+    One token, no text, and with a reward that differs still something to learn.
+    """
     plain, turn = train.policy_from_config, iter(range(10**6))
 
     def ending(*args, **kwargs):
@@ -335,7 +354,7 @@ def test_empty_responses(start, monkeypatch):  # noqa: F811
         )
 
 
-# ------------------------------------------------------------------------------------------------------ custom rewards
+# ---------- custom rewards
 
 BAD_REWARDS = """
 import re, time
@@ -374,7 +393,7 @@ def test_a_bad_reward_is_a_clear_error(tmp_path, name, message):
     assert rewards.call_custom(lambda *_: 1, "x", "y", None, 0.2) == 1.0  # and no alarm is left
 
 
-def test_a_bad_reward_in_a_run(start, tmp_path, capsys):  # noqa: F811
+def test_a_bad_reward_in_a_run(start, tmp_path, capsys):
     (tmp_path / "bad.py").write_text(BAD_REWARDS)
     bad = f"reward.custom={tmp_path / 'bad.py'}:raises"
     with pytest.raises(SystemExit) as caught:
@@ -389,7 +408,7 @@ def test_a_bad_reward_in_a_run(start, tmp_path, capsys):  # noqa: F811
     assert len(rows_of(folder)) == 3 and "its reward is 0" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------ bad config
+# ---------- bad config
 
 KEYS = st.sampled_from(
     [
@@ -469,7 +488,8 @@ def test_random_trees_as_config(tmp_path, tree, overrides):
 
 def test_yaml_cannot_run_code_or_grow(tmp_path):
     bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-        f"{n}: &{n} [{','.join(['*' + p] * 9)}]\n" for p, n in zip("abcdefgh", "bcdefghi")
+        f"{n}: &{n} [{','.join(['*' + p] * 9)}]\n"
+        for p, n in zip("abcdefgh", "bcdefghi", strict=True)
     )
     for content in (
         f"run: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']",
@@ -485,7 +505,7 @@ def test_yaml_cannot_run_code_or_grow(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-# --------------------------------------------------------------------------------------------------- no file but the data
+# ---------- no file but the data
 
 
 def test_image_paths_stay_below_the_root(tmp_path):

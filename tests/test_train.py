@@ -1,4 +1,7 @@
-"""train.py end to end, on a tiny random policy: every algorithm with and without DyCo, logs, resume, interruption."""
+"""train.py end to end, on a tiny random policy.
+
+Every algorithm with and without DyCo, logs, resume, interruption.
+"""
 
 import json
 import math
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import REWARD, rows_of, weights_of
 from safetensors.torch import load_file
 
 import config as config_module
@@ -19,62 +23,15 @@ import train
 from config import load_config
 from data import Sample, count_prompt_tokens
 from distributed import ALONE
-from model import load_policy, save_policy
+from model import load_policy
 from rollout import generate, keyed_generator
-
-REWARD = '''
-def vowels(response, answer, sample):
-    """A reward that a random policy can differ in: nothing about the task."""
-    return sum(letter in "aeiou" for letter in response) / 20 + 0 * len(sample.images)
-'''
-
-
-@pytest.fixture
-def start(make_policy, tmp_path):
-    """start(*overrides, folder=...) runs train.main on a random policy; returns the run's folder."""
-    save_policy(make_policy(seed=1), tmp_path / "model")
-    (tmp_path / "reward.py").write_text(REWARD)
-
-    def run(*overrides, folder="run") -> Path:
-        train.main(
-            [
-                str(config_module.DEFAULTS),
-                f"run.dir={tmp_path / folder}",
-                f"model.path={tmp_path / 'model'}",
-                f"reward.custom={tmp_path / 'reward.py'}:vowels",
-                "rollout.prompts_per_step=4",
-                "rollout.group_size=3",
-                "rollout.max_new_tokens=12",
-                "train.steps=2",
-                "eval.samples=5",
-                "eval.every=2",
-                "checkpoint.every=2",
-                "optim.lr=1e-3",
-                *overrides,
-            ]
-        )
-        return tmp_path / folder
-
-    return run
-
-
-def rows_of(folder: Path, timeless: bool = True) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return (
-        [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
-        if timeless
-        else rows
-    )
-
-
-def weights_of(folder: Path) -> dict:
-    return load_file(folder / "final" / "model.safetensors")
 
 
 @pytest.mark.parametrize("dyco", [True, False])
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo", "sapo", "dr_grpo", "cispo"])
 def test_two_steps(start, tmp_path, algorithm, dyco):
-    # dapo's own dynamic sampling would find no group with both right and wrong answers here, and masks truncated responses
+    # dapo's own dynamic sampling would find no group with both right and wrong answers here, and
+    # it would leave truncated responses out of the loss.
     extra = (
         ["algo.dynamic_sampling=false", "algo.mask_truncated=false"] if algorithm == "dapo" else []
     )
@@ -121,8 +78,11 @@ def test_two_steps(start, tmp_path, algorithm, dyco):
 
 @pytest.mark.parametrize("rule", ["paper", "shuffled", "response"])
 def test_every_setting_reaches_its_stage(make_policy, prompts, monkeypatch, rule):
-    """All knobs off their defaults: rewards by hand, shifts by what Fisher–Rao and Hellinger have in common, the chord |√p − √q|,
-    advantages from the pure functions, whose own tests have numbers."""
+    """All knobs off their defaults.
+
+    Rewards by hand, shifts by what Fisher–Rao and Hellinger have in common, the chord |√p − √q|,
+    advantages from the pure functions, whose own tests have numbers.
+    """
     config = load_config(
         config_module.DEFAULTS,
         [
@@ -168,7 +128,7 @@ def test_every_setting_reaches_its_stage(make_policy, prompts, monkeypatch, rule
     lengths, texts = batch.rollout.mask.sum(1).tolist(), batch.rollout.texts
     total = [
         2 * (len(text) % 2) + 3 * (len(text) % 3 == 0) + 5 * i / 10 - 0.5 * max(0, n - 4) / 4
-        for i, (text, n) in enumerate(zip(texts, lengths))
+        for i, (text, n) in enumerate(zip(texts, lengths, strict=True))
     ]
     assert batch.rewards.flatten().tolist() == pytest.approx(total) and max(lengths) > 4
 
@@ -201,7 +161,10 @@ def test_every_setting_reaches_its_stage(make_policy, prompts, monkeypatch, rule
 
 
 def test_the_reference_is_the_policy_that_training_began_with(start):
-    """One update a step: KL is 0 at the first, where the policy is its reference, and not at the second."""
+    """One update a step.
+
+    KL is 0 at the first, where the policy is its reference, and not at the second.
+    """
     rows = rows_of(start("train.updates_per_rollout=1", "algo.kl=0.04"))
     assert rows[1]["policy/kl"] < 1e-10 < 1e-6 < rows[2]["policy/kl"]
 
@@ -228,12 +191,15 @@ def test_the_model_is_built_as_the_config_says(start, tmp_path):
 
 
 def test_capture_in_rollout_and_in_scoring_train_the_same_policy(start):
-    """The signals agree to 1e-4, so a step's figures do, too; a role at the edge of τ may differ, hence not exactly."""
+    """The signals agree to 1e-4, so a step's figures do, too.
+
+    A role at the edge of τ may differ, hence not exactly.
+    """
     one, two = (
         start(folder="one"),
         start("dyco.capture=scoring", "train.old_logprobs=scored", folder="two"),
     )
-    for a, b in zip(rows_of(one)[1:2], rows_of(two)[1:2]):
+    for a, b in zip(rows_of(one)[1:2], rows_of(two)[1:2], strict=True):
         assert b.pop("policy/rollout_gap") < 1e-4
         assert a.keys() == b.keys()
         for key in a:
@@ -241,7 +207,10 @@ def test_capture_in_rollout_and_in_scoring_train_the_same_policy(start):
 
 
 def test_a_run_repeats_and_resumes_exactly(start):
-    """Same config, same numbers; a run cut after step 2 and resumed ends with the same metrics and the same bits."""
+    """Same config, same numbers.
+
+    A run cut after step 2 and resumed ends with the same metrics and the same bits.
+    """
     whole = start("train.steps=4", folder="whole")
     again = start("train.steps=4", folder="again")
     assert rows_of(whole) == rows_of(again)
@@ -273,7 +242,10 @@ def test_a_broken_log_is_named(start, capsys):
 
 
 def test_a_log_longer_than_the_checkpoint_is_neither_cut_nor_repeated(start, tmp_path):
-    """A crash after step 3 leaves rows past the checkpoint of step 2, and half a line; they are the rows of the rerun."""
+    """A crash after step 3 leaves rows past the checkpoint of step 2, and half a line.
+
+    They are the rows of the rerun.
+    """
     whole = start("train.steps=4", folder="whole")
     folder = start("train.steps=2", folder="crashed")
     row_3 = json.dumps(json.loads((whole / "metrics.jsonl").read_text().splitlines()[3]))
@@ -309,7 +281,10 @@ def test_another_run_cannot_resume(start, capsys):
 
 
 def test_dynamic_sampling_skips_a_step_without_a_useful_group(start, tmp_path):
-    """A random policy is never right, so every group's accuracy is constant: refills are tried and the step is skipped."""
+    """A random policy is never right, so every group's accuracy is constant.
+
+    Refills are tried and the step is skipped.
+    """
     folder = start("algo.name=dapo", "algo.max_refills=1", "train.steps=1")
     row = rows_of(folder)[1]
     assert (
@@ -324,7 +299,10 @@ def test_dynamic_sampling_skips_a_step_without_a_useful_group(start, tmp_path):
 
 
 def test_dynamic_sampling_keeps_mixed_groups_up_to_the_quota(start, monkeypatch):
-    """Right by turns where the answer is odd, never where it is even: only odd prompts are learned from, four at most."""
+    """Right by turns where the answer is odd, never where it is even.
+
+    Only odd prompts are learned from, four at most.
+    """
     turn, learned = iter(range(10**6)), []
     monkeypatch.setattr(
         train.rewards, "accuracy", lambda text, answer: float(int(answer) % 2 and next(turn) % 2)
@@ -348,7 +326,10 @@ def test_dynamic_sampling_keeps_mixed_groups_up_to_the_quota(start, monkeypatch)
 
 
 def test_rows_of_another_run_are_not_mixed_in(start, capsys):
-    """A crash before the first checkpoint leaves a log; another config in that folder is refused, the same one goes on."""
+    """A crash before the first checkpoint leaves a log.
+
+    Another config in that folder is refused, the same one goes on.
+    """
     folder = start("train.steps=1", "checkpoint.every=100")
     for path in (folder / "checkpoints", folder / "final"):
         shutil.rmtree(path)
@@ -370,7 +351,10 @@ def test_rows_of_another_run_are_not_mixed_in(start, capsys):
 
 
 def test_an_extended_run_has_no_old_final(start, monkeypatch):
-    """Killed between its last checkpoint and `final/`, a longer run must not take the shorter one's for its own."""
+    """A run is extended, and killed between its last checkpoint and `final/`.
+
+    It must not take the `final/` of the shorter run for its own.
+    """
     folder = start("train.steps=1", "checkpoint.every=1")
     old = weights_of(folder)
 
@@ -444,7 +428,10 @@ def test_mistakes_end_with_one_line(start, capsys, tmp_path):
 
 
 def test_own_jsonl_with_held_out_rows(start, tmp_path):
-    """The authors' rows and plain ones, one, two and no images; with images exchanged a prompt may be longer than any of its own."""
+    """The authors' rows and plain ones, one, two and no images.
+
+    With images exchanged a prompt may be longer than any of its own.
+    """
     from conftest import picture
 
     picture(84, 56, 1).save(tmp_path / "a.png")
@@ -466,13 +453,14 @@ def test_own_jsonl_with_held_out_rows(start, tmp_path):
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     policy = load_policy(tmp_path / "model", torch.device("cpu"))
-    count = lambda question, *sizes: count_prompt_tokens(
-        question,
-        sizes,
-        policy.tokenizer,
-        policy.image_processor,
-        load_config().data.prompt_template,
-    )
+
+    def count(question: str, *sizes: tuple[int, int]) -> int:
+        template = load_config().data.prompt_template
+        tokenizer, processor = policy.tokenizer, policy.image_processor
+        return count_prompt_tokens(
+            question, sizes, tokenizer, image_processor=processor, template=template
+        )
+
     longest = count(rows[1]["question"], (84, 56), (280, 280))
     assert count(long, (84, 56)) < longest < count(long, (280, 280))
     folder = start(
@@ -532,7 +520,10 @@ def test_torchrun_and_ask(start, tmp_path):
 
 @pytest.mark.slow
 def test_the_default_run_learns(tmp_path):
-    """What the README claims of the default: bad habits at first, cured within the run, and no answer without the picture."""
+    """What the README claims of the default.
+
+    Bad habits at first, cured within the run, and no answer without the picture.
+    """
     folder = tmp_path / "run"
     train.main([str(config_module.DEFAULTS), f"run.dir={folder}", f"toy.cache_dir={tmp_path}"])
     rows = rows_of(folder)
@@ -544,12 +535,13 @@ def test_the_default_run_learns(tmp_path):
     )
     assert last["eval/accuracy"] >= first["eval/accuracy"] + 0.50
     assert last["eval/accuracy_greedy"] >= first["eval/accuracy_greedy"] + 0.20
-    # chance is 580/4096 = 0.14, two shapes of three agree now and then; 200 samples have a standard error of 0.025
+    # Chance is 580/4096 = 0.14, as two shapes of three agree now and then. The standard error of
+    # 200 samples is 0.025.
     assert all(row["eval/accuracy_swapped"] < 0.24 for row in (first, last))
 
 
 def test_profile_and_curve(start, capsys):
-    """A trace of each of the first steps, which a viewer can open, and the evaluations as a table at the end."""
+    """A trace of the first steps, which a viewer can open; the evaluations as a table at the end."""
     folder = start("train.profile_steps=1")
     trace = json.loads((folder / "profile-1.json").read_text())
     assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
