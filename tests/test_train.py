@@ -541,7 +541,7 @@ def test_the_default_run_learns(tmp_path):
 
 
 def test_profile_and_curve(start, capsys):
-    """A trace of the first steps, which a viewer can open; the evaluations as a table at the end."""
+    """A trace of the first steps that a viewer can open, and the evaluations as a table."""
     folder = start("train.profile_steps=1")
     trace = json.loads((folder / "profile-1.json").read_text())
     assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
