@@ -33,12 +33,13 @@ lines and images. No model is needed for any of this, only its tokenizer and its
 import codecs
 import difflib
 import hashlib
+import json
 import os
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ class JsonlDataset:
             raise DataError(f"{root_key} {str(image_root)!r} is not a folder")
         self._root_key = root_key
 
+        _refuse_other_forms(self.path, content)
         self.rows: list[Row] = []
+        self._image_hashes: dict[str, str] = {}  # path -> hash of the file
         problems: dict[int, DataError] = {}  # by line
         # Only "\n" ends a line: splitlines() would also split a string at a U+2028 in it.
         for line, raw in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
@@ -135,21 +138,61 @@ class JsonlDataset:
         if not self.rows and not problems:
             raise DataError(f"{self.path} is empty; expected one JSON object per line")
 
+        self._make_ids_distinct()
         self.image_sizes = self._check_images(problems)  # path: (width, height), upright, in pixels
         self.settle(problems)
         self._warn_about_late_images()
+
+    def _make_ids_distinct(self) -> None:
+        """Several questions about one picture often share its id: the later ones get #2, #3, …"""
+        seen: dict[str, int] = {}
+        taken = {row.id for row in self.rows}
+        renamed = []
+        for place, row in enumerate(self.rows):
+            seen[row.id] = seen.get(row.id, 0) + 1
+            if seen[row.id] == 1:
+                continue
+            number = seen[row.id]
+            while f"{row.id}#{number}" in taken:
+                number += 1
+            self.rows[place] = replace(row, id=f"{row.id}#{number}")
+            taken.add(self.rows[place].id)
+            renamed.append(self.rows[place])
+        if renamed:
+            first = renamed[0]
+            warnings.warn(
+                f"{self.path}: {len(renamed)} rows have the id of an earlier one (first: line "
+                f"{first.line}, now {first.id!r})",
+                stacklevel=3,
+            )
+
+    def check_answers(self, can_be_matched: Callable[[str], bool]) -> None:
+        """Find every row whose reference no response can match; report them like other bad rows.
+
+        Such a row would get the reward 0 for ever, without a word. Indices change where rows are
+        skipped, so call it before making a Sampler.
+        """
+        problems: dict[int, DataError] = {}
+        for row in self.rows:
+            if not can_be_matched(row.answer):
+                problems[row.line] = DataError(
+                    f"the answer {show(row.answer)} is not matched by itself; expected a number, a "
+                    "formula, a letter or a few words"
+                )
+        self.settle(problems)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the file and of the lines in use.
+        """A hash of the file, of the lines in use and of their images, every byte.
 
         A resumed run compares it, to tell whether its sampler's places still mean the same rows.
         """
         lines = [row.line for row in self.rows]
-        return hashlib.sha256(repr((self._content_hash, lines)).encode()).hexdigest()
+        images = sorted(self._image_hashes.items())
+        return hashlib.sha256(repr((self._content_hash, lines, images)).encode()).hexdigest()
 
     @property
     def ids(self) -> list[str]:
@@ -201,7 +244,10 @@ class JsonlDataset:
 
         def size_or_error(path: str) -> tuple[int, int] | DataError:
             try:
-                return load_image(path, self.image_root).size
+                size = load_image(path, self.image_root).size
+                with open(Path(self.image_root) / path, "rb") as file:
+                    self._image_hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
+                return size
             except DataError as error:
                 # A fresh one: this one's traceback would keep half-decoded pixels alive.
                 return type(error)(str(error))
@@ -237,6 +283,31 @@ class JsonlDataset:
                 "Put images first where you can",
                 stacklevel=3,
             )
+
+
+def _refuse_other_forms(path: Path, content: bytes) -> None:
+    """Say what a file is that is no JSONL, once instead of once a line. Raises DataError."""
+    magic = {b"PAR1": "a Parquet file", b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file"}
+    for start, what in magic.items():
+        if content.startswith(start):
+            raise DataError(f"{path} is {what}; expected JSONL, one JSON object per line")
+    text = content.removeprefix(codecs.BOM_UTF8).strip()
+    if not text.startswith((b"[", b"{")) or b"\n" not in text:
+        return
+    first_line = text.split(b"\n", 1)[0].strip()
+    # A first line that is a whole object begins JSONL.
+    if text.startswith(b"{") and first_line.endswith(b"}"):
+        return
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    what = "array" if isinstance(whole, list) else "object"
+    raise DataError(
+        f"{path} is one JSON {what} over several lines; expected JSONL, one JSON object per line. "
+        f'To convert an array: python -c "import json, sys; [print(json.dumps(row)) for row in '
+        f'json.load(open(sys.argv[1]))]" {path} > rows.jsonl'
+    )
 
 
 def _read_file(path: Path) -> bytes:

@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,15 @@ QWEN_SPECIAL_TOKENS = (
     "<|im_start|>",
     "<|im_end|>",
     "<|endoftext|>",
+)
+# Names that people give to what they want the model to see or hear.
+MEDIA_NAMES = re.compile(
+    r"(?i)^(image|img|pic|picture|photo|figure|video|audio)s?"
+    r"([_-]?(path|file|filename|url|uri|bytes|data|base64)s?)?$|^(path|file)(_?name)?s?$"
+)
+MEDIA_FILE = re.compile(
+    r"(?i)^(data:(image|video|audio)/|[^\n]{0,1000}"
+    r"\.(png|jpe?g|webp|bmp|gif|tiff?|heic|avif|svg|mp4|avi|mov|mkv|webm|mp3|wav|flac)$)"
 )
 ROW_KEYS = {"id", "image", "images", "question", "answer", "conversations"}
 
@@ -139,6 +149,7 @@ def parse_row(raw: bytes, line: int) -> Row:
             f"found the keys {show(', '.join(row))}; "
             'expected "question" and "answer", or "conversations"'
         )
+    _refuse_other_media(row)
     images = _read_image_paths(row)
     question = _read_question(question, len(images), may_prepend="question" in row)
     row_id = _read_id(row.get("id"), line)
@@ -201,6 +212,26 @@ def _read_conversation(turns: Any) -> tuple[Any, Any]:
     return human.get("value"), gpt.get("value")
 
 
+def _refuse_other_media(row: dict[str, Any]) -> None:
+    """A picture under another key would be left out, and its row become a question without one.
+
+    A key counts as such by its name, or because its value is the path of such a file.
+    """
+    for key, value in row.items():
+        if key in ROW_KEYS:
+            continue
+        values = value if isinstance(value, list) else [value]
+        names_a_file = any(isinstance(v, str) and MEDIA_FILE.match(v) for v in values)
+        if not names_a_file and not MEDIA_NAMES.match(key):
+            continue
+        if re.search(r"(?i)video|audio", key):
+            raise DataError(f"found the key {show(key)}; expected images only")
+        raise DataError(
+            f"found the key {show(key)}, which looks like a picture; expected it under "
+            '"image" (a path) or "images" (a list of paths)'
+        )
+
+
 def _read_image_paths(row: dict[str, Any]) -> tuple[str, ...]:
     """The paths under "image" or "images"; either key may hold one path or an array of them."""
     if "image" in row and "images" in row:
@@ -237,10 +268,34 @@ def _read_answer(answer: Any) -> str:
         raise DataError(
             f"found {show(answer)} as the answer; expected valid text or a finite number"
         )
-    text = str(answer).strip()
+    text = inside_of(str(answer).strip())
     if not text:
         raise DataError(f"found {show(answer)} as the answer; expected text that is not empty")
     return text
+
+
+def inside_of(answer: str) -> str:
+    """What a reference says that comes wrapped: in answer tags, behind ####, or boxed.
+
+    >>> inside_of("<think>a dozen</think><answer> 12 </answer>"), inside_of("3 + 4 = 7\\n#### 7")
+    ('12', '7')
+    >>> inside_of(r"So x = \\boxed{\\frac{1}{2}}."), inside_of("3")
+    ('\\\\frac{1}{2}', '3')
+    """
+    tagged = re.findall(r"<answer>(.*?)</answer>", answer, re.DOTALL)
+    if tagged:
+        answer = tagged[-1].strip()
+    if "####" in answer:
+        answer = answer.rpartition("####")[2].strip()
+    start = answer.rfind("\\boxed{")
+    if start < 0:
+        return answer
+    depth = 0
+    for place in range(start + len("\\boxed"), len(answer)):
+        depth += (answer[place] == "{") - (answer[place] == "}")
+        if depth == 0:
+            return answer[start + len("\\boxed{") : place].strip() or answer
+    return answer
 
 
 def _read_id(value: Any, line: int) -> str:

@@ -551,6 +551,7 @@ def build(config: Config, world: World) -> Training:
 
     Raises ConfigError or DataError.
     """
+    dataset, held_out = read_data(config, world)
     try:
         custom_reward = None
         if config.reward.custom:
@@ -571,7 +572,9 @@ def build(config: Config, world: World) -> Training:
             distributed.shard(reference, world)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    dataset, held_out = read_data(config, policy, world)
+    check_prompts(config, policy, dataset)
+    if held_out is not None:
+        check_prompts(config, policy, held_out)
     inputs = {"data.path": dataset.fingerprint}
     if held_out is not None:
         inputs["data.eval_path"] = held_out.fingerprint
@@ -610,32 +613,39 @@ def model_folder(config: Config, world: World) -> str | Path:
     return toy.warm_start_folder(config, progress=world.is_main)
 
 
-def read_data(config: Config, policy: Policy, world: World) -> tuple[Sequence, Sequence | None]:
-    """The training set and the held-out samples. Raises DataError."""
+def read_data(config: Config, world: World) -> tuple[Sequence, Sequence | None]:
+    """The training set and the held-out samples. No model is needed. Raises DataError."""
 
     def read(path: str, root: str | None, root_key: str) -> JsonlDataset:
         rows = JsonlDataset(
             path, root, config.data.on_error, progress=world.is_main, root_key=root_key
         )
-        check_lengths(
-            rows,
-            policy.tokenizer,
-            policy.image_processor,
-            template=config.data.prompt_template,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-        )
+        rows.check_answers(rewards.is_satisfiable)
         return rows
 
     if config.data.path == "toy":
         dataset, held_out = toy.splits(config)
-        template = config.data.prompt_template
-        policy.encode(dataset[0], 0, template, max_prompt_tokens=config.data.max_prompt_tokens)
     else:
         dataset = read(config.data.path, config.data.image_root, "data.image_root")
         held_out = None
     if config.data.eval_path is not None:
         held_out = read(config.data.eval_path, config.data.eval_image_root, "data.eval_image_root")
     return dataset, held_out
+
+
+def check_prompts(config: Config, policy: Policy, dataset: Sequence) -> None:
+    """Find every prompt that is too long, or that the tokenizer cannot take. Raises DataError."""
+    template, most = config.data.prompt_template, config.data.max_prompt_tokens
+    if isinstance(dataset, JsonlDataset):
+        check_lengths(
+            dataset,
+            policy.tokenizer,
+            policy.image_processor,
+            template=template,
+            max_prompt_tokens=most,
+        )
+    else:  # the toy's prompts are all alike
+        policy.encode(dataset[0], 0, template, max_prompt_tokens=most)
 
 
 def evaluation(training: Training) -> dict[str, float]:

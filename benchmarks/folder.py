@@ -38,13 +38,15 @@ def open_folder(
     holds another run, FolderError if another process writes there.
     """
     stack.enter_context(run_folder.exclusive(folder, "--out"))
-    if (folder / "run.json").exists():
+    responses_there = any(path.stat().st_size for path in folder.glob("responses*.jsonl"))
+    # A folder without any response holds no run yet: a command that failed may have left it.
+    if (folder / "run.json").exists() and responses_there:
         changes = _changes(read_settings(folder), settings)
         if changes:
             raise BenchmarkError(
                 f"{folder} holds a run with another {', '.join(changes)}; set --out to a new folder"
             )
-    elif any(folder.glob("responses*.jsonl")):
+    elif responses_there:
         raise BenchmarkError(
             f"{folder} holds responses but no run.json that says of what; set --out to a new folder"
         )

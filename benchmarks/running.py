@@ -33,7 +33,7 @@ from benchmarks.responses import MAX_LISTED, RESPONSES, response_row
 from config import load_config
 from data import Sample, count_prompt_tokens
 from distributed import World
-from model import Policy, load_policy
+from model import Policy, check_model, load_policy
 from rollout import Rollout, runs_within
 from rows import IMAGE_MARKER, append_jsonl
 
@@ -60,6 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
         model = arguments.model
         if model == "toy":
             model = str(on_main(world, warm_start))
+        # Before the folder is opened: a command that failed must not leave one that then refuses
+        # the corrected command.
+        together(world, check_model, model)
         settings = together(world, run_settings, benchmark, arguments, model)
         root = Path(arguments.image_root or Path(arguments.data or ".").parent)
         task = Task(benchmark, rows, dropped, settings=settings, root=root)

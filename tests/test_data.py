@@ -181,7 +181,7 @@ def test_warning_about_text_before_the_image(folder):
         plain_row(image="a.png"),
         plain_row("Look: <image> what?", image="a.png"),
         chat_row("See <image>"),
-        chat_row("\n<image>x"),
+        chat_row("\n<image>x") | {"id": "d"},
     ]
     with pytest.warns(UserWarning, match=r"in 2 rows \(first: line 2\)") as caught:
         load_rows(folder, rows)

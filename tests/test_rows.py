@@ -29,10 +29,11 @@ def test_both_forms_mix_and_keep_their_order(folder):
         chat_row("<image>then <image>", image=["b.png", "a.png"]),
         chat_row("No picture", image=None),
     ]
-    dataset = load_rows(folder, rows)
+    with pytest.warns(UserWarning, match="have the id of an earlier one"):
+        dataset = load_rows(folder, rows)
     assert len(dataset) == 6
     samples = [dataset[index] for index in range(6)]
-    assert [sample.id for sample in samples] == ["c", "17", "3", "4", "c", "c"]
+    assert [sample.id for sample in samples] == ["c", "17", "3", "4", "c#2", "c#3"]
     assert [sample.answer for sample in samples] == ["3", "yes", "2", "0.5", "3", "3"]
     assert samples[1].question == "<image>Is <image> bigger?"
     assert samples[2].question == "One plus one?"

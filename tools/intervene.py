@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import dyco
+import evaluate
 from attention import Decoding, Tap
 from config import Config, load_config
 from data import Prompt
@@ -478,10 +479,9 @@ def intervention_text(described: list[dict]) -> str:
 
 def settings_of(options, config: Config, count: int, layers: list[int] | None) -> dict:
     """What the passes of one intervene.jsonl must agree in."""
-    files = sorted(model_folder(options, config).glob("*.safetensors"))
     return {
         "model": options.model,
-        "weights": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+        "weights": evaluate.weights_of(str(model_folder(options, config))),
         "data": options.data,
         "samples": count,
         "layers": layers,
