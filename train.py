@@ -53,6 +53,11 @@ from model import Policy, policy_from_config
 from rollout import Rollout, generate, join, keyed_generator, runs_within
 from run_folder import RunError, RunFolder
 
+USAGE = f"""usage: {{python|torchrun}} train.py CONFIG.yaml [section.key=value ...]
+
+Every key, with its meaning, is in config.yaml; for example algo.name=gspo dyco.rule=signed.
+
+{__doc__}"""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 MAX_FAILURES = 5  # steps in a row with a loss or gradient that is not finite, before the run stops
 
@@ -81,7 +86,7 @@ class Training(NamedTuple):
 
 @dataclass
 class Batch:
-    """One rollout batch of this process, and what the stages add to it. Rows are group-major."""
+    """One rollout batch of this process, and what the stages add to it; group-major."""
 
     rollout: Rollout
     rewards: Tensor  # [P, G]
@@ -255,7 +260,8 @@ def split(training: Training, batch: Batch, step: int) -> list[list[int]]:
 def packed_rows(training: Training, rollout: Rollout, groups: list[int]) -> list[list[int]]:
     """Groups, in packed rows of at most train.micro_batch_tokens; a larger one is a row of its own.
 
-    Every process gets as many rows: the last ones of a process with less work are empty.
+    All processes get the same number of rows, since sharded layers need all of them. One with less
+    work gets empty rows, for which `policy.idle` makes a pass whose gradients are 0.
     """
     lengths = rollout.mask.sum(1).view(len(rollout.prompts), rollout.group_size).sum(1).tolist()
     sizes = [len(rollout.prompts[group].input_ids) + lengths[group] for group in groups]
@@ -467,7 +473,8 @@ def train_step(training: Training, step: int) -> tuple[dict, Batch | None]:
         batch, collected = collect_useful(training, step)
     row = metrics.describe_responses(collected, world)
     clock.lap("rollout")
-    if not any(world.gather(bool(batch.positions))):
+    has_groups = len(batch.rollout.prompts) > 0
+    if not any(world.gather(has_groups)):  # no process has anything to learn from
         skipped = float(config.train.updates_per_rollout)
         return {**row, "policy/skipped_updates": skipped, **clock.seconds}, None
 
@@ -480,7 +487,7 @@ def train_step(training: Training, step: int) -> tuple[dict, Batch | None]:
     batch.loss_mask = loss_mask(config, batch.rollout)
     if batch.roles is not None:
         row |= metrics.describe_tokens(batch, world)
-    clock.lap("logprobs")
+    clock.lap("logprobs")  # of stages 3 to 5
 
     # 6. update
     updates = []
@@ -825,9 +832,11 @@ def profiled(training: Training, folder: RunFolder, step: int):
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     paths = [argument for argument in arguments if "=" not in argument]
-    if len(paths) != 1 or paths[0] in ("-h", "--help"):
-        usage = "usage: {python|torchrun} train.py CONFIG.yaml [section.key=value ...]"
-        sys.exit(f"{usage}\n\n{__doc__}")
+    if "-h" in paths or "--help" in paths:
+        print(USAGE)
+        return
+    if len(paths) != 1:
+        sys.exit(USAGE)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     world = None
     try:
