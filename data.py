@@ -18,7 +18,9 @@ line; "image" and "images" both hold one path or an array of paths, in either fo
                                                     {"from": "gpt", "value": "3"}]}
 
 A row may also have an "id" (else it is the line number) and other keys, whose simple values reach
-custom rewards as `sample.extra`.
+custom rewards as `sample.extra`. Rows that share an id, as several questions about one picture do,
+become id, id#2, id#3 in the order of the file. A key that names a picture, a video or a sound but
+is neither "image" nor "images" is an error, because the model would never see what it names.
 
 Rows come from many sources, so nothing in the file is trusted, and everything is checked before
 training starts: a run should fail in its first minute, not at step 900. The JSON must be valid,
@@ -36,9 +38,9 @@ import hashlib
 import os
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ from rows import (
     decode_image,  # noqa: F401  (for callers whose images are not files)
     load_image,
     parse_row,
+    refuse_other_formats,
     show,
 )
 
@@ -98,7 +101,8 @@ class JsonlDataset:
 
     Bad rows are reported together: `on_error` "raise" raises DataError, "skip" warns and drops
     them. Relative image paths start at `image_root`, by default the folder of the file. `root_key`
-    is what messages call that setting.
+    is what messages call that setting. `check_answer` takes each row's answer and returns the
+    reference to use for it; it raises DataError for one that no response can match.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class JsonlDataset:
         on_error: str = "raise",
         progress: bool = True,
         root_key: str = "data.image_root",
+        check_answer: Callable[[str], str] | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise DataError(f'on_error is {on_error!r}; expected "raise" or "skip"')
@@ -122,18 +127,13 @@ class JsonlDataset:
             raise DataError(f"{root_key} {str(image_root)!r} is not a folder")
         self._root_key = root_key
 
-        self.rows: list[Row] = []
+        content = content.removeprefix(codecs.BOM_UTF8)
+        refuse_other_formats(self.path, content)
         problems: dict[int, DataError] = {}  # by line
-        # Only "\n" ends a line: splitlines() would also split a string at a U+2028 in it.
-        for line, raw in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
-            if not raw.strip():
-                continue
-            try:
-                self.rows.append(parse_row(raw, line))
-            except DataError as error:
-                problems[line] = error
+        self.rows = _parse_rows(content, problems, check_answer)
         if not self.rows and not problems:
             raise DataError(f"{self.path} is empty; expected one JSON object per line")
+        self._tell_ids_apart()
 
         self.image_sizes = self._check_images(problems)  # path: (width, height), upright, in pixels
         self.settle(problems)
@@ -195,6 +195,32 @@ class JsonlDataset:
             )
         return "\n".join(report)
 
+    def _tell_ids_apart(self) -> None:
+        """Rename each row whose id an earlier row has, and warn once.
+
+        This comes before any row is dropped, so a row keeps its name when another is mended.
+        """
+        taken = {row.id for row in self.rows}
+        copies: dict[str, int] = {}  # how often each id stood so far
+        renamed = []
+        for place, row in enumerate(self.rows):
+            copies[row.id] = copies.get(row.id, 0) + 1
+            if copies[row.id] == 1:
+                continue
+            # "a#2" may be the id of a row in the file.
+            while f"{row.id}#{copies[row.id]}" in taken:
+                copies[row.id] += 1
+            self.rows[place] = replace(row, id=f"{row.id}#{copies[row.id]}")
+            renamed.append((row, self.rows[place].id))
+        if renamed:
+            first, new_id = renamed[0]
+            warnings.warn(
+                f"{self.path}: {len(renamed)} rows have the id of an earlier row, or its line "
+                f"number; they get ids of their own (first: line {first.line}, {show(first.id)} is "
+                f"now {show(new_id)})",
+                stacklevel=3,
+            )
+
     def _check_images(self, problems: dict[int, DataError]) -> dict[str, tuple[int, int]]:
         """Decode every image once. Returns {path: (width, height)} and adds to `problems`."""
         paths = list(dict.fromkeys(path for row in self.rows for path in row.images))
@@ -246,6 +272,34 @@ def _read_file(path: Path) -> bytes:
         raise DataError(
             f"{path} cannot be read ({error}); expected a JSONL file; {_names_near(path)}"
         ) from error
+
+
+def _parse_rows(
+    content: bytes,
+    problems: dict[int, DataError],
+    check_answer: Callable[[str], str] | None,
+) -> list[Row]:
+    """The rows of a file. Adds to `problems`, by line, what is wrong with the other lines."""
+    rows = []
+    # Only "\n" ends a line: splitlines() would also split a string at a U+2028 in it.
+    for line, raw in enumerate(content.split(b"\n"), start=1):
+        if not raw.strip():
+            continue
+        try:
+            row = parse_row(raw, line)
+            if check_answer is not None:
+                row = replace(row, answer=_reference(row.answer, check_answer))
+            rows.append(row)
+        except DataError as error:
+            problems[line] = error
+    return rows
+
+
+def _reference(answer: str, check_answer: Callable[[str], str]) -> str:
+    try:
+        return check_answer(answer)
+    except DataError as error:
+        raise DataError(f"found {show(answer)} as the answer; {error}") from error
 
 
 def _names_near(path: Path) -> str:

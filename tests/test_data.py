@@ -103,7 +103,7 @@ def test_both_forms_mix_and_keep_their_order(folder):
     dataset = load(folder, rows)
     assert len(dataset) == 6
     samples = [dataset[i] for i in range(6)]
-    assert [s.id for s in samples] == ["c", "17", "3", "4", "c", "c"]
+    assert [s.id for s in samples] == ["c", "17", "3", "4", "c#2", "c#3"]
     assert [s.answer for s in samples] == ["3", "yes", "2", "0.5", "3", "3"]
     assert [s.question for s in samples][1:3] == ["<image>Is <image> bigger?", "One plus one?"]
     assert [[im.size for im in s.images] for s in samples] == [
@@ -389,7 +389,7 @@ def test_warning_about_text_before_the_image(folder):
         plain(image="a.png"),
         plain("Look: <image> what?", image="a.png"),
         chat("See <image>"),
-        chat("\n<image>x"),
+        chat("\n<image>x", id="d"),
     ]
     with pytest.warns(UserWarning, match=r"in 2 rows \(first: line 2\)") as caught:
         load(folder, rows)
