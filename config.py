@@ -403,6 +403,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
     >>> split_arguments(["config.yaml", "train.steps=3"])
     ('config.yaml', ['train.steps=3'])
     """
+    # One mistake is enough: it decides what the arguments after it are taken for.
     for place, argument in enumerate(arguments):
         advice = _how_to_write(list(arguments), place)
         if advice:
@@ -505,6 +506,7 @@ def load_config(path: str | Path = DEFAULTS, overrides: Sequence[str] = ()) -> C
     """
     path = Path(path)
     problems: list[str] = []
+    # config.yaml itself is read once, and called by the name that the user gave.
     is_default = os.path.realpath(path) == os.path.realpath(DEFAULTS)
     trees = []  # (source, tree)
     for file in [path] if is_default else [DEFAULTS, path]:
@@ -575,6 +577,7 @@ def _merge_recipe(
 ) -> None:
     source, name = where
     for key, value in recipe.items():
+        # An unknown key is left out, or it would be reported again as one of `algo`.
         if key in RECIPE_KEYS:
             merged[key] = Setting(value, source)
         else:
@@ -594,7 +597,7 @@ def _with_recipe(
     if isinstance(name, str) and name in names:
         return {**base, **recipes[name], **algo}
     problems.append(f"{source}: algo.name: no recipe {_show(name)}; {nearest(_name(name), names)}")
-    # The rest of the section is checked under a name that exists: it is not at fault.
+    # The rest of the section is checked under a name that exists, since it is not at fault.
     return {**base, **algo, "name": Setting(next(iter(rl_algos.ALGORITHMS)), source)}
 
 
@@ -657,6 +660,7 @@ def _convert(value: Any, wanted: Any, key: str) -> Any:
         need(number is not None, "a number")
         need(math.isfinite(number), "a finite number")
         return number
+    # Not isinstance: True is an int, and no whole number.
     names = {int: "a whole number", str: "text", bool: "true or false"}
     need(type(value) is wanted, names[wanted])
     if wanted is int:

@@ -55,10 +55,12 @@ MEDIA_FILES = {
     for medium, kind, endings in (
         ("picture", "image", "png|jpe?g|jpe|jfif|webp|bmp|gif|tiff?|svg|heic|heif|avif|p[bgnp]m"),
         ("video", "video", "mp4|m4v|avi|mov|mkv|webm|mpe?g|flv|wmv|3gp"),
-        ("sound", "audio", "wav|mp3|flac|ogg|opus|m4a|aac|wma"),
+        ("sound", "audio", "wav|mp3|flac|ogg|m4a|aac|wma"),
     )
 }
-LONGEST_PATH = 4096  # on Linux; a longer text that ends in ".png" is no path
+# A longer text that ends in ".png" is no path but a sentence about one.
+LONGEST_PATH = 4096  # characters
+MOST_WORDS = 10
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 # How a file begins that is no JSONL file, what it is then, and what to do.
@@ -386,9 +388,13 @@ def _first_medium(leaves: list, own_pictures: set[str]) -> tuple[str | None, str
         if not isinstance(leaf, str):
             continue
         text = leaf.strip()
+        if text.startswith("data:"):
+            text = text.partition(",")[0]  # its head, before what may be megabytes
+        is_short = len(text) <= LONGEST_PATH and len(text.split(None, MOST_WORDS)) <= MOST_WORDS
+        if not is_short or "\n" in text:
+            continue
         for medium, pattern in MEDIA_FILES.items():
-            is_path = len(text) <= LONGEST_PATH and "\n" not in text
-            if (is_path or ADDRESS.match(text)) and pattern.fullmatch(text):
+            if pattern.fullmatch(text):
                 if medium == "picture" and _file_name(text) in own_pictures:
                     continue
                 return medium, leaf
