@@ -22,6 +22,7 @@ Shapes: P prompts of this process, G responses per prompt, B = P·G, T response 
 """
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -46,7 +47,7 @@ import rewards
 import rl_algos
 import run_folder
 import toy
-from config import Config, ConfigError, load_config
+from config import Config, ConfigError, load_config, split_arguments
 from data import DataError, JsonlDataset, Prompt, Sampler, check_lengths
 from distributed import World
 from model import Policy, policy_from_config
@@ -620,15 +621,27 @@ def model_folder(config: Config, world: World) -> str | Path:
     return toy.warm_start_folder(config, progress=world.is_main)
 
 
+@functools.cache
+def reference_of(answer: str) -> str:
+    """The reference that a row's answer holds. Raises DataError for one that nothing can match."""
+    reference = rewards.read_reference(answer)
+    if not rewards.is_satisfiable(reference):
+        raise DataError("no response can match it, not even this text itself")
+    return reference
+
+
 def read_data(config: Config, world: World) -> tuple[Sequence, Sequence | None]:
     """The training set and the held-out samples. No model is needed. Raises DataError."""
 
     def read(path: str, root: str | None, root_key: str) -> JsonlDataset:
-        rows = JsonlDataset(
-            path, root, config.data.on_error, progress=world.is_main, root_key=root_key
+        return JsonlDataset(
+            path,
+            root,
+            config.data.on_error,
+            progress=world.is_main,
+            root_key=root_key,
+            check_answer=reference_of,
         )
-        rows.check_answers(rewards.is_satisfiable)
-        return rows
 
     if config.data.path == "toy":
         dataset, held_out = toy.splits(config)
@@ -831,16 +844,16 @@ def profiled(training: Training, folder: RunFolder, step: int):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    paths = [argument for argument in arguments if "=" not in argument]
-    if "-h" in paths or "--help" in paths:
+    if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return
-    if len(paths) != 1:
+    if not arguments:
         sys.exit(USAGE)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     world = None
     try:
-        config = load_config(paths[0], [argument for argument in arguments if "=" in argument])
+        path, overrides = split_arguments(arguments)
+        config = load_config(path, overrides)
         world = distributed.start()
         with contextlib.ExitStack() as stack:
             if world.is_main:

@@ -47,7 +47,6 @@ __all__ = [
     "equivalent",
     "extract_answer",
     "format",
-    "is_satisfiable",
     "load_custom",
     "rational",
 ]
@@ -69,11 +68,6 @@ def accuracy(response: str, answer: str) -> float:
     if prediction is None:
         return 0.0
     return float(equivalent(prediction, answer))
-
-
-def is_satisfiable(answer: str) -> bool:
-    """Is this reference matched by its own text, given as the answer of a response?"""
-    return accuracy(f"<think></think><answer>{answer}</answer>", answer) == 1.0
 
 
 def format(response: str) -> float:
