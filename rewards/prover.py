@@ -146,9 +146,21 @@ PROVER = Prover()  # starts nothing before the first question
 def sympy_operations() -> dict[str, Callable]:
     import sympy
 
+    def variable(name: str) -> Any:
+        return sympy.Symbol(name, real=True)
+
+    def power(base: Any, exponent: Any) -> Any:
+        """As in expressions.raised: odd roots of negative numbers are negative."""
+        if exponent.is_Rational and exponent.q > 1 and exponent.q % 2 == 1:
+            return sympy.sign(base) ** exponent.p * sympy.Abs(base) ** exponent
+        return base**exponent
+
+    def logarithm_to_ten(value: Any) -> Any:
+        return sympy.log(value, 10)
+
     return {
         "num": sympy.Rational,
-        "var": lambda name: sympy.Symbol(name, real=True),
+        "var": variable,
         "pi": lambda: sympy.pi,
         "E": lambda: sympy.E,
         "oo": lambda: sympy.oo,
@@ -156,22 +168,48 @@ def sympy_operations() -> dict[str, Callable]:
         "+": operator.add,
         "*": operator.mul,
         "/": operator.truediv,
-        "^": operator.pow,
+        "^": power,
         "sqrt": sympy.sqrt,
         "sin": sympy.sin,
         "cos": sympy.cos,
         "tan": sympy.tan,
+        "sec": sympy.sec,
+        "csc": sympy.csc,
+        "cot": sympy.cot,
+        "arcsin": sympy.asin,
+        "arccos": sympy.acos,
+        "arctan": sympy.atan,
+        "sinh": sympy.sinh,
+        "cosh": sympy.cosh,
+        "tanh": sympy.tanh,
         "log": sympy.log,
+        "lg": logarithm_to_ten,
         "exp": sympy.exp,
+        "abs": sympy.Abs,
+        "floor": sympy.floor,
+        "ceiling": sympy.ceiling,
+        "!": sympy.factorial,
+        "binomial": sympy.binomial,
     }
 
 
 def prove(first: Any, second: Any, operations: dict[str, Callable]) -> bool:
-    """Whether the difference of two trees is 0, by what is cheap first."""
+    """Whether the difference of two trees is 0, by what is cheap first.
+
+    It may be so for positive variables only: √(1/m) and 1/√m are real for no other m. Whoever asks
+    has seen that the two agree at negative numbers as well, where they are real.
+    """
     import sympy
 
     difference = fold(first, operations) - fold(second, operations)
-    return difference == 0 or sympy.expand(difference) == 0 or sympy.simplify(difference) == 0
+    if difference == 0 or sympy.expand(difference) == 0:
+        return True
+    positive = difference.subs(
+        {symbol: sympy.Symbol(symbol.name, positive=True) for symbol in difference.free_symbols}
+    )
+    if positive == 0 or sympy.expand(positive) == 0:
+        return True
+    return sympy.simplify(difference) == 0 or sympy.simplify(positive) == 0
 
 
 def prove_in_fork(question: bytes, operations: dict[str, Callable]) -> bool:
