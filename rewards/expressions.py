@@ -85,7 +85,19 @@ FUNCTIONS = {
 }
 INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}  # what ^{-1} makes of them
 ACCENTS = {r"\vec", r"\bar", r"\hat", r"\overline"}
-CAPITAL_GREEK = ["Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega"]
+CAPITAL_GREEK = [
+    "Gamma",
+    "Delta",
+    "Theta",
+    "Lambda",
+    "Xi",
+    "Pi",
+    "Sigma",
+    "Upsilon",
+    "Phi",
+    "Psi",
+    "Omega",
+]
 GREEK_COMMANDS = {f"\\{name}" for name in [*GREEK.values(), "mu", *CAPITAL_GREEK]}
 
 # Four letters in a row, or letters alone, are words: "no" must not become n·o, which equals "on".

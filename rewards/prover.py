@@ -207,7 +207,8 @@ def prove(first: Any, second: Any, operations: dict[str, Callable]) -> bool:
     positive = difference.subs(
         {symbol: sympy.Symbol(symbol.name, positive=True) for symbol in difference.free_symbols}
     )
-    if positive == 0 or sympy.expand(positive) == 0:
+    exponentials = sympy.expand(positive.rewrite(sympy.exp))  # settles sin, cosh and the like
+    if 0 in (positive, sympy.expand(positive), exponentials):
         return True
     return sympy.simplify(difference) == 0 or sympy.simplify(positive) == 0
 

@@ -129,7 +129,8 @@ SPELLED_OUT = {
 }
 POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3}
 
-# Words that change the number before them, so that "5 million" is not "5 of something".
+# Words that change the number before them, so that "5 million" is not "5 of something", and words
+# that begin another clause.
 WORDS_OF_NUMBERS = """
     and not more less than least most plus minus over under about but between from
     negative squared cubed factorial point
@@ -137,6 +138,8 @@ WORDS_OF_NUMBERS = """
     hundredth thousandth millionth
     zero one two three four five six seven eight nine ten dozen
     hundred thousand lakh million crore billion trillion
+    then if when where while because since for with without as is are was so but that this which
+    therefore thus hence wrong false incorrect maybe
 """
 NO_NOUNS = set(WORDS_OF_NUMBERS.split())
 
