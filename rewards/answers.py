@@ -71,7 +71,8 @@ def equivalent(prediction: str, reference: str) -> bool:
     if max(len(prediction), len(reference)) > MAX_TEXT:
         return prediction == reference
 
-    raw = prediction
+    raw_prediction = prediction
+    raw_reference = reference
     prediction = spelling.clean(prediction)
     reference = spelling.clean(reference)
     letter = LETTER.fullmatch(reference)
@@ -83,24 +84,27 @@ def equivalent(prediction: str, reference: str) -> bool:
     if same_letters(prediction, reference):
         return True
 
-    target = read(reference)
     budget = Budget(prover.SYMBOLIC_LIMIT)
-    if same(read(prediction), target, budget):
+    targets = readings(raw_reference, reference)
+    # The sentence around a value is only looked into if its words do not say what is asked for.
+    if any(same(read(prediction), target, budget) for target in targets):
         return True
     # "1,234" may be two numbers where the reference is a sequence.
-    if spelling.THOUSANDS.search(prediction) and target.kind in ORDERED:
-        return same(read(prediction, grouped=False), target, budget)
-    return same_in_a_sentence(raw, prediction, target, budget)
+    if spelling.THOUSANDS.search(prediction) and targets[0].kind in ORDERED:
+        return same(read(prediction, grouped=False), targets[0], budget)
+    return any(
+        same(said, target, budget)
+        for said in readings(raw_prediction, prediction)[1:]
+        for target in targets
+        if target.kind != "text"
+    )
 
 
-def same_in_a_sentence(raw: str, clean: str, target: Value, budget: Budget) -> bool:
-    """Whether the one value of a sentence equals the reference, which is mathematics."""
-    if target.kind == "text":
-        return False
-    for part in (sentences.value_of(clean), sentences.formula_of(raw)):
-        if part is not None and same(read(spelling.clean(part)), target, budget):
-            return True
-    return False
+def readings(raw: str, clean: str) -> list[Value]:
+    """What an answer says as it stands, and then what the one value in it says, if a sentence."""
+    parts = [sentences.value_of(clean), sentences.formula_of(raw)]
+    values = [read(spelling.clean(part)) for part in parts if part is not None]
+    return [read(clean), *(value for value in values if value.kind != "text")]
 
 
 def rational(text: str) -> Fraction | None:

@@ -101,7 +101,7 @@ CAPITAL_GREEK = [
 GREEK_COMMANDS = {f"\\{name}" for name in [*GREEK.values(), "mu", *CAPITAL_GREEK]}
 
 # Four letters in a row, or letters alone, are words: "no" must not become n·o, which equals "on".
-WORDS = re.compile(r"(?<![A-Za-z\\])(?<!_\{)[A-Za-z]{4,} | ^[A-Za-z\s]{2,}\Z", re.VERBOSE)
+WORDS = re.compile(r"(?<![A-Za-z\\])(?<!_\{)[A-Za-z]{4,} | ^[A-Za-z\s]{2,}!*\Z", re.VERBOSE)
 
 
 DECIMAL = re.compile(r"[0-9]\.[0-9]|(?<![0-9])\.[0-9]|(?<![0-9.])10\s*\^")

@@ -202,15 +202,47 @@ def prove(first: Any, second: Any, operations: dict[str, Callable]) -> bool:
     import sympy
 
     difference = fold(first, operations) - fold(second, operations)
-    if difference == 0 or sympy.expand(difference) == 0:
-        return True
     positive = difference.subs(
         {symbol: sympy.Symbol(symbol.name, positive=True) for symbol in difference.free_symbols}
     )
-    exponentials = sympy.expand(positive.rewrite(sympy.exp))  # settles sin, cosh and the like
-    if 0 in (positive, sympy.expand(positive), exponentials):
-        return True
+    return any(step(difference, positive) for step in PROOFS)
+
+
+def by_expanding(difference: Any, positive: Any) -> bool:
+    import sympy
+
+    return difference == 0 or sympy.expand(difference) == 0
+
+
+def by_cancelling(difference: Any, positive: Any) -> bool:
+    """Fractions, and roots of positive numbers."""
+    import sympy
+
+    return 0 in (sympy.expand(positive), sympy.cancel(difference))
+
+
+def by_gamma_functions(difference: Any, positive: Any) -> bool:
+    """Factorials and binomial coefficients."""
+    import sympy
+
+    counted = difference.has(sympy.factorial, sympy.binomial)
+    return counted and sympy.gammasimp(difference) == 0
+
+
+def by_exponentials(difference: Any, positive: Any) -> bool:
+    """Trigonometric and hyperbolic functions as exponentials, of which they are fractions."""
+    import sympy
+
+    return sympy.cancel(positive.rewrite(sympy.exp)) == 0
+
+
+def by_simplifying(difference: Any, positive: Any) -> bool:
+    import sympy
+
     return sympy.simplify(difference) == 0 or sympy.simplify(positive) == 0
+
+
+PROOFS = [by_expanding, by_cancelling, by_gamma_functions, by_exponentials, by_simplifying]
 
 
 def prove_in_fork(question: bytes, operations: dict[str, Callable]) -> bool:
@@ -238,7 +270,7 @@ def work() -> None:
     operations = sympy_operations()
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
     # SymPy imports more at its first use. Let it do so before the clock runs.
-    prove(("sqrt", ("var", "x")), ("sin", ("var", "x")), operations)
+    prove(("sqrt", ("var", "x")), ("!", ("sin", ("var", "x"))), operations)
     os.write(1, READY)
     for question in sys.stdin.buffer:
         os.write(1, EQUAL if prove_in_fork(question, operations) else NOT_EQUAL)

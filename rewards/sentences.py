@@ -16,7 +16,8 @@ MAX_SENTENCE = 300  # characters
 REFUSED = re.compile(
     r"""
     \b (?: not | no | never | neither | nor | none | cannot | wrong | incorrect | false | isn't
-         | or | either | between | from | (?<!equal\ )to | at\ least | at\ most | if | unless | except | without
+         | or | either | between | from | (?<!equal\ )to | at\ least | at\ most
+         | if | unless | except | without
          | more | less | greater | fewer | than | over | under | above | below
          | twice | double | half | times | thrice | third | quarter | minus | plus | opposite
          | maybe | perhaps | possibly | might | could | guess | assume | suppose | instead | but

@@ -252,6 +252,8 @@ NOTATION = _compiled(
     (rf"(?<![\\A-Za-z])(pi|sqrt|{FUNCTION_NAMES})(?![A-Za-z])", r"\\\1 "),
     (r"(?<![A-Za-z])abs\s*\(([^()]*)\)", r"|\1|"),
     (r"(?<![\\A-Za-z])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
+    # A product of letters after a slash is the whole divisor: t/RC. But 1/2x is half of x.
+    (r"/\s*([A-Za-z]{2,3})(?![A-Za-z(_^])", r"/(\1)"),
     # Braces that LaTeX does not need: \frac34, \frac3{4}, \frac{3}4.
     (r"\\frac\s*([0-9])\s*(?=[0-9{])", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
@@ -324,7 +326,8 @@ def unbox(text: str) -> str:
             break
         if contents and not BETWEEN_BOXES.fullmatch(text[end : match.start()]):
             contents = []
-        contents.append(text[match.end() : match.end() + length])
+        sign = "-" if text[: match.start()].endswith("-") else ""
+        contents.append(sign + text[match.end() : match.end() + length])
         end = match.end() + length + 1
     return ", ".join(unbox(content) for content in contents) if contents else text
 
