@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 
-from rewards.answers import equivalent
+from rewards.answers import MAX_TEXT, equivalent
 from rewards.choices import choice
 from rewards.spelling import clean, unbox
+
+MAX_SOLUTION = 100_000  # characters; in a longer text no box is looked for
 
 # ------------------------------------------------------------------------------------ the wrappings
 
@@ -35,7 +37,7 @@ def after_hashes(text: str) -> str:
 
 def boxed(text: str) -> str:
     r"""What is in the last \boxed{…}."""
-    return unbox(text)
+    return unbox(text) if len(text) <= MAX_SOLUTION else text
 
 
 # A letter before the text of its option. After a dot comes what may begin an option: not "E. coli".
@@ -46,7 +48,7 @@ LETTER_WITH_TEXT = re.compile(
 
 def letter_alone(text: str) -> str:
     """The letter of "(B) 12 cm"."""
-    match = LETTER_WITH_TEXT.fullmatch(text.strip())
+    match = LETTER_WITH_TEXT.fullmatch(text.strip()) if len(text) <= MAX_TEXT else None
     if match and choice(clean(text)) == match[match.lastindex]:
         return match[match.lastindex]
     return text

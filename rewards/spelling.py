@@ -316,33 +316,45 @@ def unbox(text: str) -> str:
     >>> unbox(r"\boxed{1} and \boxed{2}"), unbox(r"\boxed{1}, so it is \boxed{2}")
     ('1, 2', '2')
     """
-    contents: list[str] = []
-    end = 0  # of the last box
-    for match in BOX.finditer(text):
-        if match.start() < end:  # a box in a box
-            continue
-        length = _until_closed(text[match.end() :])
-        if length is None:
+    for _ in range(MAX_BOXES_IN_BOXES):
+        contents = _last_boxes(text)
+        if not contents:
             break
-        if contents and not BETWEEN_BOXES.fullmatch(text[end : match.start()]):
-            contents = []
-        sign = "-" if text[: match.start()].endswith("-") else ""
-        contents.append(sign + text[match.end() : match.end() + length])
-        end = match.end() + length + 1
-    return ", ".join(unbox(content) for content in contents) if contents else text
+        text = ", ".join(contents)
+    return text
 
 
+MAX_BOXES_IN_BOXES = 3
 BOX = re.compile(r"\\f?boxed\s*\{")
+BRACE = re.compile(r"[{}]")
 BETWEEN_BOXES = re.compile(r"[\s$,;]*(?:\\text\s*\{)?[\s$]*(?:and|or)?[\s$,}]*")
 
 
-def _until_closed(text: str) -> int | None:
-    """How many characters stand before the brace that closes one opened before the text."""
+def _last_boxes(text: str) -> list[str]:
+    """The contents of the last box and of those right before it."""
+    contents: list[str] = []
+    end = 0  # of the last box
+    for box in BOX.finditer(text):
+        if box.start() < end:  # a box in a box
+            continue
+        closing = _closing_brace(text, box.end())
+        if closing is None:
+            break
+        if not BETWEEN_BOXES.fullmatch(text, end, box.start()):
+            contents = []
+        sign = "-" if text.endswith("-", 0, box.start()) else ""
+        contents.append(sign + text[box.end() : closing])
+        end = closing + 1
+    return contents
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Where the brace is that closes one opened right before `start`."""
     depth = 1
-    for match in re.finditer(r"[{}]", text):
-        depth += 1 if match[0] == "{" else -1
+    for brace in BRACE.finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return match.start()
+            return brace.start()
     return None
 
 
@@ -364,7 +376,11 @@ def clean_latex(text: str) -> str:
 VALUE_BEGINS = r"(?=\s*(?:[-+]?[0-9(]|\\(?:frac|sqrt|pi)))"
 ADJACENT_FORMULAS = re.compile(r"(?:\$\s+\$|(?<=[0-9])\$\$(?=[0-9])|\\\)\s*\\\()" + VALUE_BEGINS)
 LINE_BETWEEN_VALUES = re.compile(
-    r"(?<=[\w)}%$])[ \t]*\n\s*(?=\$?(?:[-+]?[0-9(]|\\frac|\\sqrt|[A-Za-z]\w?\s*=))"
+    r"""
+    (?<=[0-9)}%$]) [ \t]* \n \s* (?= \$? (?: [-+]?[0-9(] | \\frac | \\sqrt ) )     # 1 ⏎ 2
+  | (?<=[\w)}%$]) [ \t]* \n \s* (?= \$? [A-Za-z]\w? \s* = )                       # x = 1 ⏎ y = 2
+    """,
+    re.VERBOSE,
 )
 
 
@@ -416,7 +432,8 @@ INTRODUCTION = re.compile(
     (?: (?:answer|option|choice) \s* (?:is\b|:|=) \s* :?    # the answer is   answer:
       | (?:option|choice) \s                                # option B
       | (?:approximately|approx\.?) \s (?=[0-9])           # approximately 5.39
-      | 【?答案】? \s* [是为:]? :? \s* | 故?选 \s* :?        # the answer is, choose; in Chinese
+      | 【?答案】? \s* (?: [是为] \s* :? | : | (?=[^\u4e00-\u9fff]) )   # 答案是 "the answer is"
+      | 故?选 \s* :? (?=[A-Z(])                             # 故选 "so choose"
     )
     \s* (?=\S)
     """,

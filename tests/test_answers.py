@@ -674,8 +674,8 @@ FUNCTIONS = [
 
 
 KINDS_WITH_PROOFS = SYMBOLIC + RELATIONS + SEQUENCES + HOLES + NAMED + INEQUALITIES
-KINDS_WITH_PROOFS += MATRICES + MULTIPLES + FUNCTIONS
-KINDS_WITHOUT = CHOICES + NUMBERS + FRACTIONS + UNITS + LATEX + TEXT + SPELLINGS + SENTENCES
+KINDS_WITH_PROOFS += SPELLINGS + MATRICES + MULTIPLES + FUNCTIONS
+KINDS_WITHOUT = CHOICES + NUMBERS + FRACTIONS + UNITS + LATEX + TEXT + SENTENCES
 
 
 @pytest.mark.parametrize("prediction, reference, expected", KINDS_WITHOUT + KINDS_WITH_PROOFS)
@@ -709,6 +709,11 @@ def test_constants_need_no_worker():
         "<answer></answer>",
         r"\frac{",
         r"\boxed{",
+        r"\boxed{1}",
+        "#### ",
+        "<think>",
+        "</think>",
+        "(A) 1 ",
         "9",
         "-",
         " ",
