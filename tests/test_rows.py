@@ -29,7 +29,7 @@ def test_both_forms_mix_and_keep_their_order(folder):
         chat_row("<image>then <image>", image=["b.png", "a.png"]),
         chat_row("No picture", image=None),
     ]
-    with pytest.warns(UserWarning, match="have the id of an earlier one"):
+    with pytest.warns(UserWarning, match="have the id of an earlier row"):
         dataset = load_rows(folder, rows)
     assert len(dataset) == 6
     samples = [dataset[index] for index in range(6)]
