@@ -18,7 +18,9 @@ line; "image" and "images" both hold one path or an array of paths, in either fo
                                                     {"from": "gpt", "value": "3"}]}
 
 A row may also have an "id" (else it is the line number) and other keys, whose simple values reach
-custom rewards as `sample.extra`.
+custom rewards as `sample.extra`. Rows that share an id, as several questions about one picture do,
+become id, id#2, id#3 in the order of the file. A key that names a picture, a video or a sound but
+is neither "image" nor "images" is an error, because the model would never see what it names.
 
 Rows come from many sources, so nothing in the file is trusted, and everything is checked before
 training starts: a run should fail in its first minute, not at step 900. The JSON must be valid,
@@ -33,7 +35,6 @@ lines and images. No model is needed for any of this, only its tokenizer and its
 import codecs
 import difflib
 import hashlib
-import json
 import os
 import random
 import warnings
@@ -58,6 +59,7 @@ from rows import (
     decode_image,  # noqa: F401  (for callers whose images are not files)
     load_image,
     parse_row,
+    refuse_other_formats,
     show,
 )
 
@@ -99,7 +101,8 @@ class JsonlDataset:
 
     Bad rows are reported together: `on_error` "raise" raises DataError, "skip" warns and drops
     them. Relative image paths start at `image_root`, by default the folder of the file. `root_key`
-    is what messages call that setting.
+    is what messages call that setting. `check_answer` takes each row's answer and returns the
+    reference to use for it; it raises DataError for one that no response can match.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class JsonlDataset:
         on_error: str = "raise",
         progress: bool = True,
         root_key: str = "data.image_root",
+        check_answer: Callable[[str], str] | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise DataError(f'on_error is {on_error!r}; expected "raise" or "skip"')
@@ -123,63 +127,18 @@ class JsonlDataset:
             raise DataError(f"{root_key} {str(image_root)!r} is not a folder")
         self._root_key = root_key
 
-        _refuse_other_forms(self.path, content)
-        self.rows: list[Row] = []
-        self._image_hashes: dict[str, str] = {}  # path -> hash of the file
+        content = content.removeprefix(codecs.BOM_UTF8)
+        refuse_other_formats(self.path, content)
         problems: dict[int, DataError] = {}  # by line
-        # Only "\n" ends a line: splitlines() would also split a string at a U+2028 in it.
-        for line, raw in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
-            if not raw.strip():
-                continue
-            try:
-                self.rows.append(parse_row(raw, line))
-            except DataError as error:
-                problems[line] = error
+        self._image_hashes: dict[str, str] = {}  # path -> hash of the file
+        self.rows = _parse_rows(content, problems, check_answer)
         if not self.rows and not problems:
             raise DataError(f"{self.path} is empty; expected one JSON object per line")
+        self._tell_ids_apart()
 
-        self._make_ids_distinct()
         self.image_sizes = self._check_images(problems)  # path: (width, height), upright, in pixels
         self.settle(problems)
         self._warn_about_late_images()
-
-    def _make_ids_distinct(self) -> None:
-        """Several questions about one picture often share its id: the later ones get #2, #3, …"""
-        seen: dict[str, int] = {}
-        taken = {row.id for row in self.rows}
-        renamed = []
-        for place, row in enumerate(self.rows):
-            seen[row.id] = seen.get(row.id, 0) + 1
-            if seen[row.id] == 1:
-                continue
-            number = seen[row.id]
-            while f"{row.id}#{number}" in taken:
-                number += 1
-            self.rows[place] = replace(row, id=f"{row.id}#{number}")
-            taken.add(self.rows[place].id)
-            renamed.append(self.rows[place])
-        if renamed:
-            first = renamed[0]
-            warnings.warn(
-                f"{self.path}: {len(renamed)} rows have the id of an earlier one (first: line "
-                f"{first.line}, now {first.id!r})",
-                stacklevel=3,
-            )
-
-    def check_answers(self, can_be_matched: Callable[[str], bool]) -> None:
-        """Find every row whose reference no response can match; report them like other bad rows.
-
-        Such a row would get the reward 0 for ever, without a word. Indices change where rows are
-        skipped, so call it before making a Sampler.
-        """
-        problems: dict[int, DataError] = {}
-        for row in self.rows:
-            if not can_be_matched(row.answer):
-                problems[row.line] = DataError(
-                    f"the answer {show(row.answer)} is not matched by itself; expected a number, a "
-                    "formula, a letter or a few words"
-                )
-        self.settle(problems)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -238,6 +197,32 @@ class JsonlDataset:
             )
         return "\n".join(report)
 
+    def _tell_ids_apart(self) -> None:
+        """Rename each row whose id an earlier row has, and warn once.
+
+        This comes before any row is dropped, so a row keeps its name when another is mended.
+        """
+        taken = {row.id for row in self.rows}
+        copies: dict[str, int] = {}  # how often each id stood so far
+        renamed = []
+        for place, row in enumerate(self.rows):
+            copies[row.id] = copies.get(row.id, 0) + 1
+            if copies[row.id] == 1:
+                continue
+            # "a#2" may be the id of a row in the file.
+            while f"{row.id}#{copies[row.id]}" in taken:
+                copies[row.id] += 1
+            self.rows[place] = replace(row, id=f"{row.id}#{copies[row.id]}")
+            renamed.append((row, self.rows[place].id))
+        if renamed:
+            first, new_id = renamed[0]
+            warnings.warn(
+                f"{self.path}: {len(renamed)} rows have the id of an earlier row, or its line "
+                f"number; they get ids of their own (first: line {first.line}, {show(first.id)} is "
+                f"now {show(new_id)})",
+                stacklevel=3,
+            )
+
     def _check_images(self, problems: dict[int, DataError]) -> dict[str, tuple[int, int]]:
         """Decode every image once. Returns {path: (width, height)} and adds to `problems`."""
         paths = list(dict.fromkeys(path for row in self.rows for path in row.images))
@@ -285,31 +270,6 @@ class JsonlDataset:
             )
 
 
-def _refuse_other_forms(path: Path, content: bytes) -> None:
-    """Say what a file is that is no JSONL, once instead of once a line. Raises DataError."""
-    magic = {b"PAR1": "a Parquet file", b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file"}
-    for start, what in magic.items():
-        if content.startswith(start):
-            raise DataError(f"{path} is {what}; expected JSONL, one JSON object per line")
-    text = content.removeprefix(codecs.BOM_UTF8).strip()
-    if not text.startswith((b"[", b"{")) or b"\n" not in text:
-        return
-    first_line = text.split(b"\n", 1)[0].strip()
-    # A first line that is a whole object begins JSONL.
-    if text.startswith(b"{") and first_line.endswith(b"}"):
-        return
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError):
-        return
-    what = "array" if isinstance(whole, list) else "object"
-    raise DataError(
-        f"{path} is one JSON {what} over several lines; expected JSONL, one JSON object per line. "
-        f'To convert an array: python -c "import json, sys; [print(json.dumps(row)) for row in '
-        f'json.load(open(sys.argv[1]))]" {path} > rows.jsonl'
-    )
-
-
 def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -317,6 +277,34 @@ def _read_file(path: Path) -> bytes:
         raise DataError(
             f"{path} cannot be read ({error}); expected a JSONL file; {_names_near(path)}"
         ) from error
+
+
+def _parse_rows(
+    content: bytes,
+    problems: dict[int, DataError],
+    check_answer: Callable[[str], str] | None,
+) -> list[Row]:
+    """The rows of a file. Adds to `problems`, by line, what is wrong with the other lines."""
+    rows = []
+    # Only "\n" ends a line: splitlines() would also split a string at a U+2028 in it.
+    for line, raw in enumerate(content.split(b"\n"), start=1):
+        if not raw.strip():
+            continue
+        try:
+            row = parse_row(raw, line)
+            if check_answer is not None:
+                row = replace(row, answer=_reference(row.answer, check_answer))
+            rows.append(row)
+        except DataError as error:
+            problems[line] = error
+    return rows
+
+
+def _reference(answer: str, check_answer: Callable[[str], str]) -> str:
+    try:
+        return check_answer(answer)
+    except DataError as error:
+        raise DataError(f"found {show(answer)} as the answer; {error}") from error
 
 
 def _names_near(path: Path) -> str:

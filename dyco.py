@@ -66,7 +66,7 @@ def fisher_rao_distance(p: Tensor, q: Tensor, dim: int = -1) -> Tensor:
     half_chord = torch.linalg.vector_norm(p.sqrt() - q.sqrt(), dim=dim) / 2
     # Rounding may put the half chord of disjoint distributions just above √½, where the result
     # would exceed π.
-    return 4 * torch.asin(half_chord.clamp(max=math.sqrt(0.5)))
+    return 4 * torch.asin(half_chord.clamp(max=math.sqrt(0.5)))  # eq. 3
 
 
 def _hellinger(p: Tensor, q: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def assign_roles(
     tensor([[ 0,  1, -1,  0]], dtype=torch.int8)
     """
     lead = _at_least_float32(visual_shift) - _at_least_float32(text_shift)
-    visual = (lead > tau).to(torch.int8)
+    visual = (lead > tau).to(torch.int8)  # eq. 5
     text = (lead < -tau).to(torch.int8)
     return (visual - text) * mask.to(torch.int8)
 
@@ -236,7 +236,7 @@ def token_weights(scores: Tensor, mask: Tensor) -> Tensor:
     tensor([[0.6938, 1.1438, 1.4687, 0.6938]])
     """
     scores = _at_least_float32(scores).masked_fill(~mask, -math.inf)
-    weights = torch.softmax(scores, dim=-1) * mask.sum(-1, keepdim=True)
+    weights = torch.softmax(scores, dim=-1) * mask.sum(-1, keepdim=True)  # eq. 7
     # The softmax of a row without any token is NaN.
     return torch.where(mask.any(-1, keepdim=True), weights, 0)
 
@@ -266,11 +266,14 @@ def _paper(t: Tokens) -> Tensor:
 
 
 def _signed(t: Tokens) -> Tensor:
-    return _weigh_tokens_with_role(t, token_weights(t.scores, t.roles != 0))
+    has_role = t.roles != 0
+    # The weights have mean 1 over the tokens with a role alone.
+    return _weigh_tokens_with_role(t, token_weights(t.scores, mask=has_role))
 
 
 def _centered(t: Tokens) -> Tensor:
-    return _weigh_tokens_with_role(t, token_weights(t.scores, t.roles != 0) - 1)
+    has_role = t.roles != 0
+    return _weigh_tokens_with_role(t, token_weights(t.scores, mask=has_role) - 1)
 
 
 def _weigh_tokens_with_role(t: Tokens, weights: Tensor) -> Tensor:
@@ -344,13 +347,12 @@ class Rule(NamedTuple):
     compute: Callable[[Tokens], Tensor]  # -> [B, T]
     what: str  # one line, for people
     source: str
-    controls: tuple[
-        str, ...
-    ] = ()  # the rules to compare it with: same weights elsewhere, same weight everywhere
+    # Rules to compare it with: equal weights first, then the same weights on other tokens.
+    controls: tuple[str, ...] = ()
 
 
 PAPER = "arXiv 2606.08035 v1"
-LATER = "the authors' later public code"
+LATER = "the authors' later code"
 CONTROL = "a control of this project"
 
 RULES = {

@@ -182,7 +182,7 @@ def read_tokens(policy: Policy, rollout: Rollout, settings) -> TokenReading:
 
     import dyco
 
-    # The same forward as in training reads the attention, not the decoding that wrote the response.
+    # The packed forward of the update reads the attention here, as it does with capture: scoring.
     tap = policy.tap(settings, keep_images=True)
     mask = rollout.mask
     with torch.no_grad():
@@ -320,7 +320,10 @@ def table(arguments: argparse.Namespace) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     from benchmarks import options
 
-    parser = argparse.ArgumentParser(description="Evaluate a policy.")
+    parser = argparse.ArgumentParser(
+        description="Ask a trained model, or run, score and compare benchmarks. "
+        "evaluate.py ask --help shows the options of one command."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     rules = options.scoring_options()
     options.add_run(commands).set_defaults(call=run)

@@ -190,12 +190,12 @@ def policy_loss(
     `settings` has the attributes clip_low, clip_high, kl (β), temperature_pos, temperature_neg and
     max_new_tokens.
 
-    `normalizer` is the number of responses in the whole optimizer step, or for "dapo" and "cispo"
-    the number of its loss-mask tokens. With it, the losses of micro-batches add up to the loss of
-    the whole, and so do the metrics. None takes the number of this call.
+    `normalizer` is the number of responses in the whole optimizer step, or, where the algorithm's
+    average is "token", the number of its loss-mask tokens. With it, the losses of micro-batches add
+    up to the loss of the whole, and so do the metrics. None takes the number of this call.
 
-    With β > 0, β·k3 per token joins the loss under the same normaliser, where
-    k3 = exp(ref − logp) − (ref − logp) − 1.
+    With β > 0, β·k3 per token joins the loss under the same normaliser, where k3 = exp(ref − logp)
+    − (ref − logp) − 1.
 
     Returns the scalar to minimise, and detached scalars to log: kl, clip_fraction and
     ratio_deviation (the mean of |r − 1|). Raises ValueError for an unknown algorithm, and for β > 0

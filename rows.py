@@ -1,10 +1,10 @@
 """rows.py: reads JSONL files, one line of a data set, or one image file, and trusts none of them.
 
 `read_jsonl` and `append_jsonl` serve every file of rows that the project writes: metrics, samples,
-responses. `parse_row` makes a Row of a line, `load_image` makes RGB pixels of an image file, and
-both raise DataError for whatever they cannot accept. What a row may look like, and why it is
-checked, stands in data.py, which reads whole files with these functions. No model and no tokenizer
-is needed here.
+responses. `refuse_other_formats` says what a data set is that is no JSONL file, `parse_row` makes a
+Row of a line, and `load_image` makes RGB pixels of an image file. All three raise DataError for
+whatever they cannot accept. What a row may look like, and why it is checked, stands in data.py,
+which reads whole files with these functions. No model and no tokenizer is needed here.
 """
 
 import difflib
@@ -12,7 +12,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,16 +34,51 @@ QWEN_SPECIAL_TOKENS = (
     "<|im_end|>",
     "<|endoftext|>",
 )
-# Names that people give to what they want the model to see or hear.
-MEDIA_NAMES = re.compile(
-    r"(?i)^(image|img|pic|picture|photo|figure|video|audio)s?"
-    r"([_-]?(path|file|filename|url|uri|bytes|data|base64)s?)?$|^(path|file)(_?name)?s?$"
-)
-MEDIA_FILE = re.compile(
-    r"(?i)^(data:(image|video|audio)/|[^\n]{0,1000}"
-    r"\.(png|jpe?g|webp|bmp|gif|tiff?|heic|avif|svg|mp4|avi|mov|mkv|webm|mp3|wav|flac)$)"
-)
 ROW_KEYS = {"id", "image", "images", "question", "answer", "conversations"}
+TURN_KEYS = {"from", "value"}
+
+# How a picture, a video or a sound is recognised that stands under a key that nothing reads: by the
+# key, without its digits and signs, or by how a file's name ends.
+_PLACE = "(?:path|file|name|url|uri|src|list|data|bytes|base|b|raw|input)s?"
+MEDIA_KEYS = {
+    medium: re.compile(f"(?:{_PLACE})*(?:{words})s?(?:{_PLACE})*")
+    for medium, words in {
+        "picture": "image|img|picture|pic|photo|photograph",
+        "video": "video|vid|movie",
+        "sound": "audio|sound",
+    }.items()
+}
+MEDIA_FILES = {
+    medium: re.compile(
+        rf"data:{kind}/.*|.*[^/\\\s]\.(?:{endings})(?:[?#]\S*)?", re.IGNORECASE | re.DOTALL
+    )
+    for medium, kind, endings in (
+        ("picture", "image", "png|jpe?g|jpe|jfif|webp|bmp|gif|tiff?|svg|heic|heif|avif|p[bgnp]m"),
+        ("video", "video", "mp4|m4v|avi|mov|mkv|webm|mpe?g|flv|wmv|3gp"),
+        ("sound", "audio", "wav|mp3|flac|ogg|m4a|aac|wma"),
+    )
+}
+# A longer text that ends in ".png" is no path but a sentence about one.
+LONGEST_PATH = 4096  # characters
+MOST_WORDS = 10
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
+
+# How a file begins that is no JSONL file, what it is then, and what to do.
+FILE_SIGNATURES = (
+    (b"PAR1", "a Parquet file", "write its pictures to files and its rows to a JSONL file"),
+    (b"ARROW1", "an Arrow file", "write its pictures to files and its rows to a JSONL file"),
+    (b"\x1f\x8b", "a gzip file", "unpack it first (gunzip -k)"),
+    (b"BZh", "a bzip2 file", "unpack it first (bunzip2 -k)"),
+    (b"\xfd7zXZ\x00", "an xz file", "unpack it first (unxz -k)"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard file", "unpack it first (unzstd)"),
+    (b"PK\x03\x04", "a zip archive or a spreadsheet", "unpack or export it first"),
+    (b"\xff\xfe", "text in UTF-16", "save it as UTF-8"),
+    (b"\xfe\xff", "text in UTF-16", "save it as UTF-8"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the data", "fetch it (git lfs pull)"),
+    (b"<!", "a web page", "download the data itself"),
+    (b"<html", "a web page", "download the data itself"),
+    (b"<?xml", "XML", "turn each of its rows into one"),
+)
 
 
 class DataError(ValueError):
@@ -111,7 +147,7 @@ def nearest(name: str, known: Iterable) -> str:
     'known: steps, seed'
     """
     names = [str(k) for k in known]
-    close = difflib.get_close_matches(str(name), names, n=1)
+    close = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
@@ -123,6 +159,89 @@ def show(value: Any) -> str:
         return "an object"
     text = "nothing" if value is None else repr(value)
     return text if len(text) <= 100 else text[:97] + "…"
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def refuse_other_formats(path: Path, content: bytes) -> None:
+    """Raise DataError, which says what the file is, where it is plainly no JSONL file.
+
+    Its lines would otherwise be reported one by one, and none of the reports would say why.
+    """
+    start = content.lstrip()
+    for signature, what, advice in FILE_SIGNATURES:
+        if start.startswith(signature):
+            raise DataError(f"{path} is {what}; expected one JSON object per line; {advice}")
+    line_end = start.find(b"\n")
+    first_line = start[:line_end].rstrip() if line_end >= 0 else start.rstrip()
+    separator = _table_separator(path, first_line)
+    if separator is not None:
+        kind = "TSV" if separator == b"\t" else "CSV"
+        raise DataError(
+            f"{path} is a {kind} table; expected one JSON object per line, "
+            f"so turn each of its rows into one"
+        )
+    what = _document(start, first_line)
+    if what is not None:
+        raise DataError(
+            f"{path} is {what}; expected one JSON object per line; {_how_to_convert(path, what)}"
+        )
+
+
+def _table_separator(path: Path, first_line: bytes) -> bytes | None:
+    """What separates the columns, where the first line is the head of a table."""
+    if first_line[:1] in (b"{", b"["):
+        return None
+    for separator, ending in ((b"\t", ".tsv"), (b",", ".csv"), (b";", ".csv")):
+        columns = [column.strip(b'" \r').lower() for column in first_line.split(separator)]
+        names_a_column = not {b"question", b"answer", b"conversations"}.isdisjoint(columns)
+        if len(columns) > 1 and (names_a_column or path.suffix.lower() == ending):
+            return separator
+    return None
+
+
+def _document(start: bytes, first_line: bytes) -> str | None:
+    """What the file is where JSON does not end with the first line, or where it is one array."""
+    if start[:1] not in (b"{", b"["):
+        return None
+    on_first_line = _whole_value(first_line)
+    if isinstance(on_first_line, dict):
+        return None
+    # A file of one array per line is no document: each of its lines is checked for itself.
+    document = _whole_value(start)
+    if isinstance(document, list):
+        return "a JSON array"
+    if isinstance(document, dict):
+        return "a JSON object over several lines"
+    if start[:1] == b"[" and on_first_line is None:
+        return "a JSON array that is cut off or broken"
+    # Objects one after the other, as jq prints them.
+    return "JSON with objects over several lines" if first_line == b"{" else None
+
+
+def _whole_value(text: bytes) -> Any:
+    """The JSON value that all of `text` is, or None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _how_to_convert(path: Path, what: str) -> str:
+    """The command that writes a JSONL file beside a JSON document."""
+    if what == "a JSON array that is cut off or broken":
+        return "get it whole, then turn each of its elements into a line"
+    # The shell empties the file after ">" before Python reads, so it must be another one.
+    output = path.with_suffix(".rows.jsonl" if path.suffix == ".jsonl" else ".jsonl")
+    source, output = shlex.quote(str(path)), shlex.quote(str(output))
+    if what == "JSON with objects over several lines":
+        return f"convert it: jq -c . {source} > {output}"
+    rows = "json.load(open(sys.argv[1], encoding='utf-8-sig'))"
+    if what == "a JSON object over several lines":
+        rows = f"[{rows}]"
+    code = f"import json, sys; [print(json.dumps(row)) for row in {rows}]"
+    return f'convert it: python -c "{code}" {source} > {output}'
 
 
 # -------------------------------------------------------------------------------------------- lines
@@ -149,8 +268,10 @@ def parse_row(raw: bytes, line: int) -> Row:
             f"found the keys {show(', '.join(row))}; "
             'expected "question" and "answer", or "conversations"'
         )
-    _refuse_other_media(row)
     images = _read_image_paths(row)
+    _refuse_media_elsewhere(row, ROW_KEYS, images)
+    for turn in row.get("conversations", []):
+        _refuse_media_elsewhere(turn, TURN_KEYS, images)
     question = _read_question(question, len(images), may_prepend="question" in row)
     row_id = _read_id(row.get("id"), line)
     answer = _read_answer(answer)
@@ -212,26 +333,6 @@ def _read_conversation(turns: Any) -> tuple[Any, Any]:
     return human.get("value"), gpt.get("value")
 
 
-def _refuse_other_media(row: dict[str, Any]) -> None:
-    """A picture under another key would be left out, and its row become a question without one.
-
-    A key counts as such by its name, or because its value is the path of such a file.
-    """
-    for key, value in row.items():
-        if key in ROW_KEYS:
-            continue
-        values = value if isinstance(value, list) else [value]
-        names_a_file = any(isinstance(v, str) and MEDIA_FILE.match(v) for v in values)
-        if not names_a_file and not MEDIA_NAMES.match(key):
-            continue
-        if re.search(r"(?i)video|audio", key):
-            raise DataError(f"found the key {show(key)}; expected images only")
-        raise DataError(
-            f"found the key {show(key)}, which looks like a picture; expected it under "
-            '"image" (a path) or "images" (a list of paths)'
-        )
-
-
 def _read_image_paths(row: dict[str, Any]) -> tuple[str, ...]:
     """The paths under "image" or "images"; either key may hold one path or an array of them."""
     if "image" in row and "images" in row:
@@ -242,7 +343,99 @@ def _read_image_paths(row: dict[str, Any]) -> tuple[str, ...]:
     for path in paths:
         if not isinstance(path, str) or not path:
             raise DataError(f"found {show(path)} as an image; expected a path")
+        if ADDRESS.match(path):
+            raise DataError(
+                f"found {show(path)} as an image; expected the path of a file, "
+                "since nothing is fetched from an address"
+            )
     return tuple(paths)
+
+
+def _refuse_media_elsewhere(row: dict[str, Any], known: set[str], images: tuple[str, ...]) -> None:
+    """Raise DataError for a key outside `known` with a picture, a video or a sound.
+
+    No key but "image" and "images" reaches the model, so the row would silently become a question
+    about nothing. A key may name the pictures of the row once more, as an address does.
+    """
+    own_pictures = {_file_name(path) for path in images}
+    for key, value in row.items():
+        leaves = [leaf for leaf in _leaves(value) if leaf]
+        # Tables have a column "videos" that is empty in each row.
+        if key in known or not leaves:
+            continue
+        medium, file = _first_medium(leaves, own_pictures)
+        if medium is None:
+            medium, file = _medium_of_key(key), value
+            if medium is None or (medium == "picture" and images):
+                continue
+        if medium != "picture":
+            raise DataError(
+                f"the key {show(key)} names a {medium} ({show(file)}), which is not supported; "
+                'expected pictures under "image" or "images"'
+            )
+        several = isinstance(value, list) or key.lower().rstrip("_").endswith("s") or images
+        nearest = "images" if several else "image"
+        raise DataError(
+            f"the key {show(key)} names a picture ({show(file)}), which no model would see; "
+            f'expected it under "{nearest}", or no such key'
+        )
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What an array or an object holds at any depth, in order; another value is its only leaf."""
+    # A stack of its own, since JSON may be nested deeper than functions can call each other.
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            item = list(item.values())
+        if isinstance(item, list):
+            waiting.extend(reversed(item))
+        else:
+            yield item
+
+
+def _first_medium(leaves: list, own_pictures: set[str]) -> tuple[str | None, str]:
+    """(medium, text) of the first text that is the path, the address or the data of a file."""
+    for leaf in leaves:
+        if not isinstance(leaf, str):
+            continue
+        text = leaf.strip()
+        if text.startswith("data:"):
+            text = text.partition(",")[0]  # its head, before what may be megabytes
+        is_short = len(text) <= LONGEST_PATH and len(text.split(None, MOST_WORDS)) <= MOST_WORDS
+        if not is_short or "\n" in text:
+            continue
+        for medium, pattern in MEDIA_FILES.items():
+            if pattern.fullmatch(text):
+                if medium == "picture" and _file_name(text) in own_pictures:
+                    continue
+                return medium, leaf
+    return None, ""
+
+
+def _file_name(path: str) -> str:
+    """The last part of a path or an address, without what follows a question mark.
+
+    >>> _file_name("https://example.org/a/b.png?size=2")
+    'b.png'
+    """
+    return re.split(r"[/\\]", re.split("[?#]", path)[0])[-1]
+
+
+def _medium_of_key(key: str) -> str | None:
+    """What a key is for, by its name alone: "Image_1", "img", "photo_url" and "imgae" are pictures.
+
+    "image_id", "image_width" and the like describe a picture, and are none.
+    """
+    letters = re.sub("[^a-z]", "", key.lower())
+    for medium, pattern in MEDIA_KEYS.items():
+        if pattern.fullmatch(letters):
+            return medium
+    near = difflib.get_close_matches(letters, ("image", "images"), n=1, cutoff=0.8)
+    if near and abs(len(letters) - len(near[0])) <= 1:
+        return "picture"
+    return None
 
 
 def _read_question(question: Any, images: int, may_prepend: bool) -> str:
@@ -268,34 +461,10 @@ def _read_answer(answer: Any) -> str:
         raise DataError(
             f"found {show(answer)} as the answer; expected valid text or a finite number"
         )
-    text = inside_of(str(answer).strip())
+    text = str(answer).strip()
     if not text:
         raise DataError(f"found {show(answer)} as the answer; expected text that is not empty")
     return text
-
-
-def inside_of(answer: str) -> str:
-    """What a reference says that comes wrapped: in answer tags, behind ####, or boxed.
-
-    >>> inside_of("<think>a dozen</think><answer> 12 </answer>"), inside_of("3 + 4 = 7\\n#### 7")
-    ('12', '7')
-    >>> inside_of(r"So x = \\boxed{\\frac{1}{2}}."), inside_of("3")
-    ('\\\\frac{1}{2}', '3')
-    """
-    tagged = re.findall(r"<answer>(.*?)</answer>", answer, re.DOTALL)
-    if tagged:
-        answer = tagged[-1].strip()
-    if "####" in answer:
-        answer = answer.rpartition("####")[2].strip()
-    start = answer.rfind("\\boxed{")
-    if start < 0:
-        return answer
-    depth = 0
-    for place in range(start + len("\\boxed"), len(answer)):
-        depth += (answer[place] == "{") - (answer[place] == "}")
-        if depth == 0:
-            return answer[start + len("\\boxed{") : place].strip() or answer
-    return answer
 
 
 def _read_id(value: Any, line: int) -> str:

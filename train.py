@@ -22,6 +22,7 @@ Shapes: P prompts of this process, G responses per prompt, B = P·G, T response 
 """
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -46,13 +47,18 @@ import rewards
 import rl_algos
 import run_folder
 import toy
-from config import Config, ConfigError, load_config
+from config import Config, ConfigError, load_config, split_arguments
 from data import DataError, JsonlDataset, Prompt, Sampler, check_lengths
 from distributed import World
 from model import Policy, policy_from_config
 from rollout import Rollout, generate, join, keyed_generator, runs_within
 from run_folder import RunError, RunFolder
 
+USAGE = f"""usage: {{python|torchrun}} train.py CONFIG.yaml [section.key=value ...]
+
+Every key, with its meaning, is in config.yaml; for example algo.name=gspo dyco.rule=signed.
+
+{__doc__}"""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 MAX_FAILURES = 5  # steps in a row with a loss or gradient that is not finite, before the run stops
 
@@ -81,7 +87,7 @@ class Training(NamedTuple):
 
 @dataclass
 class Batch:
-    """One rollout batch of this process, and what the stages add to it. Rows are group-major."""
+    """One rollout batch of this process, and what the stages add to it; group-major."""
 
     rollout: Rollout
     rewards: Tensor  # [P, G]
@@ -255,7 +261,8 @@ def split(training: Training, batch: Batch, step: int) -> list[list[int]]:
 def packed_rows(training: Training, rollout: Rollout, groups: list[int]) -> list[list[int]]:
     """Groups, in packed rows of at most train.micro_batch_tokens; a larger one is a row of its own.
 
-    Every process gets as many rows: the last ones of a process with less work are empty.
+    All processes get the same number of rows, since sharded layers need all of them. One with less
+    work gets empty rows, for which `policy.idle` makes a pass whose gradients are 0.
     """
     lengths = rollout.mask.sum(1).view(len(rollout.prompts), rollout.group_size).sum(1).tolist()
     sizes = [len(rollout.prompts[group].input_ids) + lengths[group] for group in groups]
@@ -467,7 +474,8 @@ def train_step(training: Training, step: int) -> tuple[dict, Batch | None]:
         batch, collected = collect_useful(training, step)
     row = metrics.describe_responses(collected, world)
     clock.lap("rollout")
-    if not any(world.gather(bool(batch.positions))):
+    has_groups = len(batch.rollout.prompts) > 0
+    if not any(world.gather(has_groups)):  # no process has anything to learn from
         skipped = float(config.train.updates_per_rollout)
         return {**row, "policy/skipped_updates": skipped, **clock.seconds}, None
 
@@ -480,7 +488,7 @@ def train_step(training: Training, step: int) -> tuple[dict, Batch | None]:
     batch.loss_mask = loss_mask(config, batch.rollout)
     if batch.roles is not None:
         row |= metrics.describe_tokens(batch, world)
-    clock.lap("logprobs")
+    clock.lap("logprobs")  # of stages 3 to 5
 
     # 6. update
     updates = []
@@ -613,15 +621,27 @@ def model_folder(config: Config, world: World) -> str | Path:
     return toy.warm_start_folder(config, progress=world.is_main)
 
 
+@functools.cache
+def reference_of(answer: str) -> str:
+    """The reference that a row's answer holds. Raises DataError for one that nothing can match."""
+    reference = rewards.read_reference(answer)
+    if not rewards.is_satisfiable(reference):
+        raise DataError("no response can match it, not even this text itself")
+    return reference
+
+
 def read_data(config: Config, world: World) -> tuple[Sequence, Sequence | None]:
     """The training set and the held-out samples. No model is needed. Raises DataError."""
 
     def read(path: str, root: str | None, root_key: str) -> JsonlDataset:
-        rows = JsonlDataset(
-            path, root, config.data.on_error, progress=world.is_main, root_key=root_key
+        return JsonlDataset(
+            path,
+            root,
+            config.data.on_error,
+            progress=world.is_main,
+            root_key=root_key,
+            check_answer=reference_of,
         )
-        rows.check_answers(rewards.is_satisfiable)
-        return rows
 
     if config.data.path == "toy":
         dataset, held_out = toy.splits(config)
@@ -824,14 +844,16 @@ def profiled(training: Training, folder: RunFolder, step: int):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    paths = [argument for argument in arguments if "=" not in argument]
-    if len(paths) != 1 or paths[0] in ("-h", "--help"):
-        usage = "usage: {python|torchrun} train.py CONFIG.yaml [section.key=value ...]"
-        sys.exit(f"{usage}\n\n{__doc__}")
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return
+    if not arguments:
+        sys.exit(USAGE)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     world = None
     try:
-        config = load_config(paths[0], [argument for argument in arguments if "=" in argument])
+        path, overrides = split_arguments(arguments)
+        config = load_config(path, overrides)
         world = distributed.start()
         with contextlib.ExitStack() as stack:
             if world.is_main:

@@ -67,6 +67,50 @@ def _closing_brace(text: str, start: int) -> int:
     return -1
 
 
+# ---------- letters inside mathematics
+
+# Put behind a letter that names a point or a quantity, so that no rule takes it for an option. It
+# is a letter itself, so that with it the two are one word.
+HIDDEN = "\u02b9"
+# Possessive, and none looks past the next delimiter: the time is linear in the text.
+_EXPRESSIONS = re.compile(
+    r"\$\$[^$]*+\$\$|\$[^$\n]*+\$"
+    r"|\\\((?:[^\\]|\\(?![()]))*+\\\)|\\\[(?:[^\\]|\\(?![\[\]]))*+\\\]"
+)
+_WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|boxed)\s*\{([^{}]*)\}")
+_LETTER_LIST = re.compile(r"[\s()\[\]*.$,;\\]*+(?:[A-Z](?:[\s()\[\]*.$,;&\\]|and)*+)++")
+_LABEL = re.compile(r"[\s$({\[*\\]*+(?:text\w*+\s*+\{)?+[({\[]*+[A-Z]\s*+[.):\]}]")
+
+
+def hide_letters(text: str, whole: bool = False) -> str:
+    r"""The text, in whose expressions letters of points and quantities are no options.
+
+    An expression stands between dollars, in \(…\), \[…\] or \boxed{…}; with `whole` the text is
+    one. A lone letter, a list of letters, and a letter that labels what follows, stay options.
+
+    hide_letters(r"\angle B = 30^{\circ}", whole=True) -> r"\angle Bʹ = 30^{\circ}"
+    hide_letters(r"So $AB = 3$.") -> unchanged: AB is one word
+    """
+    if whole:
+        return _hide_in(text) if re.search(r"[\\^_={}<>+]", text) else text
+    hidden = _EXPRESSIONS.sub(lambda match: _hide_in(match[0]), text)
+    boxed = _last_boxed(hidden)
+    if boxed is not None:
+        hidden = hidden.replace("{" + boxed + "}", "{" + hide_letters(boxed, whole=True) + "}")
+    return hidden
+
+
+def _hide_in(expression: str) -> str:
+    bare = _WRAPPED.sub(r"\1", expression)
+    if _LETTER_LIST.fullmatch(bare):
+        return re.sub(r"[$\\]", " ", bare)  # no matcher reads a letter between dollars
+    label = _LABEL.match(expression)
+    kept = label.end() if label else 0
+    # A letter that is a command, such as \S, is none.
+    hidden = re.sub(r"(?<![\w\\])([A-Z])(?!\w)", rf"\1{HIDDEN}", expression[kept:])
+    return expression[:kept] + hidden
+
+
 # ---------------------------------------------------------------------------------- multiple choice
 
 _API_FAILURE = "Failed to obtain answer via API"
@@ -121,6 +165,7 @@ def _match_letter(text: str, options: dict[str, str], answer_is: bool) -> str | 
 
 def _match_words(text: str, options: dict[str, str], whole: bool) -> str | None:
     """The only option whose words stand in a text that is not too long for that."""
+    text = text.replace(HIDDEN, "")
     if len(text) > 2 * sum(map(len, options.values())):
         return None
     stands = _stands_whole if whole else str.__contains__
@@ -225,7 +270,7 @@ def is_equal(answer: str, reference: str) -> bool:
     is_equal(r"\frac{1}{2}", "0.5") -> True
     is_equal("5 cm", "5") -> False
     """
-    answer = answer.lower().strip()
+    answer = answer.replace(HIDDEN, "").lower().strip()
     reference = reference.lower().strip()
     if answer == reference:
         return True

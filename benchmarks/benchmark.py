@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.answers import final_answer
+from benchmarks.answers import final_answer, hide_letters
 from benchmarks.files import BenchmarkError, Row, read_tsv, show
 
 
@@ -105,7 +105,8 @@ class Benchmark:
 
     def final(self, response: str, unbox: bool = True) -> str:
         """What the rule reads in mode "final"."""
-        return final_answer(response, unbox)
+        text = final_answer(response, unbox)
+        return hide_letters(text, whole=unbox and final_answer(response, False) != text)
 
     def check(self, row: Row, text: str) -> bool | None:
         """Whether the text answers the row rightly; None if the rule cannot settle it."""

@@ -3,7 +3,7 @@
 import re
 import string
 
-from benchmarks.answers import answer_letters, is_equal, match_option
+from benchmarks.answers import HIDDEN, answer_letters, is_equal, match_option
 from benchmarks.benchmark import (
     Benchmark,
     Result,
@@ -85,7 +85,11 @@ class MathVerse(Benchmark):
     def check(self, row, text):
         kind = row["question_type"]
         if kind == "free-form":
-            return text.strip() == row["answer"].strip() or is_equal(text, row["answer"]) or None
+            return (
+                text.replace(HIDDEN, "").strip() == row["answer"].strip()
+                or is_equal(text, row["answer"])
+                or None
+            )
         if kind != "multi-choice":
             raise BenchmarkError(
                 f"{row.where}: 'question_type' is {show(kind)}; "

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 import rewards
+from benchmarks.answers import HIDDEN
 from benchmarks.benchmark import Benchmark, Result, mean
 from benchmarks.files import MISSING, BenchmarkError, Row, show
 from benchmarks.responses import Responses, listed, name_of, read_responses
@@ -164,7 +165,7 @@ def _check_final(benchmark: Benchmark, row: Row, response: str) -> tuple[str, bo
             hit = benchmark.check(row, around)
             if hit is not None:
                 text = around
-    return text, hit
+    return text.replace(HIDDEN, ""), hit
 
 
 def _ask(judge: Judge, row: Row, response: str) -> str | bool:

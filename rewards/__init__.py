@@ -17,6 +17,10 @@ two rewards, set their weights to 0.
 
 The rest of this folder decides whether an answer is right:
     answers.py       when two answers are equal; the rules where tastes differ
+    references.py    what a reference says inside tags, after ####, in a whole solution
+    choices.py       letters of options
+    sentences.py     the one value of a sentence
+    forms.py         the same thing in another form: x > 3 and (3, ∞)
     values.py        what an answer says: a number, a relation, a list, words
     spelling.py      one spelling for Unicode, LaTeX and Markdown
     units.py         units and currencies
@@ -39,6 +43,7 @@ from types import ModuleType
 from typing import Any
 
 from rewards.answers import equivalent, rational
+from rewards.references import is_satisfiable, read_reference
 
 __all__ = [
     "RewardError",
@@ -50,6 +55,7 @@ __all__ = [
     "is_satisfiable",
     "load_custom",
     "rational",
+    "read_reference",
 ]
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -62,18 +68,17 @@ FLOAT32_MAX = 1e38  # about: rewards are stored as float32
 def accuracy(response: str, answer: str) -> float:
     """1.0 if the last ``<answer>…</answer>`` of the response equals the reference answer, else 0.0.
 
+    The reference may be wrapped itself, see read_reference.
+
     >>> accuracy("<answer>50 %</answer>", "50%"), accuracy("50%", "50%")
     (1.0, 0.0)
+    >>> accuracy("<answer>7</answer>", "3 + 4 = 7 #### 7")
+    1.0
     """
     prediction = extract_answer(response)
     if prediction is None:
         return 0.0
-    return float(equivalent(prediction, answer))
-
-
-def is_satisfiable(answer: str) -> bool:
-    """Is this reference matched by its own text, given as the answer of a response?"""
-    return accuracy(f"<think></think><answer>{answer}</answer>", answer) == 1.0
+    return float(equivalent(prediction, read_reference(answer)))
 
 
 def format(response: str) -> float:

@@ -10,17 +10,17 @@ them a list of small rules:
     compare    COMPARISONS          whether two values are equal
 A new kind of answer is one reader, one comparison, and their lines in these lists.
 
-What counts as equal, where tastes differ:
-- Numbers are equal if |a − b| ≤ max(1e-6, 1e-5·|b|), where b is the reference. Expressions with
-  variables have no tolerance.
+What counts as equal, where tastes differ (docs/rewards.md has the long list):
+- Integers and fractions are compared exactly. Where a decimal or a power of ten stands on either
+  side, |a − b| ≤ 1e-5·|b|, b being the reference. Expressions with variables have no tolerance.
 - A unit (also %, °, a currency, "apples") may be missing on one side. None is converted:
   5 cm ≠ 0.05 m, 50% ≠ 0.5.
-- (1, 2), [1, 2) and 1:2 are ordered; {1, 2} and the bare "1, 2" or "1 or 2" are not. A bare list
+- (1, 2) and [1, 2) are ordered; {1, 2} and the bare "1, 2" or "1 or 2" are not. A bare list
   may stand for a tuple or a closed interval, and then its order counts.
 - "1,234" and "1 234" are numbers. But a comma next to a bracket separates, "(1,234)", and if the
   reference is a sequence, the prediction "1,234" may be one, too.
-- "x = 5" equals "5" but not "y = 5". Equations and inequalities are compared side by side, never
-  solved.
+- "x = 5" equals "5" but not "y = 5". An equation equals its multiples, and no equation is solved.
+- An inequality is its interval, a ratio its reduced form and its fraction.
 - A reference that is one capital letter is a choice. A prediction that names two choices is wrong.
 
 Everything that is computed is bounded: in length, in depth, in the bits of a number, and in time.
@@ -31,12 +31,25 @@ at a few rational points, which refutes most wrong ones; the others must be prov
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
-from rewards import prover, spelling
+from rewards import prover, sentences, spelling
+from rewards.choices import LETTER, choice, same_letters
 from rewards.expressions import Parser, evaluate
+from rewards.forms import (
+    INTERVALS,
+    ROUNDING,
+    TIME_OF_DAY,
+    as_interval,
+    as_matrix,
+    as_tuple,
+    as_vector,
+    close,
+    ratio_terms,
+    same_number,
+    values_said,
+)
 from rewards.prover import PROVER, Budget
 from rewards.values import MAX_MATH, ORDERED, Value, read
 
@@ -58,6 +71,8 @@ def equivalent(prediction: str, reference: str) -> bool:
     if max(len(prediction), len(reference)) > MAX_TEXT:
         return prediction == reference
 
+    raw_prediction = prediction
+    raw_reference = reference
     prediction = spelling.clean(prediction)
     reference = spelling.clean(reference)
     letter = LETTER.fullmatch(reference)
@@ -66,15 +81,30 @@ def equivalent(prediction: str, reference: str) -> bool:
         # A small letter may be a variable as well. Then what is no choice is compared below.
         if chosen or letter[1].isupper():
             return chosen
+    if same_letters(prediction, reference):
+        return True
 
-    target = read(reference)
     budget = Budget(prover.SYMBOLIC_LIMIT)
-    if same(read(prediction), target, budget):
+    targets = readings(raw_reference, reference)
+    # The sentence around a value is only looked into if its words do not say what is asked for.
+    if any(same(read(prediction), target, budget) for target in targets):
         return True
     # "1,234" may be two numbers where the reference is a sequence.
-    if spelling.THOUSANDS.search(prediction) and target.kind in ORDERED:
-        return same(read(prediction, grouped=False), target, budget)
-    return False
+    if spelling.THOUSANDS.search(prediction) and targets[0].kind in ORDERED:
+        return same(read(prediction, grouped=False), targets[0], budget)
+    return any(
+        same(said, target, budget)
+        for said in readings(raw_prediction, prediction)[1:]
+        for target in targets
+        if target.kind != "text"
+    )
+
+
+def readings(raw: str, clean: str) -> list[Value]:
+    """What an answer says as it stands, and then what the one value in it says, if a sentence."""
+    parts = [sentences.value_of(clean), sentences.formula_of(raw)]
+    values = [read(spelling.clean(part)) for part in parts if part is not None]
+    return [read(clean), *(value for value in values if value.kind != "text")]
 
 
 def rational(text: str) -> Fraction | None:
@@ -97,51 +127,20 @@ def rational(text: str) -> Fraction | None:
         tree = parser.whole()
     except ValueError:
         return None
-    if parser.names:
+    if not operations(tree) <= {"num", "+", "-", "*", "/", "^"}:
         return None
     value = evaluate(tree)
     return value if isinstance(value, Fraction) else None
 
 
-# ------------------------------------------------------------------------------------------ choices
+def operations(tree: tuple) -> set[str]:
+    """The names of all operations of a tree.
 
-LETTER = re.compile(r"[(\[]?([A-Za-z])[)\].:]*")  # of a reference: B, (B), B., [b]:
-
-CHOICE = re.compile(
-    r"""
-    (?: \( ([A-Za-z]) \)            # (B)
-      | \[ ([A-Za-z]) \]            # [B]
-      | ([A-Za-z]) (?:
-            \)                      # B)
-          | [.:] (?=\s|$)           # B. and B: before a space or the end, not "i.e."
-          | ,?$                     # B and "B," at the end, not "Banana"
-        )
-    )
-    [.:]? \s*
-    """,
-    re.VERBOSE,
-)
-# In what follows the choice: a second one.
-ANOTHER_CHOICE = re.compile(
-    r"""
-    (?<![A-Za-z]) [A-Z] (?: \) | [.:]\s+\S )    # … C) …   … C. something
-  | ^(?: (?:or|and)\b | [,/&] )                 # or …   , …
-  | ^[A-Z]\W*$                                  # C
-    """,
-    re.VERBOSE,
-)
-
-
-def choice(text: str) -> str | None:
-    """The letter that an answer chooses, in upper case; None if it is no choice, or two.
-
-    >>> choice("(b)"), choice("B) 12 cm"), choice("Banana"), choice("B) or C)")
-    ('B', 'B', None, None)
+    >>> sorted(operations(Parser("1+2!").whole()))
+    ['!', '+', 'num']
     """
-    match = CHOICE.match(text)
-    if not match or ANOTHER_CHOICE.search(text[match.end() :]):
-        return None
-    return match[match.lastindex].upper()
+    parts = [operations(operand) for operand in tree[1:] if isinstance(operand, tuple)]
+    return {tree[0]}.union(*parts)
 
 
 # -------------------------------------------------------------------------------------- comparisons
@@ -165,7 +164,7 @@ def compare_numbers(a: Value, b: Value, budget: Budget) -> bool | None:
         return None
     if a.unit and b.unit and a.unit != b.unit:
         return False
-    return close(a.number, b.number)
+    return same_number(a, b)
 
 
 def compare_words(a: Value, b: Value, budget: Budget) -> bool | None:
@@ -173,26 +172,69 @@ def compare_words(a: Value, b: Value, budget: Budget) -> bool | None:
     return True if a.words and a.words == b.words else None
 
 
+def compare_matrices(a: Value, b: Value, budget: Budget) -> bool | None:
+    """Entry by entry; a single row or column may be written as a tuple."""
+    if "matrix" not in (a.kind, b.kind):
+        return None
+    first = as_matrix(a)
+    second = as_matrix(b)
+    if first and second:
+        rows = zip(first.items, second.items, strict=False)
+        return len(first.items) == len(second.items) and all(
+            all_same(x.items, y.items, budget) for x, y in rows
+        )
+    first = as_vector(a)
+    second = as_vector(b)
+    return bool(first and second) and all_same(first, second, budget)
+
+
+def compare_ratios(a: Value, b: Value, budget: Budget) -> bool | None:
+    """3:2 = 6:4 = 3/2. A reference that may be a time of day, 12:30, is no ratio."""
+    if ":" not in (a.kind, b.kind):
+        return None
+    first = ratio_terms(a)
+    second = ratio_terms(b)
+    if TIME_OF_DAY.fullmatch(b.source) or not first or not second or 0 in first + second:
+        return a.kind == b.kind and all_same(a.items, b.items, budget)
+    if len(first) != len(second):
+        return False
+    return all(
+        close(x * second[0], y * first[0], ROUNDING) for x, y in zip(first, second, strict=True)
+    )
+
+
 def compare_relations(a: Value, b: Value, budget: Budget) -> bool | None:
-    """Side by side; an equation may also be turned round."""
+    """Side by side, turned round, as multiples of each other, or as what chains of "=" say."""
     if not a.kind == b.kind == "relation":
         return None
     if a.signs != b.signs:
-        return False
+        return set(a.signs) == set(b.signs) == {"="} and same_chain(a, b, budget)
     if all_same(a.items, b.items, budget):
         return True
-    return a.signs == ("=",) and all_same(a.items[::-1], b.items, budget)
+    if a.signs in (("=",), ("≠",)) and all_same(a.items[::-1], b.items, budget):
+        return True
+    return len(a.items) == 2 and proportional(a, b, budget)
 
 
-def compare_assigned(a: Value, b: Value, budget: Budget) -> bool | None:
+def compare_intervals(a: Value, b: Value, budget: Budget) -> bool | None:
+    """x > 3 and (3, ∞), also as two inequalities side by side; the variables must be the same."""
+    if {a.kind, b.kind} <= {*INTERVALS}:
+        return None
+    first = (None, a) if a.kind in INTERVALS else as_interval(a)
+    second = (None, b) if b.kind in INTERVALS else as_interval(b)
+    if not first or not second:
+        return None
+    if None not in (first[0], second[0]) and first[0] != second[0]:
+        return False
+    return same(first[1], second[1], budget)
+
+
+def compare_values_said(a: Value, b: Value, budget: Budget) -> bool | None:
     """ "x = 5" and "5"; any other relation equals no value."""
     if "relation" not in (a.kind, b.kind):
         return None
-    a = assigned(a)
-    b = assigned(b)
-    if "relation" in (a.kind, b.kind):
-        return False
-    return same(a, b, budget)
+    pairs = [(x, y) for x in values_said(a) for y in values_said(b)]
+    return any(same(x, y, budget) for x, y in pairs if "relation" not in (x.kind, y.kind))
 
 
 def compare_expressions(a: Value, b: Value, budget: Budget) -> bool | None:
@@ -200,9 +242,7 @@ def compare_expressions(a: Value, b: Value, budget: Budget) -> bool | None:
     mathematics = {a.kind, b.kind} <= {"number", "expression"}
     if not mathematics or a.unit or b.unit:
         return None
-    points = zip(a.samples, b.samples, strict=True)
-    defined = [(x, y) for x, y in points if x is not None and y is not None]
-    if len(defined) < 2 or not all(close(x, y, ROUNDING, ROUNDING) for x, y in defined):
+    if not agree(a.samples, b.samples):
         return False
     return a.tree == b.tree or PROVER.equal(a.tree, b.tree, budget)
 
@@ -211,18 +251,36 @@ def compare_sequences(a: Value, b: Value, budget: Budget) -> bool | None:
     """Item by item if one of them is ordered; a bare list may stand for brackets around it."""
     if a.kind not in ORDERED or b.kind not in ORDERED:
         return None
+    if "()" in (a.kind, b.kind):
+        a = as_tuple(a)
+        b = as_tuple(b)
     if a.kind != b.kind and not bare_list_for(a, b) and not bare_list_for(b, a):
+        return False
+    if {*a.signs, *b.signs} >= {"and", "or"} and any(is_inequality(item) for item in b.items):
         return False
     if ORDERED[a.kind] or ORDERED[b.kind]:
         return all_same(a.items, b.items, budget)
     return same_set(a.items, b.items, budget)
 
 
-COMPARISONS = [
+def compare_ranges(a: Value, b: Value, budget: Budget) -> bool | None:
+    """3-5 and 3–5; a range equals nothing else."""
+    if "range" not in (a.kind, b.kind):
+        return None
+    return a.kind == b.kind and all_same(a.items, b.items, budget)
+
+
+Comparison = Callable[[Value, Value, Budget], bool | None]
+
+COMPARISONS: list[Comparison] = [
     compare_numbers,
     compare_words,
+    compare_intervals,
     compare_relations,
-    compare_assigned,
+    compare_values_said,
+    compare_matrices,
+    compare_ranges,
+    compare_ratios,
     compare_expressions,
     compare_sequences,
 ]
@@ -253,42 +311,82 @@ def bare_list_for(a: Value, b: Value) -> bool:
     return a.kind == "list" and b.kind in ENCLOSED_LISTS
 
 
-# What may stand left of "=" without being a statement of its own: x, f(x), A_1, \theta, \angle abc.
-NAME = re.compile(r"(?:[a-z]|\\(?!frac|sqrt|sin|cos|tan|ln|log|exp))[a-z0-9\\ _'{}()]*")
+def is_inequality(value: Value) -> bool:
+    return value.kind == "relation" and "=" not in value.signs
 
 
-def assigned(value: Value) -> Value:
-    r"""The last side of "x = 5", "f(x) = A = 5" and "7 + 5 = 12"; of all else the value itself.
+def same_chain(a: Value, b: Value, budget: Budget) -> bool:
+    """Whether two chains of "=" of different lengths begin with one name and say one value."""
+    if not same(a.items[0], b.items[0], budget):
+        return False
+    pairs = [(x, y) for x in values_said(a) for y in values_said(b)]
+    return any(same(x, y, budget) for x, y in pairs if "relation" not in (x.kind, y.kind))
 
-    >>> [assigned(read(text)).words for text in ("x = 5", "7 + 5 = 12", "2x = 6")]
-    ['5', '12', '2x = 6']
+
+def agree(a: tuple, b: tuple) -> bool:
+    """Whether the values at the sample points are equal wherever they are real, at two at least.
+
+    Where neither is real, or one is undefined, there is nothing to compare.
     """
-    if value.kind != "relation" or set(value.signs) != {"="}:
-        return value
-    *sides, last = value.items
-    named = NAME.fullmatch(sides[0].words)
-    return last if named or is_computation(sides, last) else value
+    agreed = 0
+    for x, y in zip(a, b, strict=True):
+        if x is None or y is None or not is_finite(x) or not is_finite(y):
+            continue
+        if close(x, y, ROUNDING_AT_POINTS):
+            agreed += 1
+        elif not (isinstance(x, complex) and isinstance(y, complex)):
+            return False
+    return agreed >= 2
 
 
-def is_computation(sides: list[Value], last: Value) -> bool:
-    """Whether all sides are numbers that equal the last: 7 + 5 = 12, not 2 + 3 = 6."""
-    return all(
-        side.kind == last.kind == "number" and close(side.number, last.number) for side in sides
+ROUNDING_AT_POINTS = Fraction(1, 10**7)  # of float arithmetic; the proof decides
+
+
+def is_finite(value: Fraction | float | complex) -> bool:
+    return isinstance(value, Fraction) or abs(value) < math.inf
+
+
+def proportional(a: Value, b: Value, budget: Budget) -> bool:
+    """Whether left minus right of one equation is a multiple of that of the other.
+
+    For inequalities the multiple must be positive.
+    """
+    sides = (*a.items, *b.items)
+    mathematics = all(side.kind in ("number", "expression") and not side.unit for side in sides)
+    if not mathematics or not all(any(s.kind == "expression" for s in v.items) for v in (a, b)):
+        return False
+    first = differences(a)
+    second = differences(b)
+    factor = common_factor(first, second)
+    if factor is None or (factor < 0 and is_inequality(a) and a.signs != ("≠",)):
+        return False
+    if not agree(first, tuple(None if y is None else factor * y for y in second)):
+        return False
+    multiple = ("*", ("num", factor.numerator, factor.denominator), difference(b))
+    return PROVER.equal(difference(a), multiple, budget)
+
+
+def difference(relation: Value) -> tuple:
+    """Left minus right, as a tree."""
+    left, right = relation.items
+    return ("+", left.tree, ("-", right.tree))
+
+
+def differences(relation: Value) -> tuple:
+    """Left minus right at the sample points."""
+    left, right = relation.items
+    return tuple(
+        None if x is None or y is None else x - y
+        for x, y in zip(left.samples, right.samples, strict=True)
     )
 
 
-ABSOLUTE = Fraction(1, 10**6)
-RELATIVE = Fraction(1, 10**5)
-ROUNDING = Fraction(1, 10**7)  # of float arithmetic at sample points; the proof decides
-
-
-def close(a: Any, b: Any, absolute: Fraction = ABSOLUTE, relative: Fraction = RELATIVE) -> bool:
-    """|a − b| ≤ max(absolute, relative·|b|), exact for fractions; an infinity equals only itself.
-
-    >>> close(3.00002, 3), close(3.00004, 3), close(math.inf, 5), close(math.inf, math.inf)
-    (True, False, False, True)
-    """
-    try:
-        return bool(a == b or abs(a - b) <= max(absolute, relative * abs(b)) < math.inf)
-    except OverflowError:  # a fraction too large for a float
-        return False
+def common_factor(a: tuple, b: tuple) -> Fraction | None:
+    """The rational quotient of two tuples at the first point where there is one."""
+    for x, y in zip(a, b, strict=True):
+        if isinstance(x, Fraction) and isinstance(y, Fraction) and x and y:
+            return x / y
+        real = isinstance(x, (float, Fraction)) and isinstance(y, (float, Fraction))
+        if real and is_finite(x) and is_finite(y) and x and y:
+            return Fraction(x / y).limit_denominator(10**4)
+    return None

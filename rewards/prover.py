@@ -146,9 +146,21 @@ PROVER = Prover()  # starts nothing before the first question
 def sympy_operations() -> dict[str, Callable]:
     import sympy
 
+    def variable(name: str) -> Any:
+        return sympy.Symbol(name, real=True)
+
+    def power(base: Any, exponent: Any) -> Any:
+        """As in expressions.raised: odd roots of negative numbers are negative."""
+        if exponent.is_Rational and exponent.q > 1 and exponent.q % 2 == 1:
+            return sympy.sign(base) ** exponent.p * sympy.Abs(base) ** exponent
+        return base**exponent
+
+    def logarithm_to_ten(value: Any) -> Any:
+        return sympy.log(value, 10)
+
     return {
         "num": sympy.Rational,
-        "var": lambda name: sympy.Symbol(name, real=True),
+        "var": variable,
         "pi": lambda: sympy.pi,
         "E": lambda: sympy.E,
         "oo": lambda: sympy.oo,
@@ -156,22 +168,81 @@ def sympy_operations() -> dict[str, Callable]:
         "+": operator.add,
         "*": operator.mul,
         "/": operator.truediv,
-        "^": operator.pow,
+        "^": power,
         "sqrt": sympy.sqrt,
         "sin": sympy.sin,
         "cos": sympy.cos,
         "tan": sympy.tan,
+        "sec": sympy.sec,
+        "csc": sympy.csc,
+        "cot": sympy.cot,
+        "arcsin": sympy.asin,
+        "arccos": sympy.acos,
+        "arctan": sympy.atan,
+        "sinh": sympy.sinh,
+        "cosh": sympy.cosh,
+        "tanh": sympy.tanh,
         "log": sympy.log,
+        "lg": logarithm_to_ten,
         "exp": sympy.exp,
+        "abs": sympy.Abs,
+        "floor": sympy.floor,
+        "ceiling": sympy.ceiling,
+        "!": sympy.factorial,
+        "binomial": sympy.binomial,
     }
 
 
 def prove(first: Any, second: Any, operations: dict[str, Callable]) -> bool:
-    """Whether the difference of two trees is 0, by what is cheap first."""
+    """Whether the difference of two trees is 0, by what is cheap first.
+
+    It may be so for positive variables only: √(1/m) and 1/√m are real for no other m. Whoever asks
+    has seen that the two agree at negative numbers as well, where they are real.
+    """
     import sympy
 
     difference = fold(first, operations) - fold(second, operations)
-    return difference == 0 or sympy.expand(difference) == 0 or sympy.simplify(difference) == 0
+    positive = difference.subs(
+        {symbol: sympy.Symbol(symbol.name, positive=True) for symbol in difference.free_symbols}
+    )
+    return any(step(difference, positive) for step in PROOFS)
+
+
+def by_expanding(difference: Any, positive: Any) -> bool:
+    import sympy
+
+    return difference == 0 or sympy.expand(difference) == 0
+
+
+def by_cancelling(difference: Any, positive: Any) -> bool:
+    """Fractions, and roots of positive numbers."""
+    import sympy
+
+    return 0 in (sympy.expand(positive), sympy.cancel(difference))
+
+
+def by_gamma_functions(difference: Any, positive: Any) -> bool:
+    """Factorials and binomial coefficients."""
+    import sympy
+
+    counted = difference.has(sympy.factorial, sympy.binomial)
+    return counted and sympy.gammasimp(difference) == 0
+
+
+def by_exponentials(difference: Any, positive: Any) -> bool:
+    """Trigonometric and hyperbolic functions as exponentials, of which they are fractions."""
+    import sympy
+
+    return sympy.cancel(positive.rewrite(sympy.exp)) == 0
+
+
+def by_simplifying(difference: Any, positive: Any) -> bool:
+    import sympy
+
+    return sympy.simplify(difference) == 0 or sympy.simplify(positive) == 0
+
+
+PROOFS = [by_expanding, by_cancelling, by_gamma_functions, by_exponentials, by_simplifying]
 
 
 def prove_in_fork(question: bytes, operations: dict[str, Callable]) -> bool:
@@ -199,7 +270,7 @@ def work() -> None:
     operations = sympy_operations()
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
     # SymPy imports more at its first use. Let it do so before the clock runs.
-    prove(("sqrt", ("var", "x")), ("sin", ("var", "x")), operations)
+    prove(("sqrt", ("var", "x")), ("!", ("sin", ("var", "x"))), operations)
     os.write(1, READY)
     for question in sys.stdin.buffer:
         os.write(1, EQUAL if prove_in_fork(question, operations) else NOT_EQUAL)

@@ -52,8 +52,22 @@ LOOK_ALIKES = {
     "=": "≈∈",
     "'": "’",
     '"': "“”",
+    ".": "。",
+    ",": "、",
 }
-COMMANDS = {"√": r"\sqrt ", "∞": r"\infty ", "±": r"\pm ", "∪": r"\cup ", "∠": r"\angle "}
+COMMANDS = {
+    "√": r"\sqrt ",
+    "∞": r"\infty ",
+    "±": r"\pm ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∠": r"\angle ",
+    "△": r"\triangle ",
+    "∅": r"\emptyset ",
+    "ℝ": r"\mathbb{R} ",
+    "⟨": "(",
+    "⟩": ")",
+}
 
 # One character each: what is said with signs of ASCII, or with a LaTeX command.
 CHARACTERS = str.maketrans(
@@ -104,23 +118,80 @@ def _celsius_or_fahrenheit(match: re.Match) -> str:
     return " deg" + match[1].upper()
 
 
+def _siunitx(match: re.Match) -> str:
+    r"""The unit \kilo\meter\per\second as words: kilometer per second."""
+    text = re.sub(r"\\(kilo|centi|milli|micro|nano|deci|mega|giga)\s*\\", r"\\\1", match[2])
+    text = re.sub(r"\\squared", "^2", text)
+    text = re.sub(r"\\cubed", "^3", text)
+    return f"{match[1] or ''} " + re.sub(r"\\([a-z]+)", r" \1 ", text)
+
+
+def _rows_of_cases(match: re.Match) -> str:
+    r"""The rows of a system of equations, \begin{cases}, as a list; a piecewise function stays."""
+    if "&" in match[1]:
+        return match[0]
+    return match[1].strip().removesuffix(ROW_END).replace(ROW_END, ";")
+
+
+def _repeating(match: re.Match) -> str:
+    r"""0.1\overline{6} as the fraction it is."""
+    whole, before, period = match.groups()
+    nines = "9" * len(period) + "0" * len(before)
+    numerator = int(whole + before + period) - int(whole + before)
+    return rf"\frac{{{numerator}}}{{{nines}}}"
+
+
+ROW_END = "⏎"  # of a matrix, for \\
+
+FONTS = "bf|bfseries|it|itshape|rm|sf|tt|sc|em|boldsymbol|bm|mathrm|mathbf|mathit|mathsf|mathcal"
+
+
 # LaTeX in one spelling and without decoration.
 LATEX = _compiled(
     # What nobody sees: control characters, spaces without width, marks of direction.
     (r"[\x00-\x08\x0e-\x1f\x7f\u200b-\u200f\u2060\ufeff]", ""),
-    # Upright words: \text{cm}, \textbf{B}, \mathrm{C}, \operatorname{lcm}.
+    # Groups of nothing, as in 30{}^\circ.
+    (r"(?<!\\)\{\s*\}", ""),
+    # Numbers and units of siunitx: \num{24}, \qty{18}{cm}.
+    (rf"\\(?:number|num|ang){END}\s*\{{([^{{}}]*)\}}", r" \1 "),
     (
-        r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}",
+        rf"\\(?:quantity|qty|SI|unit|si){END}\s*(?:\{{([^{{}}]*)\}}\s*)?\{{([^{{}}]*)\}}",
+        _siunitx,
+    ),
+    # Boxes, lines and colours around a part.
+    (rf"\\(?:underline|fbox|emph|ensuremath){END}\s*\{{([^{{}}]*)\}}", r" \1 "),
+    (rf"\\(?:text)?color{END}\s*\{{[^{{}}]*\}}", " "),
+    # Upright words: \text{cm}, \textbf{B}, \mathrm{C}, {\bf B}, \operatorname{lcm}.
+    (
+        r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal)?|math(?:rm|bf|it|sf|cal)|mbox|boldsymbol|bm|operatorname)"
+        r"\s*\{([^{}]*)\}",
         r" \1 ",
     ),
+    (rf"\{{\s*\\(?:{FONTS}){END}([^{{}}]*)\}}", r" \1 "),
+    (rf"\\(?:{FONTS}){END}", " "),
+    # Other names of the same sign.
     (rf"\\[dtc]frac{END}", r"\\frac"),
+    (rf"\\[dt]binom{END}", r"\\binom"),
+    (rf"\{{([^{{}}]*)\\choose{END}([^{{}}]*)\}}", r"\\binom{\1}{\2}"),
+    (rf"\\overrightarrow{END}", r"\\vec"),
+    (rf"\\widehat{END}", r"\\hat"),
+    (rf"\\var(?=(?:phi|theta|epsilon|rho|sigma){END})", r"\\"),
+    (rf"\\varnothing{END}", r"\\emptyset"),
+    (rf"\\(?:lvert|rvert|vert|mid){END}", "|"),
+    (rf"\\langle{END}", "("),
+    (rf"\\rangle{END}", ")"),
     # The size of brackets: \left( and \bigr], and of formulas.
-    (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle){END}", ""),
-    # A comma between thousands, 1{,}234 or 1\,234; elsewhere \, is a space like the others.
+    (rf"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits){END}", ""),
+    # Between thousands, 1{,}234, 1,\!234 and 1\,234; elsewhere \, is a space like the others.
+    (r"(?<=[0-9])(?:\s*\{\s*,\s*\}\s*|,\s*\\!\s*)(?=[0-9]{3}(?![0-9]))", ""),
+    (r"(?<=[0-9])\{,\}(?=[0-9])", "."),
     (r"\{,\}|\\,(?=[0-9]{3})", ","),
+    # A period that repeats: 0.\overline{3}, 0.1\dot{6}.
+    (r"([0-9]+)\.([0-9]*)\\(?:overline|bar|dot)\s*\{([0-9]+)\}", _repeating),
     (rf"\\[,;:! ]|\\q?quad{END}|~", " "),
-    # Degrees: 45^\circ, 45^{\circ}, 45\degree, 45°, and then 25 deg C, 25 degrees Celsius.
+    # Degrees: 45^\circ, 45^{\circ}, 45^o, 45\degree, and then 25 deg C, 25 degrees Celsius.
     (rf"\^\s*(?:\{{\s*\\circ\s*\}}|\\circ)|\\degrees?{END}|°", " deg "),
+    (r"(?<=[0-9])\^\s*(?:\{\s*o\s*\}|o(?![A-Za-z]))", " deg "),
     (AM_OR_PM, _am_or_pm),
     (
         r"(?i)(?<![a-z])deg(?:rees?)?\s*(c|f)(?:elsius|ahrenheit)?(?![a-z])",
@@ -133,12 +204,15 @@ LATEX = _compiled(
     (rf"\\lt{END}", "<"),
     (rf"\\gt{END}", ">"),
     (rf"\\(?:approx|in){END}", "="),
+    (r"(?i)\\mathbb\s*\{?\s*R\s*\}?|^(?:all )?real numbers$", r"(-\\infty,\\infty)"),
     # Operators.
     (rf"\\(?:times|cdot){END}", "*"),
     (rf"\\div{END}", "/"),
     # The braces of a set, as signs of their own: plain braces only group.
     (r"\\\{", "⦃"),
     (r"\\\}", "⦄"),
+    # A system of equations.
+    (r"\\begin\{(?:cases|aligned)\}((?:(?!\\begin).)*?)\\end\{(?:cases|aligned)\}", _rows_of_cases),
     # Delimiters of formulas and of code; escaped signs; what is left of "\$" is money.
     (r"\\[()\[\]]|`", ""),
     (r"\\([%_#&])", r"\1"),
@@ -171,10 +245,15 @@ SCIENTIFIC = re.compile(
     re.VERBOSE,
 )
 
+FUNCTION_NAMES = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|sec|csc|cot|ln|log|lg|exp"
+
 # Mathematics, spelled out with the few signs that the parser of expressions knows.
 NOTATION = _compiled(
-    (r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|ln|log|exp)(?![A-Za-z])", r"\\\1 "),
+    (rf"(?<![\\A-Za-z])(pi|sqrt|{FUNCTION_NAMES})(?![A-Za-z])", r"\\\1 "),
+    (r"(?<![A-Za-z])abs\s*\(([^()]*)\)", r"|\1|"),
     (r"(?<![\\A-Za-z])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
+    # A product of letters after a slash is the whole divisor: t/RC. But 1/2x is half of x.
+    (r"/\s*([A-Za-z]{2,3})(?![A-Za-z(_^])", r"/(\1)"),
     # Braces that LaTeX does not need: \frac34, \frac3{4}, \frac{3}4.
     (r"\\frac\s*([0-9])\s*(?=[0-9{])", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
@@ -187,6 +266,8 @@ NOTATION = _compiled(
     (r"\*\*", "^"),
     # A currency is a unit, and units come last: -$5.
     (r"^([+-]?)\s*(USD|[€£¥₹])\s*(.+)$", r"\1\3 \2"),
+    # A ratio in words, 3 to 2.
+    (r"^([0-9.]+) to ([0-9.]+)$", r"\1:\2"),
     # The union of intervals, (1,2)U(3,4).
     (r"([)\]])\s*U\s*([(\[])", r"\1\\cup \2"),
 )
@@ -228,29 +309,88 @@ def normalize_unicode(text: str) -> str:
 
 
 def unbox(text: str) -> str:
-    r"""The content of the last \boxed{…} with balanced braces, or the text itself without one.
+    r"""What is in the last \boxed{…}, the text itself without one; boxes side by side are a list.
 
-    >>> unbox(r"so \boxed{\frac{1}{2}}, done")
-    '\\frac{1}{2}'
-    >>> unbox(r"\boxed{1")
-    '\\boxed{1'
+    >>> unbox(r"so \boxed{\frac{1}{2}}, done"), unbox(r"\boxed{1")
+    ('\\frac{1}{2}', '\\boxed{1')
+    >>> unbox(r"\boxed{1} and \boxed{2}"), unbox(r"\boxed{1}, so it is \boxed{2}")
+    ('1, 2', '2')
     """
-    before, box, after = text.rpartition(r"\boxed{")
-    if not box:
-        return text
-    depth = 1
-    for i, character in enumerate(after):
-        if character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-        if depth == 0:
-            return after[:i]
+    for _ in range(MAX_BOXES_IN_BOXES):
+        contents = _last_boxes(text)
+        if not contents:
+            break
+        text = ", ".join(contents)
     return text
+
+
+MAX_BOXES_IN_BOXES = 3
+BOX = re.compile(r"\\f?boxed\s*\{")
+BRACE = re.compile(r"[{}]")
+BETWEEN_BOXES = re.compile(r"[\s$,;]*(?:\\text\s*\{)?[\s$]*(?:and|or)?[\s$,}]*")
+
+
+def _last_boxes(text: str) -> list[str]:
+    """The contents of the last box and of those right before it."""
+    contents: list[str] = []
+    end = 0  # of the last box
+    for box in BOX.finditer(text):
+        if box.start() < end:  # a box in a box
+            continue
+        closing = _closing_brace(text, box.end())
+        if closing is None:
+            break
+        if not BETWEEN_BOXES.fullmatch(text, end, box.start()):
+            contents = []
+        sign = "-" if text.endswith("-", 0, box.start()) else ""
+        contents.append(sign + text[box.end() : closing])
+        end = closing + 1
+    return contents
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Where the brace is that closes one opened right before `start`."""
+    depth = 1
+    for brace in BRACE.finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return brace.start()
+    return None
+
+
+def mark_rows(text: str) -> str:
+    r"""The double backslash as ROW_END in a matrix; elsewhere a command was escaped twice.
+
+    >>> mark_rows(r"\begin{pmatrix}1\\2\end{pmatrix}"), mark_rows(r"\\frac12")
+    ('\\begin{pmatrix}1 ⏎ 2\\end{pmatrix}', '\\frac12')
+    """
+    if "\\begin" in text:
+        return re.sub(r"\\\\(?:\s*\[[0-9.a-z]{1,9}\])?", f" {ROW_END} ", text)
+    return re.sub(r"\\\\(?=[a-zA-Z()\[\]])", lambda match: "\\", text)
 
 
 def clean_latex(text: str) -> str:
     return rewrite(text, LATEX)
+
+
+VALUE_BEGINS = r"(?=\s*(?:[-+]?[0-9(]|\\(?:frac|sqrt|pi)))"
+ADJACENT_FORMULAS = re.compile(r"(?:\$\s+\$|(?<=[0-9])\$\$(?=[0-9])|\\\)\s*\\\()" + VALUE_BEGINS)
+LINE_BETWEEN_VALUES = re.compile(
+    r"""
+    (?<=[0-9)}%$]) [ \t]* \n \s* (?= \$? (?: [-+]?[0-9(] | \\frac | \\sqrt ) )     # 1 ⏎ 2
+  | (?<=[\w)}%$]) [ \t]* \n \s* (?= \$? [A-Za-z]\w? \s* = )                       # x = 1 ⏎ y = 2
+    """,
+    re.VERBOSE,
+)
+
+
+def separate_values(text: str) -> str:
+    r"""A comma between formulas side by side and values on lines of their own: they are several.
+
+    >>> separate_values(r"$\frac34$ $\frac12$"), separate_values("1\n234")
+    ('$\\frac34, \\frac12$', '1; 234')
+    """
+    return LINE_BETWEEN_VALUES.sub("; ", ADJACENT_FORMULAS.sub(", ", text))
 
 
 def resolve_dollars(text: str) -> str:
@@ -261,7 +401,18 @@ def resolve_dollars(text: str) -> str:
 
 
 def collapse_spaces(text: str) -> str:
-    return " ".join(text.split())
+    """One space at a time, and none within brackets or before the punctuation of a sentence."""
+    text = " ".join(text.split())
+    text = re.sub(r"(?<=[(\[]) ", "", text)
+    return re.sub(r" (?=[.,;:)\]](?![0-9]))", "", text)
+
+
+# Emoji and headings of Markdown: ✅ 41, ### 41.
+DECORATION = re.compile(r"^(?:[\u2600-\u27bf\U0001f300-\U0001faff\ufe0f]|#{1,6}(?=\s))+\s*(?=\S)")
+
+
+def drop_decoration(text: str) -> str:
+    return DECORATION.sub("", text)
 
 
 # Bold words stand alone; 2**3**2 is a power.
@@ -280,6 +431,9 @@ INTRODUCTION = re.compile(
     (?:the\s+)? (?:final\s+|correct\s+)?
     (?: (?:answer|option|choice) \s* (?:is\b|:|=) \s* :?    # the answer is   answer:
       | (?:option|choice) \s                                # option B
+      | (?:approximately|approx\.?) \s (?=[0-9])           # approximately 5.39
+      | 【?答案】? \s* (?: [是为] \s* :? | : | (?=[^\u4e00-\u9fff]) )   # 答案是 "the answer is"
+      | 故?选 \s* :? (?=[A-Z(])                             # 故选 "so choose"
     )
     \s* (?=\S)
     """,
@@ -301,10 +455,13 @@ CLEANING = [
     separate_fractions,
     raise_and_lower,
     normalize_unicode,
+    mark_rows,
     unbox,
+    separate_values,
     clean_latex,
     resolve_dollars,
     collapse_spaces,
+    drop_decoration,
     drop_emphasis,
     drop_introduction,
 ]

@@ -75,8 +75,27 @@ OTHERS = {
     "₹": "rupee rupees",
     "cent": "cents",
     # pure numbers
-    "%": "percent",
+    "%": "percent pct",
     "unit": "units",
+}
+# In Chinese; those of the last line are counting words, which stand for what is counted.
+CHINESE = {
+    "m": "米",
+    "cm": "厘米",
+    "mm": "毫米",
+    "km": "千米 公里",
+    "g": "克",
+    "kg": "千克 公斤",
+    "L": "升",
+    "mL": "毫升",
+    "s": "秒",
+    "min": "分钟",
+    "h": "小时",
+    "day": "天",
+    "year": "年",
+    "deg": "度",
+    "¥": "元 人民币",
+    "unit": "个 只 人 本 张 条 件 岁 名 次 种 块 棵 辆 支 页",
 }
 
 
@@ -89,9 +108,10 @@ def _all_names() -> dict[str, str]:
                 symbols[prefix + name] = short + symbol
                 symbols[prefix + name + "s"] = short + symbol
     symbols |= {symbol: symbol for symbol in symbols.values()}
-    for symbol, names in OTHERS.items():
-        for name in [symbol, *names.split()]:
-            symbols[name] = symbol
+    for table in (OTHERS, CHINESE):
+        for symbol, names in table.items():
+            for name in [symbol, *names.split()]:
+                symbols[name] = symbol
     return symbols
 
 
@@ -103,10 +123,14 @@ SPELLED_OUT = {
     "sq.": "sq ",
     "mph": "mi per h",
     "kph": "km per h",
+    "平方": "square ",
+    "立方": "cubic ",
+    "每": " per ",
 }
 POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3}
 
-# Words that change the number before them, so that "5 million" is not "5 of something".
+# Words that change the number before them, so that "5 million" is not "5 of something", and words
+# that begin another clause.
 WORDS_OF_NUMBERS = """
     and not more less than least most plus minus over under about but between from
     negative squared cubed factorial point
@@ -114,6 +138,8 @@ WORDS_OF_NUMBERS = """
     hundredth thousandth millionth
     zero one two three four five six seven eight nine ten dozen
     hundred thousand lakh million crore billion trillion
+    then if when where while because since for with without as is are was so but that this which
+    therefore thus hence wrong false incorrect maybe
 """
 NO_NOUNS = set(WORDS_OF_NUMBERS.split())
 
@@ -122,7 +148,7 @@ NO_NOUNS = set(WORDS_OF_NUMBERS.split())
 
 TOKEN = re.compile(
     r"""
-    (?P<word> [A-Za-zμΩ%€£¥₹]+ )
+    (?P<word> [A-Za-zμΩ%€£¥₹\u4e00-\u9fff]+ )
   | \^ \s* \{? \s* (?P<exponent> -?[0-9]{1,2} ) \s* \}?     # ^2   ^{-1}
   | (?P<slash> / )
   | [*\s()]                                                 # says nothing
@@ -169,7 +195,8 @@ def unit(text: str, spaced: bool) -> tuple | None:
 
 def _spelled_out(text: str) -> str:
     for short, long in SPELLED_OUT.items():
-        text = re.sub(rf"\b{re.escape(short)}(?![A-Za-z])", long, text)
+        boundary = r"\b" if short.isascii() else ""
+        text = re.sub(rf"{boundary}{re.escape(short)}(?![A-Za-z])", long, text)
     return text
 
 

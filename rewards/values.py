@@ -14,11 +14,12 @@ import re
 from typing import Any, NamedTuple
 
 from rewards import spelling, units
-from rewards.expressions import MAX_DEPTH, Parser, evaluate
+from rewards.expressions import MAX_DEPTH, POINTS, Parser, evaluate
 
 MAX_MATH = 512  # characters; a longer answer is compared as text
-MAX_ITEMS = 32  # of a list or tuple
-SAMPLES = 5  # points at which expressions with variables are evaluated
+MAX_ITEMS = 32  # of a list or tuple, rows of a matrix
+MAX_ENTRIES = 128  # of a matrix
+SAMPLES = len(POINTS)  # at which expressions with variables are evaluated
 
 
 # ------------------------------------------------------------------------------------------- values
@@ -27,11 +28,14 @@ SAMPLES = 5  # points at which expressions with variables are evaluated
 class Value(NamedTuple):
     """What an answer says. Of the fields after `words`, each kind uses its own."""
 
-    kind: str  # "number", "expression", "relation", "text", or a sequence: a key of ORDERED
+    kind: str  # "number", "expression", "relation", "matrix", "range", "text", or a sequence:
+    # a key of ORDERED
     words: str = ""  # the text, without what makes no difference in words
-    items: tuple[Value, ...] = ()  # of a sequence; the sides of a relation
-    signs: tuple[str, ...] = ()  # between the sides of a relation
+    source: str = ""  # the text as it was read
+    items: tuple[Value, ...] = ()  # of a sequence; the sides of a relation; the rows of a matrix
+    signs: tuple[str, ...] = ()  # between the sides of a relation or the items of a list
     tree: tuple = ()  # of a number or expression
+    rounded: bool = False  # of a number: a decimal or a power of ten stands in it
     samples: tuple = ()  # values of the tree at SAMPLES points, all the same for a number
     unit: tuple | None = None  # of a number: ((symbol, power), …)
 
@@ -83,8 +87,8 @@ def recognised(text: str, words: str, depth: int) -> Value:
     for reader in READERS:
         value = reader(text, depth)
         if value is not None:
-            return value._replace(words=words)
-    return TEXT._replace(words=words)
+            return value._replace(words=words, source=text)
+    return TEXT._replace(words=words, source=text)
 
 
 def bare(text: str) -> str:
@@ -116,8 +120,46 @@ CLOSING = ")]}⦄"
 
 def read_list(text: str, depth: int) -> Value | None:
     """1, 2 and 3."""
-    pieces, _ = split(text, r",\s*(?:and|or)\b|[,;]|\b(?:and|or)\b")
-    return sequence("list", pieces, depth) if len(pieces) > 1 else None
+    pieces, separators = split(text, r",\s*(?:and|or)\b|[,;]|\b(?:and|or)\b|[或和]")
+    if len(pieces) < 2:
+        return None
+    words = tuple(re.sub(r"[^a-z或]", "", separator) for separator in separators)
+    return sequence("list", pieces, depth)._replace(signs=words)
+
+
+SET_BUILDER = re.compile(r"⦃\s*([a-z])\s*(?:=[^|:]*)?[|:](.+)⦄")
+
+
+def read_set_builder(text: str, depth: int) -> Value | None:
+    """{x | x > 3} says x > 3."""
+    match = SET_BUILDER.fullmatch(text)
+    return read_part(match[2], depth + 1) if match and match[1] in match[2] else None
+
+
+MATRIX = re.compile(
+    r"""
+    [(\[]? \s* \\begin\{(p|b|B|small|)(?:matrix|array)\} (?:\s*\{[lcr|\s]*\})?
+    ((?: (?!\\begin|\\end) . )*)
+    \\end\{\1(?:matrix|array)\} \s* [)\]]?
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def read_matrix(text: str, depth: int) -> Value | None:
+    r"""\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}, whatever its brackets: a matrix of rows.
+
+    Bars around it are left alone, since they make a number of it, the determinant.
+    """
+    match = MATRIX.fullmatch(text)
+    if not match:
+        return None
+    rows = match[2].strip().removesuffix(spelling.ROW_END).split(spelling.ROW_END)
+    values = tuple(sequence("row", row.split("&"), depth) for row in rows[:MAX_ITEMS])
+    entries = sum(len(row.items) for row in values)
+    if len(rows) > MAX_ITEMS or entries > MAX_ENTRIES or TEXT in values:
+        return TEXT
+    return Value("matrix", items=values)
 
 
 def read_relation(text: str, depth: int) -> Value | None:
@@ -162,11 +204,22 @@ def read_plus_minus(text: str, depth: int) -> Value | None:
     return sequence("list", [text.replace(r"\pm", "+"), text.replace(r"\pm", "-")], depth)
 
 
+RANGE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*-\s*([0-9]+(?:\.[0-9]+)?)(?:\s+([a-z].*)|%)?")
+
+
+def read_range(text: str, depth: int) -> Value | None:
+    """3-5 is a range and not −2; 5-3 is a difference."""
+    match = RANGE.fullmatch(text)
+    if not match or float(match[1]) >= float(match[2]):
+        return None
+    return Value("range", items=tuple(read_part(end, depth + 1) for end in match.groups()[:2]))
+
+
 def read_quantity(text: str, depth: int) -> Value | None:
     """A number with its unit, 5 cm. Only a constant takes one: "2x m" is an expression."""
     text = degrees_as_radians(text)
     # The unit begins at the first letter that does not belong to a command.
-    letter = re.search(r"(?<![A-Za-z\\])[A-Za-zμΩ%€£¥₹]", text)
+    letter = re.search(r"(?<![A-Za-z\\])[A-Za-zμΩ%€£¥₹\u4e00-\u9fff]", text)
     if not letter or letter.start() == 0:
         return None
     number = text[: letter.start()]
@@ -181,12 +234,15 @@ def read_expression(text: str, depth: int) -> Value | None:
 
 
 READERS = [
+    read_set_builder,
+    read_matrix,
     read_list,
     read_relation,
     read_union,
     read_ratio,
     read_brackets,
     read_plus_minus,
+    read_range,
     read_quantity,
     read_expression,
 ]
@@ -240,7 +296,7 @@ def enclosed(text: str) -> bool:
 
 def degrees_as_radians(text: str) -> str:
     """sin 30° is a half; degrees that stand alone are a unit."""
-    if not re.search(r"\\(?:sin|cos|tan)", text):
+    if not re.search(r"\\(?:sin|cos|tan|sec|csc|cot)", text):
         return text
     return re.sub(r"([0-9.]+) deg", r"(\1\\pi/180)", text)
 
@@ -256,4 +312,6 @@ def expression(text: str) -> Value | None:
         samples = tuple(evaluate(tree, parser.names, seed) for seed in range(SAMPLES))
         return Value("expression", tree=tree, samples=samples)
     value = evaluate(tree)
-    return None if value is None else Value("number", tree=tree, samples=(value,) * SAMPLES)
+    if value is None:
+        return None
+    return Value("number", tree=tree, samples=(value,) * SAMPLES, rounded=parser.rounded)

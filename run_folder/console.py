@@ -122,7 +122,7 @@ def step_lines(row: dict, steps: int) -> list[str]:
         lines.append(_fit(_step_fields(row, steps), width))
     if "policy/skipped_prompts" in row:
         ids = printable(", ".join(row["policy/skipped_prompts"]))
-        lines.append(f"  update skipped: loss or gradient not finite, prompts {ids}")
+        lines.append(f"  update skipped, loss or gradient not finite, prompts {ids}")
     elif "policy/skipped_updates" in row:
         lines.append("  no update: in every group the answers were all right or all wrong")
     if "eval/accuracy" in row:

@@ -7,7 +7,7 @@ import pkgutil
 import pytest
 
 import rewards
-from rewards import accuracy, extract_answer, load_custom
+from rewards import accuracy, extract_answer, is_satisfiable, load_custom, read_reference
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,62 @@ def test_accuracy_counts_the_last_block_alone():
 )
 def test_format(response, expected):
     assert rewards.format(response) == expected
+
+
+# --------------------------------------------------------------------------------------- references
+
+
+@pytest.mark.parametrize(
+    "answer, inside",
+    [
+        ("<answer> 3 </answer>", "3"),
+        ("<answer>D</answer>", "D"),
+        ("<think>I count twelve.</think><answer>12</answer>", "12"),
+        ("<think>so</think>\n12", "12"),
+        ("3 + 4 = <<3+4=7>>7\n#### 7", "7"),
+        ("#### 1,234", "1,234"),
+        (r"We add and get $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        (r"<answer>\boxed{5}</answer>", "5"),
+        (r"<answer> \boxed{(B) 12} </answer>", "B"),
+        ("(B) 12 cm", "B"),
+        ("B) 12 cm", "B"),
+        ("B. 12", "B"),
+        ("C: yes", "C"),
+        ("B. Paris", "B"),
+        # what is plain stays as it is
+        ("12 cm", "12 cm"),
+        ("B", "B"),
+        ("(B)", "(B)"),
+        ("E. coli", "E. coli"),
+        ("(1, 2)", "(1, 2)"),
+        ("A) 12 or (b) 13", "A) 12 or (b) 13"),
+        ("A cat", "A cat"),
+        (" 5 ", " 5 "),
+        ("#1", "#1"),
+        ("x<answer", "x<answer"),
+        ("", ""),
+    ],
+)
+def test_read_reference(answer, inside):
+    assert read_reference(answer) == inside
+    assert read_reference(inside) == inside
+    if inside:
+        assert is_satisfiable(answer)
+        assert accuracy(f"<answer>{inside}</answer>", answer) == 1.0
+    assert accuracy("<answer>another</answer>", answer) == 0.0
+
+
+@pytest.mark.parametrize("answer", ["", " ", "<answer></answer>", "<think>5</think>", "$$", ","])
+def test_references_that_no_response_matches(answer):
+    assert not is_satisfiable(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["5", "(1, 2]", "x^2+1", r"\{1,2\}", "a, b", "H2O", "B or C", "3-5", "?", "1/0", "x" * 9999],
+)
+def test_a_plain_reference_matches_itself(answer):
+    assert is_satisfiable(answer) is (answer != "?")
 
 
 # ----------------------------------------------------------------------------------------- examples

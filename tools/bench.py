@@ -315,8 +315,19 @@ def one_step(size: str, visual: int, with_dyco: bool = True, new: int = NEW) -> 
         """Rewards that differ within each group, else there would be nothing to learn."""
         return next(turn) % 3
 
+    training = train.Training(
+        config,
+        ALONE,
+        policy,
+        reference=None,
+        optimizer=optimizer,
+        dataset=samples,
+        sampler=sampler,
+        custom_reward=reward,
+    )
+
     def run():
-        train.train_step(config, policy, None, optimizer, samples, sampler, 1, ALONE, reward)
+        train.train_step(training, step=1)
 
     return run
 

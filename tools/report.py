@@ -377,7 +377,8 @@ def fill_template(title: str, header: Html, main: Html, data: list) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.report",
-        description="Write the report of a run, or one page with the curves of several.",
+        description="One RUN_DIR: writes RUN_DIR/report.html. "
+        "Several: one page with their curves, at --out.",
     )
     parser.add_argument("folders", nargs="+", metavar="RUN_DIR", help="folder of a train.py run")
     parser.add_argument("--out", help="page of several runs (default: comparison.html)")

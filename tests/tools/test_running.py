@@ -296,7 +296,7 @@ def test_all_bad_rows_are_one_error_before_anything_is_generated(run, asked):
         (("--sample", "0"), "expected 1 or more"),
         (("--temperature", "-1"), "--temperature: expected 0"),
         (("--max-pixels", "5"), "--min-pixels and --max-pixels"),
-        (("--model", "/nowhere"), "model.path: '/nowhere' is neither"),
+        (("--model", "/nowhere"), "model.path: '/nowhere' is no folder"),
         (("--out", "/proc/x"), "/proc/x"),
         (("--data", "/nowhere.tsv"), "/nowhere.tsv cannot be read"),
         (("--prompt", "train", "--template", "no place"), "has 0 {question}; expected exactly one"),
@@ -405,7 +405,7 @@ def test_the_toy_is_run_by_the_same_command_and_answers_as_in_training(
     model, tmp_path, monkeypatch, capsys
 ):
     """The greedy responses are those that train.py's evaluation scores."""
-    monkeypatch.setattr(toy, "prepare", lambda *_: model)
+    monkeypatch.setattr(toy, "prepare", lambda *_, **__: model)
     command = ["run", "--model", "toy", "--benchmark", "toy", "--out", str(tmp_path / "toy")]
     evaluate.main([*command, "--max-new-tokens", "6"])
     assert "final: accuracy 0.0" in capsys.readouterr().out

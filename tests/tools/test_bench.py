@@ -1,0 +1,176 @@
+"""tools/bench.py and tools/estimate.py: what is compared is equal work, and ratios are ratios."""
+
+import itertools
+import json
+import time
+
+import pytest
+import torch
+
+from tools import bench, estimate, measuring
+
+
+@pytest.fixture
+def fresh_policy():
+    """Rows share one policy and change it, so that tests start and end without it."""
+    measuring.policy_of.cache_clear()
+    yield measuring.policy_of
+    measuring.policy_of.cache_clear()
+
+
+# -------------------------------------------------------------------------------------- measuring
+
+
+def test_the_ratio_is_theirs_over_ours(monkeypatch):
+    times = iter([1.0, 3.0, 2.0, 2.0, 1.0, 2.0])  # by turns: ours, theirs
+    monkeypatch.setattr(measuring, "seconds", lambda way: next(times))
+    calls = []
+    measured = measuring.compare(
+        "row",
+        "setting",
+        ours=lambda: calls.append("ours"),
+        theirs=lambda: calls.append("theirs"),
+        rounds=3,
+        target="> 1",
+    )
+    assert calls == ["ours", "theirs"]  # the warm-up, which is not timed
+    assert (measured["ours"], measured["theirs"]) == (1.0, 2.0)
+    assert (measured["low"], measured["ratio"], measured["high"]) == (1.0, 2.0, 3.0)
+    assert "ratio  2.00 (1.00 … 3.00)" in measuring.line(measured)
+
+
+def test_memory_that_is_held_for_a_moment_is_seen():
+    def job():
+        block = torch.ones(50 << 18)  # 50 MB of float32
+        time.sleep(0.1)  # fifty looks
+        del block
+
+    assert 45 < measuring.growth_of_memory(job) < 100
+
+
+@pytest.mark.parametrize("visual", [100, 200, 600])
+def test_prompts_have_the_visual_tokens_that_are_asked_for(fresh_policy, visual):
+    first, second = measuring.prompts_of(fresh_policy("3M"), visual, 2)
+    assert int(first.visual_mask.sum()) == int(second.visual_mask.sum()) == visual
+    assert len(first.input_ids) == len(second.input_ids)
+    assert not torch.equal(first.pixel_values, second.pixel_values)
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+def test_both_ways_of_an_update_give_the_same(fresh_policy):
+    gradients = []
+    logprobs = []
+    for way in ("packed", "padded"):
+        logprobs.append(bench.one_update("3M", 100, way)())
+        head = fresh_policy("3M").hf.lm_head.weight
+        gradients.append(head.grad.clone())
+    torch.testing.assert_close(*logprobs, rtol=0, atol=1e-4)  # float32, sums in another order
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * float(gradients[0].abs().max()))
+
+
+def test_both_ways_of_scoring_run_and_leave_gradients_only_if_asked():
+    for way, backward in itertools.product(("chunked", "full"), (False, True)):
+        bench.one_scoring(way, tokens=8, vocabulary=50, backward=backward)()
+
+
+@pytest.mark.parametrize("way", ["ours", "generate", "naive"])
+def test_all_ways_of_a_rollout_run(fresh_policy, way):
+    bench.one_rollout("3M", 100, way, new=3)()
+
+
+def test_operations_of_packed_and_padded_rows(fresh_policy):
+    policy = fresh_policy("3M")
+
+    def counted(group: int, packed: bool) -> float:
+        return bench.operations(policy, 100, 120, new=64, group=group, packed=packed)
+
+    # Padded rows cost the same each; packed ones share the image and the prompt.
+    assert counted(8, packed=False) == pytest.approx(8 * counted(1, packed=False))
+    assert counted(1, packed=True) < counted(1, packed=False) < 1.1 * counted(1, packed=True)
+    assert 2 < counted(8, packed=False) / counted(8, packed=True) < 8
+
+
+def test_the_growth_of_a_power_is_its_exponent():
+    axis = (2, 4, 8)
+    assert bench.exponent(axis, tuple(3 * x**0.5 for x in axis)) == pytest.approx(0.5)
+    for points in bench.GROWING.values():
+        changing = [values for values in zip(*points, strict=True) if len(set(values)) > 1]
+        assert len(changing) == 1
+
+
+def test_without_trl_the_row_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    assert list(bench.step()) == []
+    assert "pip install -r requirements-bench.txt" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def test_an_unknown_row_is_named_with_those_there_are():
+    with pytest.raises(SystemExit, match="no row updat; rows: update, rollout"):
+        bench.main(["updat"])
+
+
+def test_rows_are_printed_and_written(tmp_path, monkeypatch, capsys):
+    def row():
+        yield measuring.measurement(
+            "mine", "here", ours=1.0, theirs=2.0, ratio=2.0, low=1.5, high=2.5, target=">= 2"
+        )
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "ROWS", {"mine": row, "other": None})
+    threads = torch.get_num_threads()
+    bench.main(["mine"])
+    torch.set_num_threads(threads)
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert written["torch"] == torch.__version__
+    assert [measured["row"] for measured in written["rows"]] == ["mine"]
+    assert "target >= 2" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_job_measures_in_a_process_of_its_own():
+    logits = 512 * 20000 * 4 / 2**20  # in MB, of 512 tokens over 20000 words
+    assert bench.peak_megabytes("scoring", "full", 512, 20000, 1) > logits
+    with pytest.raises(RuntimeError, match="no job 'nothing'"):
+        bench.peak_megabytes("nothing", "3M", 100, "ours")
+
+
+# ---------------------------------------------------------------------------------------- on paper
+
+
+def amounts(name: str) -> dict[str, float]:
+    return {label: amount for label, amount, _ in estimate.plan(**estimate.SETUPS[name])}
+
+
+@pytest.mark.parametrize(
+    "name, trained, update, hours",
+    [
+        ("Qwen2.5-VL-3B on one GPU of 80 GB", 3.09, 73.6, 9.3),
+        ("Qwen2.5-VL-7B on eight", 7.62, 43.0, 1.7),
+    ],
+)
+def test_the_plans_of_the_released_models(name, trained, update, hours):
+    planned = amounts(name)
+    labels = list(planned)
+    assert f"16 · {trained:.2f} B" in labels[0]
+    together = labels.index("together, at the update")
+    assert planned["together, at the update"] == pytest.approx(update, abs=0.05)
+    parts = [planned[label] for label in labels[:together]]
+    assert sum(parts) == pytest.approx(planned["together, at the update"])
+    assert planned[labels[-1]] == pytest.approx(hours, abs=0.05)
+
+
+def test_what_an_update_holds_on_paper(fresh_policy):
+    config = fresh_policy("3M").hf.config
+
+    def held(**changes) -> float:
+        usual = {"group": 8, "new": 64, "width": 4, "checkpointing": False}
+        return sum(estimate.update_bytes(config, 120, 100, **usual | changes))
+
+    assert held(checkpointing=True) < held() / 2
+    assert held(frozen=True) < held()
+    assert held(width=2) < held() < held(group=9) < held(group=9, new=80)
