@@ -46,34 +46,33 @@ def small_run(tmp_path: Path, folder: str, *overrides: str) -> list[str]:
     ]
 
 
-def torchrun(tmp_path: Path, folder: str, *overrides: str) -> None:
-    """A small run on two gloo processes: what the fixture `start` does on one."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "train.py",
-        *small_run(tmp_path, folder, *overrides),
-    ]
-    done = subprocess.run(
-        command,
+def launch(
+    *command: str, processes: int = 2, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run a script and its arguments under torchrun, in the project's folder."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, *command],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
+
+
+def torchrun(tmp_path: Path, folder: str, *overrides: str) -> None:
+    """A small run on two gloo processes: what the fixture `start` does on one."""
+    done = launch("train.py", *small_run(tmp_path, folder, *overrides))
     assert done.returncode == 0, done.stderr
     assert "warning: no report" not in done.stdout
     assert (tmp_path / folder / "report.html").exists()
 
 
 def rows_of(folder: Path, timeless: bool = True) -> list[dict]:
-    """The rows of a run's metrics.jsonl; timeless.
+    """The rows of a run's metrics.jsonl.
 
-    Without times and memory, which do not repeat.
+    Timeless rows are without times and memory, which do not repeat.
     """
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if not timeless:

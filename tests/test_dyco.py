@@ -6,10 +6,13 @@ A new rule is tested here as soon as it is in dyco.RULES. It needs a reference, 
 import doctest
 import itertools
 import math
+import subprocess
+import sys
 
 import mpmath
 import pytest
 import torch
+from helpers import ROOT
 
 import dyco
 
@@ -746,6 +749,48 @@ def test_unknown_choices_are_named_and_missing_arguments_refused():
     for rule in ("shuffled", "signed_shuffled", "response"):
         with pytest.raises(ValueError):
             dyco.reweight_advantages(advantages, scores, roles, mask, rule=rule)
+
+
+# ---------------------------------------------------------------- the registry and the example
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_says_what_it_is_and_what_to_compare_it_with(name):
+    rule = dyco.RULES[name]
+    assert rule.what.strip()
+    assert "\n" not in rule.what  # it stands on a line of its own in reports and headers
+    assert rule.source.strip()
+    assert set(rule.controls) <= dyco.RULES.keys() - {name}
+
+
+def numbers_of_the_readme(label: str) -> list[float]:
+    """A row of the README's table of four tokens."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in lines if line.startswith(f"| {label} |"))
+    cells = row.strip("|").split("|")[1:]
+    return [float(cell.strip().replace("−", "-")) for cell in cells]
+
+
+def test_the_worked_example_is_the_readmes():
+    """`python dyco.py` prints the numbers that the README shows, in 100 columns."""
+    command = [sys.executable, "dyco.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    tokens = [line.split() for line in lines[-4:]]
+    assert [token[0] for token in tokens] == ["1", "2", "3", "4"]
+
+    def column(place: int) -> list[float]:
+        return [float(token[place]) for token in tokens]
+
+    # token, two masses, two shifts, role, score, weight, advantage if Â = +1, and if Â = −1
+    assert [token[5] for token in tokens] == ["neutral", "visual", "text", "neutral"]
+    assert column(6) == numbers_of_the_readme("score s") == [0, 0.5, 0.75, 0]
+    assert column(7) == numbers_of_the_readme("weight w") == [0.69, 1.14, 1.47, 0.69]
+    of_wrong = numbers_of_the_readme("token advantage")
+    assert column(9) == of_wrong == [-1.14, -1.23, -1.29, -1.14]
+    assert column(8) == [-advantage for advantage in of_wrong]
 
 
 def test_examples_in_the_docstrings_are_true():

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import config as config_module
 import rl_algos
+from config import ConfigError, load_config
 from rl_algos import ALGORITHMS
 
 BUDGET = 16  # max_new_tokens
@@ -391,8 +393,10 @@ def test_micro_batches_add_up_to_the_whole(name):
 @each_algorithm
 def test_normalizer_semantics_with_a_fully_masked_response(name):
     """Responses of 2, 1 and 0 tokens at ratio 1, A = (3, 3 | 5): sums 6 and 5, means 3 and 5.
-    grpo, gspo, sapo: means over 3 responses; dapo: sums over 3 tokens; dr_grpo: sums over 3 * 16.
-    Gradients, as sapo's value differs."""
+
+    An average over responses is one of 3 means, over tokens one of 3 tokens, and over the budget
+    sums are divided by 3 * 16. Gradients are compared, since sapo's value is another.
+    """
     zero = torch.zeros(3, 2, dtype=torch.float64)
     mask = torch.tensor([[1, 1], [1, 0], [0, 0]], dtype=torch.bool)
     case = zero, zero, tensor([[3.0, 3.0], [5.0, 0.0], [9.0, 9.0]]), mask, zero
@@ -541,6 +545,21 @@ def test_half_precision_is_computed_in_float32(name):
     mixed, _, _ = run(name, (half[0],) + single[1:], settings)
     assert mixed.dtype == torch.float32
     assert torch.equal(mixed, high)
+
+
+@each_algorithm
+def test_every_algorithm_has_a_recipe_an_average_and_a_source(name):
+    algorithm = ALGORITHMS[name]
+    assert algorithm.average in rl_algos.AVERAGES
+    assert algorithm.source.strip()
+    assert load_config(config_module.DEFAULTS, [f"algo.name={name}"]).algo.name == name
+
+
+def test_an_algorithm_without_a_recipe_is_named(monkeypatch):
+    """Whoever registers one and forgets config.yaml is told what is missing."""
+    monkeypatch.setitem(ALGORITHMS, "mine", ALGORITHMS["grpo"])
+    with pytest.raises(ConfigError, match="mine.*recipe|recipe.*mine"):
+        load_config(config_module.DEFAULTS, ["algo.name=mine"])
 
 
 def test_unknown_algorithm_names_the_choices():
