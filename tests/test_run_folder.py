@@ -321,4 +321,4 @@ def test_the_launchers_last_lines_hold_the_error():
     done = launch("train.py", "config.yaml", "tran.steps=3", processes=1)
     assert done.returncode != 0
     last_lines = "\n".join(done.stderr.splitlines()[-12:])
-    assert "error: config.yaml: unknown section 'tran'; did you mean 'train'?" in last_lines
+    assert "error: command line: unknown section 'tran'; did you mean 'train'?" in last_lines
