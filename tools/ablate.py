@@ -1,14 +1,20 @@
 """ablate.py: does it work? The paper's Table 1 in miniature on the embedded default, with controls.
 
-    python -m tools.ablate                   # runs what is missing, seed after seed, then tabulates
-    python -m tools.ablate table --seeds 4   # some parts of the grid, first seeds first
-    python -m tools.ablate --report          # only tabulates what is there
-
-Tabulating writes results/table.md, table.json, gains.svg and curves.svg.
+    python -m tools.ablate                     # runs what is missing, seed after seed; tabulates
+    python -m tools.ablate table --seeds 4     # some parts of the grid, first seeds first
+    python -m tools.ablate --dry-run           # only says how many runs that is, and how long
+    python -m tools.ablate --report            # only tabulates the runs that came with the project
+    python -m tools.ablate --report --out DIR  # only tabulates the runs of yours in DIR
 
 A *cell* is a set of config overrides. Every cell is run with the same seeds, so differences are
-paired. A finished run is one line of results/runs.jsonl, appended; what was computed is never
-computed again. Each run has one thread.
+paired. A finished run is one line of OUT/runs.jsonl, appended, and is never computed again. The
+tables and figures, table.md, table.json, gains.svg and curves.svg, stand beside it. Each run has
+one thread.
+
+A run belongs to its resolved config, its seed and the code that decides its outcome. Each line
+keeps hashes of them, and a line counts only where they are what they are now. So whoever changes a
+rule gets runs of that rule. The machine and the versions of the libraries are not compared. The 464
+runs in results/ were made by earlier code: only --report shows them, and they stand in for no run.
 
 What was asked, before any result: the *primary* figure is paper − shuffled over all four hosts,
 mean over the held-out curve at temperature 1. It compares the same weights on the right and on the
@@ -23,8 +29,11 @@ seeds are 0, 1, …): see REGIME.
 """
 
 import argparse
+import ast
+import hashlib
 import html
 import json
+import math
 import os
 import shutil
 import statistics
@@ -32,6 +41,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
@@ -40,13 +51,15 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import dyco
+from config import DEFAULTS, Config, load_config
 from rows import append_jsonl, read_jsonl
 from run_folder import FolderError, exclusive
 from tools.charts import ticks
 from tools.estimates import bootstrap_mean
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "results"
+RESULTS = ROOT / "results"  # came with the project
+OUT = Path("runs/ablation")
 
 
 # --------------------------------------------------------------------------------------- the grid
@@ -141,6 +154,9 @@ PARTS = {  # of each seed, in the order in which they are run
         "grpo", SMALL, "level 2: ", extra=("toy.level=2", "rollout.max_new_tokens=96")
     ),
 }
+CELLS = {  # cell -> all its overrides
+    cell: [*REGIME, *overrides] for cells in PARTS.values() for cell, overrides in cells.items()
+}
 AGAINST = {  # what a cell is set against besides its host
     "paper": (*controls_of("paper"), "response"),
     "paper minmax": ("uniform", "paper"),
@@ -163,37 +179,247 @@ KEPT = {  # of metrics.jsonl, every step
 }
 
 
-# ---------------------------------------------------------------------------------------- running
+# ---------------------------------------------------------- the config and the code that made a run
+
+# Modules of ours that train.py imports and that cannot change what a run learns.
+NOT_DECIDING = {
+    "config",  # all that it decides is the resolved config, which is compared by itself
+    "run_folder",  # saves, resumes and prints; a run of the grid is never resumed
+    "tools",  # draw the report of a run
+    "benchmarks",  # are commands of evaluate.py, which train.py does not call
+}
+# Keys of the config that cannot, either.
+NOT_DECIDING_KEYS = (
+    "run.dir",  # where the run is written
+    "toy.cache_dir",  # where the warm start is kept, under a hash of what it is made of
+    "checkpoint.*",  # when the state is saved; a run of the grid begins anew, never from there
+    "log.*",  # how many responses are written down
+    "train.profile_steps",  # a trace of where the time goes
+)
 
 
-def read_runs() -> dict[tuple[str, int], dict]:
-    """{(cell, seed): line of runs.jsonl}.
+class Origin(NamedTuple):
+    """Hashes of what decides a run's outcome: its resolved config, with its seed, and the code."""
 
-    Raises ValueError for a line that was made with other overrides than its cell has now. What
-    config.yaml says besides, and the code, are not compared.
+    config: str
+    code: str
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parse_source(path: Path) -> ast.Module:
+    """A source without what does not run: comments, formatting and docstrings.
+
+    Raises ValueError for a file that is no Python.
     """
-    path = RESULTS / "runs.jsonl"
-    settings = {
-        cell: [*REGIME, *overrides] for part in PARTS.values() for cell, overrides in part.items()
-    }
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError as error:
+        raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
+    with_docstrings = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, with_docstrings) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return tree
+
+
+def imported_modules(tree: ast.Module) -> list[str]:
+    """The top-level names of all that a source imports, inside its functions, too."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+    return [name.split(".")[0] for name in names]
+
+
+def deciding_sources() -> dict[str, ast.Module]:
+    """{file: its source} of train.py and of all modules of ours that it imports, directly or not.
+
+    Imports are followed, so that a file which a fork adds is not forgotten.
+    """
+    sources = {}
+    waiting = ["train"]
+    passed = set(NOT_DECIDING)
+    while waiting:
+        module = waiting.pop()
+        if module in passed:
+            continue
+        passed.add(module)
+        for path in [ROOT / f"{module}.py", *(ROOT / module).rglob("*.py")]:
+            if path.is_file():  # otherwise a library
+                tree = parse_source(path)
+                sources[str(path.relative_to(ROOT))] = tree
+                waiting += imported_modules(tree)
+    return sources
+
+
+def code_fingerprint() -> str:
+    """A hash of the code that decides a run's outcome.
+
+    Another version of Python may dump the same code otherwise. Then earlier runs do not count.
+    """
+    sources = sorted(deciding_sources().items())
+    return short_hash("\n".join(f"{file}: {ast.dump(tree)}" for file, tree in sources))
+
+
+def cell_config(cell: str) -> Config:
+    return load_config(DEFAULTS, CELLS[cell])
+
+
+def config_fingerprint(config: Config, seed: int) -> str:
+    """A hash of a resolved config with this seed, without the keys that do not matter."""
+    config = replace(config, train=replace(config.train, seed=seed))
+    deciding = {}
+    for section, values in asdict(config).items():
+        for name, value in values.items():
+            key = f"{section}.{name}"
+            if not any(fnmatch(key, pattern) for pattern in NOT_DECIDING_KEYS):
+                deciding[key] = value
+    if config.reward.custom:
+        # This is code, too, though no import leads to it. Without the file, train.py refuses.
+        path = ROOT / config.reward.custom.rpartition(":")[0]
+        if path.is_file():
+            deciding["source of reward.custom"] = ast.dump(parse_source(path))
+    return short_hash(json.dumps(deciding, sort_keys=True))
+
+
+def present_origin(cell: str, seed: int) -> Origin:
+    """What a run would be made with if it began now."""
+    return Origin(config_fingerprint(cell_config(cell), seed), code_fingerprint())
+
+
+# ---------------------------------------------------------------------------------------- the runs
+
+Runs = dict[tuple[str, int], dict]  # (cell, seed) -> line of runs.jsonl
+
+
+def read_lines(folder: Path) -> list[tuple[int, dict]]:
+    path = folder / "runs.jsonl"
+    return read_jsonl(path, growing=True) if path.exists() else []
+
+
+def read_shipped() -> Runs:
+    """The runs in results/, which were made by earlier code.
+
+    Raises ValueError for a line that was made with other overrides than its cell has now: it would
+    stand in the tables under a name that means something else.
+    """
     runs = {}
-    for line, row in read_jsonl(path, growing=True) if path.exists() else []:
-        if row["settings"] != settings.get(row["cell"]):
+    for line, row in read_lines(RESULTS):
+        if row["settings"] != CELLS.get(row["cell"]):
             raise ValueError(
-                f"{path}, line {line}: {row['cell']}, seed {row['seed']}, was run with "
-                f"{' '.join(row['settings'])}, which is not what that cell is now; "
+                f"{RESULTS / 'runs.jsonl'}, line {line}: {row['cell']}, seed {row['seed']}, was "
+                f"run with {' '.join(row['settings'])}, which is not what that cell is now; "
                 "move the file away, or take the line out"
             )
         runs[row["cell"], row["seed"]] = row
     return runs
 
 
-def run_one(cell: str, overrides: list[str], seed: int, scratch: Path) -> dict:
-    """Train once, in a process of its own with one thread; returns the run's line."""
+def read_runs(folder: Path) -> tuple[Runs, int]:
+    """The runs of a folder that the present code and config made, and how many others made."""
+    code = code_fingerprint()
+    configs: dict[str, Config] = {}
+    runs: Runs = {}
+    others = 0
+    for _, row in read_lines(folder):
+        cell, seed = row.get("cell"), row.get("seed")
+        if row.get("code") != code or cell not in CELLS:
+            others += 1
+            continue
+        if cell not in configs:
+            configs[cell] = cell_config(cell)
+        if row.get("config") == config_fingerprint(configs[cell], seed):
+            runs[cell, seed] = row
+        else:
+            others += 1
+    return runs, others
+
+
+class Plan(NamedTuple):
+    """What a call has to do."""
+
+    cells: int
+    seeds: int
+    missing: list[tuple[str, int]]  # (cell, seed), in the order in which they are run
+    there: int  # of the wanted runs
+    others: int  # runs in the folder that do not count
+    seconds: float | None  # of a run, where there is one to go by
+    shipped_seconds: bool  # whether they are of the shipped runs
+
+
+def plan_runs(parts: list[str], seeds: int, folder: Path) -> Plan:
+    """Seed after seed, so that tables of few seeds are complete early."""
+    runs, others = read_runs(folder)
+    cells = [cell for part in dict.fromkeys(parts) for cell in PARTS[part]]
+    wanted = [(cell, seed) for seed in range(seeds) for cell in cells]
+    missing = [run for run in wanted if run not in runs]
+    seconds = [row["seconds"] for row in runs.values()]
+    if not runs:
+        seconds = [row["seconds"] for _, row in read_lines(RESULTS)]
+    return Plan(
+        cells=len(cells),
+        seeds=seeds,
+        missing=missing,
+        there=len(wanted) - len(missing),
+        others=others,
+        seconds=statistics.fmean(seconds) if seconds else None,
+        shipped_seconds=not runs,
+    )
+
+
+def duration_text(seconds: float) -> str:
+    """
+    >>> duration_text(24128), duration_text(90), duration_text(12)
+    ('6.7 hours', '2 minutes', '12 seconds')
+    """
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} hours"
+    if seconds >= 90:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds:.0f} seconds"
+
+
+def describe_plan(plan: Plan, jobs: int, folder: Path) -> str:
+    """How many runs are wanted, how many are there, and how long the rest takes."""
+    lines = []
+    if plan.others:
+        lines.append(
+            f"{plan.others} runs there were made with other code or another config and do not count"
+        )
+    text = (
+        f"{plan.cells * plan.seeds} runs wanted ({plan.cells} cells × {plan.seeds} seeds), "
+        f"{plan.there} of them in {folder}, {len(plan.missing)} to run"
+    )
+    if plan.missing and plan.seconds is None:
+        text += "; no run is there to tell how long that takes"
+    elif plan.missing:
+        rounds = math.ceil(len(plan.missing) / jobs)
+        whose = "of the shipped runs" if plan.shipped_seconds else "of those there"
+        text += (
+            f": about {duration_text(rounds * plan.seconds)}, {jobs} at a time "
+            f"(the mean {whose} is {plan.seconds:.0f} s)"
+        )
+    return "\n".join([text, *lines])
+
+
+# ---------------------------------------------------------------------------------------- running
+
+
+def run_one(cell: str, seed: int, scratch: Path) -> dict:
+    """Train once, in a process of its own with one thread; returns the run's line.
+
+    Raises RuntimeError for a run that did not end, or during which the code or config changed.
+    """
     folder = scratch / f"{cell}-{seed}".replace("/", "-").replace(" ", "_").replace(":", "")
     shutil.rmtree(folder, ignore_errors=True)  # a run that was cut off begins anew
+    origin = present_origin(cell, seed)
     started = time.perf_counter()
-    settings = [*REGIME, *overrides, f"train.seed={seed}", f"run.dir={folder}"]
+    settings = [*CELLS[cell], f"train.seed={seed}", f"run.dir={folder}"]
     process = subprocess.run(
         [sys.executable, "train.py", "config.yaml", *settings],
         cwd=ROOT,
@@ -205,10 +431,13 @@ def run_one(cell: str, overrides: list[str], seed: int, scratch: Path) -> dict:
     if process.returncode or not (folder / "final").exists():
         errors = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
         raise RuntimeError(f"{cell}, seed {seed}, did not end: {errors[-1]}")
+    if present_origin(cell, seed) != origin:
+        raise RuntimeError(f"{cell}, seed {seed}: the code or the config changed while it ran")
     line = {
         "cell": cell,
         "seed": seed,
-        "settings": [*REGIME, *overrides],
+        **origin._asdict(),
+        "settings": CELLS[cell],
         **read_curves(folder / "metrics.jsonl"),
     }
     shutil.rmtree(folder)
@@ -233,46 +462,35 @@ def read_curves(path: Path) -> dict[str, list]:
     return curves
 
 
-def run_missing(parts: list[str], seeds: int, jobs: int, scratch: Path) -> None:
-    """Seed after seed, so that tables of few seeds are complete early.
+def run_missing(missing: list[tuple[str, int]], jobs: int, out: Path) -> None:
+    """Run these (cell, seed), and append each to OUT/runs.jsonl when it ends.
 
     Raises RuntimeError, at the end, if any run failed.
     """
-    finished = read_runs()
-    wanted = [
-        (cell, overrides, seed)
-        for seed in range(seeds)
-        for part in parts
-        for cell, overrides in PARTS[part].items()
-        if (cell, seed) not in finished
-    ]
     failures = []
     lock = Lock()
-    with (
-        exclusive(scratch, "--scratch"),
-        tqdm(total=len(wanted), desc="runs") as bar,
-        ThreadPoolExecutor(jobs) as pool,
-    ):
+    scratch = out.resolve() / "unfinished"
+    with tqdm(total=len(missing), desc="runs") as bar, ThreadPoolExecutor(jobs) as pool:
 
-        def work(one: tuple[str, list[str], int]) -> None:
-            cell, overrides, seed = one
+        def work(one: tuple[str, int]) -> None:
+            cell, seed = one
             try:
-                row = run_one(cell, overrides, seed, scratch)
-            except RuntimeError as error:  # the others go on
+                row = run_one(cell, seed, scratch)
+            except (RuntimeError, ValueError) as error:  # the others go on
                 failures.append(str(error))
                 tqdm.write(f"error: {error}")
                 return
             accuracy = 100 * row["accuracy"][-1]
             with lock:
-                append_jsonl(RESULTS / "runs.jsonl", [row])
+                append_jsonl(out / "runs.jsonl", [row])
                 bar.update()
                 tqdm.write(f"{cell}, seed {seed}: {accuracy:.0f} % in {row['seconds']:.0f} s")
 
-        for _ in pool.map(work, wanted):  # an interrupt takes back what has not begun
+        for _ in pool.map(work, missing):  # an interrupt takes back what has not begun
             pass
     if failures:
         raise RuntimeError(
-            f"{len(failures)} of {len(wanted)} runs did not end, the first: {failures[0]}"
+            f"{len(failures)} of {len(missing)} runs did not end, the first: {failures[0]}"
         )
 
 
@@ -416,12 +634,11 @@ def table_line(comparison: Comparison, described: dict, means: bool) -> str:
     return f"| {' | '.join(fields)} |"
 
 
-def tabulate() -> str:
-    """results/table.md, table.json, gains.svg and curves.svg of what has been run.
+def tabulate(runs: Runs, folder: Path) -> str:
+    """Write table.md, table.json, gains.svg and curves.svg of some runs.
 
     Returns the Markdown.
     """
-    runs = read_runs()
     ran = {cell for cell, _ in runs}
     described: dict[str, dict] = {}
 
@@ -452,11 +669,10 @@ def tabulate() -> str:
     lines.append("|---|---|" + "---|" * len(MEASURES))
     lines += table_lines(against_each_other(runs, ran), means=False)
 
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "table.md").write_text("\n".join([*lines, ""]))
-    (RESULTS / "table.json").write_text(json.dumps(described, indent=1))
-    (RESULTS / "gains.svg").write_text(gains_figure(described))
-    (RESULTS / "curves.svg").write_text(curves_figure(runs))
+    (folder / "table.md").write_text("\n".join([*lines, ""]))
+    (folder / "table.json").write_text(json.dumps(described, indent=1))
+    (folder / "gains.svg").write_text(gains_figure(described))
+    (folder / "curves.svg").write_text(curves_figure(runs))
     return "\n".join(lines)
 
 
@@ -601,29 +817,101 @@ def curves_figure(runs: dict) -> str:
 # ------------------------------------------------------------------------------------ the command
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"found {text}; expected at least 1")
+    return number
+
+
+def check_out(out: Path) -> None:
+    """Raise ValueError for a folder whose files would be written over, though they are not ours."""
+    if out.resolve() == RESULTS.resolve():
+        raise ValueError(f"--out {out}: these are the shipped runs; give a folder of your own")
+    if not (out / "runs.jsonl").exists():
+        for name in ("table.md", "table.json", "gains.svg", "curves.svg"):
+            if (out / name).exists():
+                raise ValueError(
+                    f"--out {out}: found {name} without a runs.jsonl, so it is not of a grid, and "
+                    "it would be written over; give another folder"
+                )
+
+
+def report_shipped() -> None:
+    runs = read_shipped()
+    print(tabulate(runs, RESULTS))
+    print(
+        f"\nThese are the {len(runs)} runs that came with the project. Earlier code made them: "
+        "they say nothing of your changes."
+    )
+
+
+def report_folder(out: Path) -> None:
+    """Tabulate the runs of a folder. Raises ValueError if none of them counts."""
+    check_out(out)
+    runs, others = read_runs(out)
+    if not runs:
+        raise ValueError(
+            f"--out {out}: no run there was made with the present code and config "
+            f"({others} with others)"
+        )
+    print(tabulate(runs, out))
+    if others:
+        print(f"\n{others} runs there were made with other code or another config: left out")
+
+
+def run_grid(parts: list[str], seeds: int, jobs: int, out: Path, dry: bool = False) -> None:
+    """Say what there is to do, do it, and tabulate; dry: only say it."""
+    check_out(out)
+    if dry:
+        print(describe_plan(plan_runs(parts, seeds, out), jobs, out))
+        return
+    with exclusive(out, "--out"):
+        plan = plan_runs(parts, seeds, out)
+        print(describe_plan(plan, jobs, out), flush=True)
+        run_missing(plan.missing, jobs, out)
+        runs, others = read_runs(out)
+        if others > plan.others:
+            raise RuntimeError(
+                f"the code or the config changed after the grid began: {others - plan.others} more "
+                f"runs in {out} do not count; the same command makes them again"
+            )
+        print(tabulate(runs, out))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.ablate", description="Run the grid of cells × seeds, and tabulate it."
     )
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--seeds", type=positive, default=8)
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument(
-        "--scratch", type=Path, default=Path("runs/ablate"), help="where unfinished runs are"
+        "--out", type=Path, help=f"folder of the runs and of their tables; default: {OUT}"
     )
-    parser.add_argument("--report", action="store_true", help="write the tables and run nothing")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument(
+        "--dry-run", action="store_true", help="only say how many runs there are to make"
+    )
+    only.add_argument(
+        "--report",
+        action="store_true",
+        help="run nothing, and tabulate the runs of --out; without it, those in results/",
+    )
     options = parser.parse_args(arguments)
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         sys.exit(f"error: no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
-    RESULTS.mkdir(exist_ok=True)
     try:
-        if not options.report:
+        if options.report and (options.out or RESULTS).resolve() == RESULTS.resolve():
+            report_shipped()
+        elif options.report:
+            report_folder(options.out)
+        else:
             parts = options.parts or list(PARTS)
-            scratch = options.scratch.resolve()
-            run_missing(parts, options.seeds, options.jobs, scratch=scratch)
-        print(tabulate())
-    except (RuntimeError, ValueError, FolderError) as error:
+            out = options.out or OUT
+            run_grid(parts, options.seeds, jobs=options.jobs, out=out, dry=options.dry_run)
+    except (RuntimeError, ValueError, OSError, FolderError) as error:
         sys.exit(f"error: {error}")
 
 
