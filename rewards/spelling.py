@@ -187,7 +187,7 @@ LATEX = _compiled(
     (r"(?<=[0-9])\{,\}(?=[0-9])", "."),
     (r"\{,\}|\\,(?=[0-9]{3})", ","),
     # A period that repeats: 0.\overline{3}, 0.1\dot{6}.
-    (r"([0-9]+)\.([0-9]*)\\(?:overline|bar|dot)\s*\{([0-9]+)\}", _repeating),
+    (r"(?<![0-9])([0-9]+)\.([0-9]*)\\(?:overline|bar|dot)\s*\{([0-9]+)\}", _repeating),
     (rf"\\[,;:! ]|\\q?quad{END}|~", " "),
     # Degrees: 45^\circ, 45^{\circ}, 45^o, 45\degree, and then 25 deg C, 25 degrees Celsius.
     (rf"\^\s*(?:\{{\s*\\circ\s*\}}|\\circ)|\\degrees?{END}|°", " deg "),
@@ -204,7 +204,10 @@ LATEX = _compiled(
     (rf"\\lt{END}", "<"),
     (rf"\\gt{END}", ">"),
     (rf"\\(?:approx|in){END}", "="),
+    # Sets of numbers, and the base of a number.
     (r"(?i)\\mathbb\s*\{?\s*R\s*\}?|^(?:all )?real numbers$", r"(-\\infty,\\infty)"),
+    (r"\\mathbb\s*\{?\s*([A-Z])\s*\}?", r"\\mathbb{\1}"),
+    (r"(?<=[0-9])_\{\(([0-9]+)\)\}", r"_{\1}"),
     # Operators.
     (rf"\\(?:times|cdot){END}", "*"),
     (rf"\\div{END}", "/"),
@@ -266,6 +269,7 @@ NOTATION = _compiled(
     (r"\*\*", "^"),
     # A currency is a unit, and units come last: -$5.
     (r"^([+-]?)\s*(USD|[€£¥₹])\s*(.+)$", r"\1\3 \2"),
+    (r"(?<=[0-9])\s*([kM]?)\s*\\Omega$", r" \1Ω"),
     # A ratio in words, 3 to 2.
     (r"^([0-9.]+) to ([0-9.]+)$", r"\1:\2"),
     # The union of intervals, (1,2)U(3,4).
@@ -327,6 +331,7 @@ def unbox(text: str) -> str:
 MAX_BOXES_IN_BOXES = 3
 BOX = re.compile(r"\\f?boxed\s*\{")
 BRACE = re.compile(r"[{}]")
+NUMBER_BEGINS = re.compile(r"\s*(?:[0-9.(]|\\(?:frac|sqrt|pi))")
 BETWEEN_BOXES = re.compile(r"[\s$,;]*(?:\\text\s*\{)?[\s$]*(?:and|or)?[\s$,}]*")
 
 
@@ -342,8 +347,9 @@ def _last_boxes(text: str) -> list[str]:
             break
         if not BETWEEN_BOXES.fullmatch(text, end, box.start()):
             contents = []
-        sign = "-" if text.endswith("-", 0, box.start()) else ""
-        contents.append(sign + text[box.end() : closing])
+        content = text[box.end() : closing]
+        negative = text.endswith("-", 0, box.start()) and NUMBER_BEGINS.match(content)
+        contents.append("-" + content if negative else content)
         end = closing + 1
     return contents
 
@@ -421,6 +427,7 @@ BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=\S)([^*]*[^*\s])\*\*(?![\w(*])")
 
 def drop_emphasis(text: str) -> str:
     """Without Markdown's bold and without quotation marks around the whole: **B**, __B__, "B"."""
+    text = re.sub(r"^\*\*\s*([^*]*[^*\s])\s*\*\*$", r"\1", text)
     text = BOLD.sub(r"\1", text)
     return re.sub(r"^(__|[\"'])(.+)\1$", r"\2", text)
 
@@ -431,7 +438,7 @@ INTRODUCTION = re.compile(
     (?:the\s+)? (?:final\s+|correct\s+)?
     (?: (?:answer|option|choice) \s* (?:is\b|:|=) \s* :?    # the answer is   answer:
       | (?:option|choice) \s                                # option B
-      | (?:approximately|approx\.?) \s (?=[0-9])           # approximately 5.39
+      | (?:approximately|approx\.?|about) \s (?=[0-9])           # approximately 5.39
       | 【?答案】? \s* (?: [是为] \s* :? | : | (?=[^\u4e00-\u9fff]) )   # 答案是 "the answer is"
       | 故?选 \s* :? (?=[A-Z(])                             # 故选 "so choose"
     )

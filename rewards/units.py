@@ -75,7 +75,7 @@ OTHERS = {
     "₹": "rupee rupees",
     "cent": "cents",
     # pure numbers
-    "%": "percent pct",
+    "%": "percent pct percentage",
     "unit": "units",
 }
 # In Chinese; those of the last line are counting words, which stand for what is counted.

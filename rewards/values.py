@@ -249,9 +249,15 @@ READERS = [
 
 
 def sequence(kind: str, pieces: list[str], depth: int) -> Value:
+    r"""The pieces as a value of this kind, TEXT if they are too many; 1\pm 2 makes two items."""
     if len(pieces) > MAX_ITEMS or not all(piece.strip() for piece in pieces):
         return TEXT
-    return Value(kind, items=tuple(read_part(piece, depth + 1) for piece in pieces))
+    items: list[Value] = []
+    for piece in pieces:
+        item = read_part(piece, depth + 1)
+        several = kind in ("list", "{}") and item.kind == "list" and r"\pm" in item.source
+        items += item.items if several else [item]
+    return Value(kind, items=tuple(items))
 
 
 def split(text: str, separator: str) -> tuple[list[str], list[str]]:
