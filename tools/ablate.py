@@ -22,7 +22,7 @@ wrong tokens. Next are paper − uniform and paper − host. AdamW does not see 
 advantages (only the KL term and the clipping of a gradient's norm do), so `uniform` is nearly the
 host once more: its gain shows the noise. All other figures are exploratory.
 
-The arithmetic: 58 cells × 8 seeds × 104 s (mean of all 464, two at a time) / 2 = 6.7 hours.
+The arithmetic: 58 cells × 8 seeds × 104.6 s (mean of all 464, two at a time) / 2 = 6.7 hours.
 
 The regime was chosen on the hosts' curves alone, before any run with DyCo (seed 1000; the table's
 seeds are 0, 1, …): see REGIME.
@@ -30,6 +30,7 @@ seeds are 0, 1, …): see REGIME.
 
 import argparse
 import ast
+import functools
 import hashlib
 import html
 import json
@@ -209,35 +210,38 @@ def short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def parse_source(path: Path) -> ast.Module:
-    """A source without what does not run: comments, formatting and docstrings.
+class Code(NamedTuple):
+    """What a source does."""
 
-    Raises ValueError for a file that is no Python.
-    """
+    dump: str  # without what does not run: comments, formatting and docstrings
+    imports: list[str]  # top-level names of all that it imports, inside its functions, too
+
+
+def read_code(path: Path) -> Code:
+    """Raises ValueError for a file that is no Python."""
+    return parse_code(path.read_bytes(), path)
+
+
+@functools.cache
+def parse_code(source: bytes, path: Path) -> Code:
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(source)
     except SyntaxError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
     with_docstrings = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    imports = []
     for node in ast.walk(tree):
         if isinstance(node, with_docstrings) and ast.get_docstring(node, clean=False) is not None:
             del node.body[0]
-    return tree
-
-
-def imported_modules(tree: ast.Module) -> list[str]:
-    """The top-level names of all that a source imports, inside its functions, too."""
-    names = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            imports += [alias.name.split(".")[0] for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.append(node.module)
-    return [name.split(".")[0] for name in names]
+            imports.append(node.module.split(".")[0])
+    return Code(ast.dump(tree), imports)
 
 
-def deciding_sources() -> dict[str, ast.Module]:
-    """{file: its source} of train.py and of all modules of ours that it imports, directly or not.
+def deciding_sources() -> dict[str, str]:
+    """{file: its dump} of train.py and of all modules of ours that it imports, directly or not.
 
     Imports are followed, so that a file which a fork adds is not forgotten.
     """
@@ -251,9 +255,9 @@ def deciding_sources() -> dict[str, ast.Module]:
         passed.add(module)
         for path in [ROOT / f"{module}.py", *(ROOT / module).rglob("*.py")]:
             if path.is_file():  # otherwise a library
-                tree = parse_source(path)
-                sources[str(path.relative_to(ROOT))] = tree
-                waiting += imported_modules(tree)
+                code = read_code(path)
+                sources[str(path.relative_to(ROOT))] = code.dump
+                waiting += code.imports
     return sources
 
 
@@ -263,7 +267,7 @@ def code_fingerprint() -> str:
     Another version of Python may dump the same code otherwise. Then earlier runs do not count.
     """
     sources = sorted(deciding_sources().items())
-    return short_hash("\n".join(f"{file}: {ast.dump(tree)}" for file, tree in sources))
+    return short_hash("\n".join(f"{file}: {dump}" for file, dump in sources))
 
 
 def cell_config(cell: str) -> Config:
@@ -283,7 +287,7 @@ def config_fingerprint(config: Config, seed: int) -> str:
         # This is code, too, though no import leads to it. Without the file, train.py refuses.
         path = ROOT / config.reward.custom.rpartition(":")[0]
         if path.is_file():
-            deciding["source of reward.custom"] = ast.dump(parse_source(path))
+            deciding["source of reward.custom"] = read_code(path).dump
     return short_hash(json.dumps(deciding, sort_keys=True))
 
 

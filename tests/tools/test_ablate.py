@@ -1,6 +1,11 @@
-"""ablate.py: statistics by hand, the grid as configs, a run that is not repeated."""
+"""ablate.py: statistics by hand, the grid as configs, a run that is not repeated.
 
+And whose runs count: those of the present code, config and seed, and never the shipped ones.
+"""
+
+import functools
 import json
+import shutil
 from xml.etree import ElementTree
 
 import pytest
@@ -10,15 +15,21 @@ from run_folder import FolderError, exclusive
 from tools import ablate
 
 SVG = "{http://www.w3.org/2000/svg}"
+OUTPUTS = ("table.md", "table.json", "gains.svg", "curves.svg")
+
+# What tests do not change is worked out once for all lines.
+present_code = functools.cache(ablate.code_fingerprint)
+present_config = functools.cache(ablate.cell_config)
 
 
 def line(cell, seed, curve, greedy=(0.5, 0.5)):
-    """A line of runs.jsonl."""
-    overrides = next((cells[cell] for cells in ablate.PARTS.values() if cell in cells), [])
+    """A line of runs.jsonl, of the present code and config."""
     return {
         "cell": cell,
         "seed": seed,
-        "settings": [*ablate.REGIME, *overrides],
+        "config": ablate.config_fingerprint(present_config(cell), seed),
+        "code": present_code(),
+        "settings": ablate.CELLS[cell],
         "steps": [0, 8, 24],
         "accuracy": curve,
         "greedy": list(greedy),
@@ -27,11 +38,25 @@ def line(cell, seed, curve, greedy=(0.5, 0.5)):
     }
 
 
+def write_lines(folder, rows):
+    folder.mkdir(exist_ok=True)
+    (folder / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """An empty results/."""
-    monkeypatch.setattr(ablate, "RESULTS", tmp_path)
-    return tmp_path
+    folder = tmp_path / "results"
+    folder.mkdir()
+    monkeypatch.setattr(ablate, "RESULTS", folder)
+    return folder
+
+
+@pytest.fixture
+def shipped(results):
+    """A copy of the results/ of this project."""
+    shutil.copytree(ablate.ROOT / "results", results, dirs_exist_ok=True)
+    return results
 
 
 def test_every_cell_is_a_config_and_has_its_host():
@@ -69,8 +94,8 @@ def test_all_hosts_are_averaged_within_a_seed():
     for i, host in enumerate(ablate.HOSTS):
         for seed in range(3):
             base = 0.01 * i
-            runs[f"{host}/host", seed] = line("", seed, [0, 0, base])
-            runs[f"{host}/paper", seed] = line("", seed, [0, 0, base + 0.1 * seed])
+            runs[f"{host}/host", seed] = line(f"{host}/host", seed, [0, 0, base])
+            runs[f"{host}/paper", seed] = line(f"{host}/paper", seed, [0, 0, base + 0.1 * seed])
     del runs["sapo/paper", 1]
     papers = [f"{host}/paper" for host in ablate.HOSTS]
     hosts = [f"{host}/host" for host in ablate.HOSTS]
@@ -78,12 +103,209 @@ def test_all_hosts_are_averaged_within_a_seed():
     assert ablate.shared_seeds(runs, papers) == [0, 2]
 
 
-def test_lines_of_another_regime_are_refused(results):
+# ------------------------------------------------------------------------------- whose runs count
+
+
+@pytest.fixture
+def fork(tmp_path, monkeypatch):
+    """A copy of the sources. fork("dyco.py", old, new) changes one of them."""
+    root = tmp_path / "fork"
+    (root / "rewards").mkdir(parents=True)
+    for path in [*ablate.ROOT.glob("*.py"), *ablate.ROOT.glob("rewards/*.py")]:
+        shutil.copy(path, root / path.relative_to(ablate.ROOT))
+    monkeypatch.setattr(ablate, "ROOT", root)
+
+    def change(name, old, new):
+        source = (root / name).read_text(encoding="utf-8")
+        assert old in source
+        (root / name).write_text(source.replace(old, new, 1), encoding="utf-8")
+
+    return change
+
+
+def test_a_changed_rule_is_other_code(fork):
+    assert ablate.code_fingerprint() == present_code()  # wherever the sources stand
+    fork("dyco.py", '"paper": Rule(_paper,', '"paper": Rule(_off,')
+    assert ablate.code_fingerprint() != present_code()
+
+
+def test_comments_docstrings_and_formatting_are_not(fork):
+    fork("dyco.py", "RULES = {\n", "# All of them.\nRULES = {\n\n    # The host.\n")
+    fork("dyco.py", '"""dyco.py', '"""My dyco.py')
+    fork("dyco.py", "    return torch.where(mask, ", "    return torch.where(\n        mask, ")
+    fork(
+        "rl_algos.py",
+        '    """REINFORCE with a clipped',
+        '    """The policy gradient with a clipped',
+    )
+    assert ablate.code_fingerprint() == present_code()
+
+
+def test_the_sources_that_decide_are_those_that_train_imports(fork):
+    decide = (
+        "train dyco rl_algos attention rollout model data rows toy evaluate distributed metrics"
+    )
+    expected = {f"{name}.py" for name in decide.split()}
+    expected |= {f"rewards/{path.name}" for path in (ablate.ROOT / "rewards").glob("*.py")}
+    assert ablate.deciding_sources().keys() == expected
+    fork("rewards/units.py", "from __future__", "CHANGED = 1\nfrom __future__")
+    assert ablate.code_fingerprint() != present_code()
+
+
+def test_what_only_writes_and_shows_does_not_count(fork):
+    (ablate.ROOT / "tools").mkdir()
+    (ablate.ROOT / "tools" / "report.py").write_text("COLOR = 1\n")
+    fork("config.py", "TOY_LEVELS = (1, 2, 3)", "TOY_LEVELS = (1, 2)")
+    assert ablate.code_fingerprint() == present_code()
+
+
+def test_a_module_of_the_forks_own_counts(fork):
+    fork("dyco.py", "\nRULES = {\n", "\nimport my_rule\n\nRULES = {\n")
+    (ablate.ROOT / "my_rule.py").write_text("WEIGHT = 1\n")
+    before = ablate.code_fingerprint()
+    (ablate.ROOT / "my_rule.py").write_text("WEIGHT = 2\n")
+    assert ablate.code_fingerprint() != before
+
+
+def test_a_source_that_is_no_python_is_named(fork):
+    fork("dyco.py", "RULES = {", "RULES = = {")
+    with pytest.raises(ValueError, match=r"dyco\.py, line \d+: invalid syntax"):
+        ablate.code_fingerprint()
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        "run.dir=elsewhere",
+        "toy.cache_dir=elsewhere",
+        "checkpoint.every=3",
+        "checkpoint.keep_last=7",
+        "log.samples_per_step=9",
+        "train.profile_steps=1",
+    ],
+)
+def test_keys_without_effect_leave_the_config_the_same(same):
+    plain = ablate.config_fingerprint(load_config(DEFAULTS), 0)
+    assert ablate.config_fingerprint(load_config(DEFAULTS, [same]), 0) == plain
+
+
+@pytest.mark.parametrize(
+    "other", ["dyco.alpha=0.3", "optim.lr=0.001", "toy.seed=1", "rollout.group_size=4"]
+)
+def test_all_other_keys_and_the_seed_make_another_config(other):
+    plain = load_config(DEFAULTS)
+    fingerprints = [
+        ablate.config_fingerprint(plain, 0),
+        ablate.config_fingerprint(plain, 1),
+        ablate.config_fingerprint(load_config(DEFAULTS, [other]), 0),
+    ]
+    assert len(set(fingerprints)) == 3
+    # The seed is the one that the run is given, whatever the file says.
+    seeded = load_config(DEFAULTS, ["train.seed=5"])
+    assert ablate.config_fingerprint(seeded, 0) == fingerprints[0]
+
+
+def test_a_reward_of_the_forks_own_counts_by_its_source(fork):
+    config = load_config(DEFAULTS, ["reward.custom=my_reward.py:reward"])
+    fingerprints = []
+    for value in ("0", "1", "1  # at most"):
+        source = f"def reward(response, answer, sample):\n    return {value}\n"
+        (ablate.ROOT / "my_reward.py").write_text(source)
+        fingerprints.append(ablate.config_fingerprint(config, 0))
+    assert fingerprints[0] != fingerprints[1] == fingerprints[2]
+
+
+def test_only_lines_of_the_present_code_and_config_are_runs(tmp_path):
+    counts = line("grpo/paper", 0, [0.1, 0.2, 0.3])
+    of_another_seed = counts | {"seed": 1}
+    of_an_unknown_cell = counts | {"cell": "grpo/mine"}
+    of_other_code = line("grpo/host", 0, [0, 0, 0]) | {"code": "0123456789abcdef"}
+    of_another_config = line("grpo/host", 0, [0, 0, 0]) | {"config": "0123456789abcdef"}
+    others = [of_another_seed, of_an_unknown_cell, of_other_code, of_another_config, {"step": 1}]
+    write_lines(tmp_path, [counts, *others])
+    assert ablate.read_runs(tmp_path) == ({("grpo/paper", 0): counts}, 5)
+    assert ablate.read_runs(tmp_path / "new") == ({}, 0)
+
+
+def test_shipped_lines_never_count(shipped, tmp_path):
+    """Neither where they are nor copied into a fork's folder, though all 58 cells are there."""
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(shipped / "runs.jsonl", out)
+    assert ablate.read_runs(out) == ({}, 464)
+    for folder, others in ((out, 464), (tmp_path / "new", 0)):
+        plan = ablate.plan_runs(["table"], 1, folder)
+        assert plan.missing == [(cell, 0) for cell in ablate.PARTS["table"]]
+        assert plan.others == others
+
+
+def test_the_shipped_report_says_so_and_is_the_shipped_table(shipped, capsys):
+    before = {path.name: path.read_bytes() for path in shipped.iterdir()}
+    ablate.main(["--report"])
+    assert {path.name: path.read_bytes() for path in shipped.iterdir()} == before
+    assert "These are the 464 runs that came with the project" in capsys.readouterr().out
+
+
+def test_shipped_lines_of_another_regime_are_refused(results):
     row = line("grpo/host", 0, [0, 0, 0]) | {"settings": ["train.steps=41"]}
-    (results / "runs.jsonl").write_text(json.dumps(row) + "\n")
+    write_lines(results, [row])
     expected = "runs.jsonl, line 1: grpo/host, seed 0, was run with train.steps=41"
     with pytest.raises(ValueError, match=expected):
-        ablate.read_runs()
+        ablate.read_shipped()
+
+
+# ----------------------------------------------------------------------------------- what is to do
+
+
+def test_the_time_is_estimated_from_the_runs_there(results, tmp_path):
+    """13 of 16 are missing, two at a time: 7 rounds of 30 s."""
+    rows = [line(cell, 0, [0.1, 0.2, 0.3]) for cell in list(ablate.PARTS["table"])[:3]]
+    rows = [row | {"seconds": seconds} for row, seconds in zip(rows, (20, 30, 40), strict=True)]
+    old = rows[0] | {"code": "0123456789abcdef", "seconds": 999}
+    write_lines(tmp_path, [*rows, old])
+    plan = ablate.plan_runs(["table", "table"], 1, tmp_path)
+    assert ablate.describe_plan(plan, 2, tmp_path).splitlines() == [
+        f"16 runs wanted (16 cells × 1 seeds), 3 of them in {tmp_path}, 13 to run: "
+        "about 4 minutes, 2 at a time (the mean of those there is 30 s)",
+        "1 runs there were made with other code or another config and do not count",
+    ]
+
+
+def test_without_any_there_the_shipped_ones_tell_the_time(shipped, tmp_path):
+    """464 runs of 104.6 s, two at a time, are 24259 s."""
+    plan = ablate.plan_runs(list(ablate.PARTS), 8, tmp_path / "out")
+    text = ablate.describe_plan(plan, 2, tmp_path / "out")
+    assert text.startswith("464 runs wanted (58 cells × 8 seeds), 0 of them in ")
+    assert (
+        "464 to run: about 6.7 hours, 2 at a time (the mean of the shipped runs is 105 s)" in text
+    )
+
+
+def test_nothing_to_go_by_and_nothing_to_do(results, tmp_path):
+    plan = ablate.plan_runs(["table"], 1, tmp_path / "out")
+    text = ablate.describe_plan(plan, 2, tmp_path)
+    assert text.endswith("16 to run; no run is there to tell how long that takes")
+    write_lines(tmp_path, [line(cell, 0, [0.1, 0.2]) for cell in ablate.PARTS["table"]])
+    text = ablate.describe_plan(ablate.plan_runs(["table"], 1, tmp_path), 2, tmp_path)
+    assert text.endswith(f"16 of them in {tmp_path}, 0 to run")
+
+
+def test_a_dry_run_only_speaks(made, tmp_path, capsys):
+    out = tmp_path / "out"
+    ablate.main(["table", "--seeds", "2", "--dry-run", "--out", str(out)])
+    assert "32 runs wanted (16 cells × 2 seeds), 0 of them" in capsys.readouterr().out
+    assert made == []
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--jobs"])
+def test_numbers_are_at_least_one(option, capsys):
+    with pytest.raises(SystemExit):
+        ablate.main([option, "0"])
+    assert "found 0; expected at least 1" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------- running
 
 
 @pytest.fixture
@@ -91,7 +313,7 @@ def made(results, monkeypatch):
     """The (cell, seed) of runs in the order they are made in; `paper` is ten points better."""
     made = []
 
-    def run_one(cell, overrides, seed, scratch):
+    def run_one(cell, seed, scratch):
         made.append((cell, seed))
         gain = 0.1 if cell.endswith("/paper") else 0
         return line(cell, seed, [0.3, 0.5, 0.7 + gain + 0.01 * seed])
@@ -101,17 +323,103 @@ def made(results, monkeypatch):
 
 
 def test_what_is_missing_is_run_seed_after_seed(made, tmp_path):
-    ablate.run_missing(["table"], 2, 1, tmp_path)
+    out = tmp_path / "out"
+    ablate.run_grid(["table"], 2, jobs=1, out=out)
     assert len(made) == 32
     assert made[:16] == [(cell, 0) for cell in ablate.PARTS["table"]]
-    ablate.run_missing(["table"], 4, 1, tmp_path)
+    ablate.run_grid(["table"], 4, jobs=1, out=out)
     assert len(made) == 64
     assert {seed for _, seed in made[32:]} == {2, 3}
 
 
-def test_tables_and_figures_of_one_part(made, results):
-    ablate.run_missing(["table"], 4, 1, results)
-    text = ablate.tabulate()
+def test_an_interrupted_grid_goes_on_where_it_was(made, tmp_path, monkeypatch):
+    """Also over a line that was half-written when the machine went down."""
+    out = tmp_path / "out"
+    plain = ablate.run_one
+
+    def interrupted(cell, seed, scratch):
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        return plain(cell, seed, scratch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "run_one", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ablate.run_grid(["table"], 1, jobs=1, out=out)
+    assert not (out / "table.md").exists()
+    with open(out / "runs.jsonl", "a") as file:
+        file.write('{"cell": "grpo/host", "se')
+
+    ablate.run_grid(["table"], 1, jobs=1, out=out)
+    assert made == [(cell, 0) for cell in ablate.PARTS["table"]]  # none of them twice
+    assert ablate.read_runs(out)[0].keys() == set(made)
+
+
+def test_a_grid_leaves_the_shipped_results_alone(made, shipped, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in shipped.iterdir()}
+    out = tmp_path / "out"
+    ablate.main(["table", "--seeds", "1", "--jobs", "1", "--out", str(out)])
+    assert len(made) == 16
+    assert {path.name for path in out.iterdir()} == {".lock", "runs.jsonl", *OUTPUTS}
+    assert {path.name: path.read_bytes() for path in shipped.iterdir()} == before
+    assert "| grpo/paper | 1 | 80.0 | +10.0 |" in capsys.readouterr().out
+
+    table = (out / "table.md").read_text()
+    (out / "table.md").unlink()
+    ablate.main(["--report", "--out", str(out)])
+    assert (out / "table.md").read_text() == table
+
+
+def test_other_code_runs_again_beside_the_old_lines(made, fork, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    command = ["table", "--seeds", "1", "--jobs", "1", "--out", str(out)]
+    ablate.main(command)
+    old = (out / "runs.jsonl").read_bytes()
+    fork("dyco.py", '"paper": Rule(_paper,', '"paper": Rule(_off,')
+    with pytest.raises(SystemExit, match=r"no run there .* config \(16 with others\)"):
+        ablate.main(["--report", "--out", str(out)])
+
+    plain = ablate.run_one
+    code = ablate.code_fingerprint()
+    monkeypatch.setattr(ablate, "run_one", lambda *run: plain(*run) | {"code": code})
+    capsys.readouterr()
+    ablate.main(command)
+    assert len(made) == 32
+    assert (out / "runs.jsonl").read_bytes().startswith(old)
+    said = "16 runs there were made with other code or another config and do not count"
+    assert said in capsys.readouterr().out
+
+
+def test_code_that_changes_while_the_grid_runs_is_said(made, fork, tmp_path, monkeypatch):
+    """Runs from before the change do not stand in a table with those from after it."""
+    plain = ablate.run_one
+
+    def run_and_change(cell, seed, scratch):
+        row = plain(cell, seed, scratch)
+        if len(made) == 16:
+            fork("dyco.py", '"paper": Rule(_paper,', '"paper": Rule(_off,')
+        return row
+
+    monkeypatch.setattr(ablate, "run_one", run_and_change)
+    expected = "changed after the grid began: 16 more runs in .* do not count"
+    with pytest.raises(RuntimeError, match=expected):
+        ablate.run_grid(["table"], 1, jobs=1, out=tmp_path / "out")
+
+
+def test_the_folder_of_a_grid_is_no_other_folder(made, results, tmp_path):
+    with pytest.raises(SystemExit, match="these are the shipped runs; give a folder of your own"):
+        ablate.main(["--out", str(results)])
+    (tmp_path / "table.md").write_text("my notes")
+    with pytest.raises(SystemExit, match="found table.md without a runs.jsonl"):
+        ablate.main(["--out", str(tmp_path)])
+    assert (tmp_path / "table.md").read_text() == "my notes"
+    assert made == []
+
+
+def test_tables_and_figures_of_one_part(made, tmp_path):
+    out = tmp_path / "out"
+    ablate.run_grid(["table"], 4, jobs=1, out=out)
+    text = (out / "table.md").read_text()
     assert "| grpo/paper | 4 | 81.5 | +10.0 (+10.0 … +10.0) | 50.0 | +0.0 (+0.0 … +0.0) |" in text
     assert "| grpo/host | 4 | 71.5 | – |" in text
     assert "| **all/paper** | 4 | 81.5 | +10.0 (+10.0 … +10.0) |" in text
@@ -120,16 +428,16 @@ def test_tables_and_figures_of_one_part(made, results):
     for absent in ("controls", "uniform", "all/host"):
         assert absent not in text
 
-    entry = json.loads((results / "table.json").read_text())["grpo/paper"]
+    entry = json.loads((out / "table.json").read_text())["grpo/paper"]
     assert entry["seeds"] == 4
     assert entry["final"] == {
         "mean": pytest.approx(81.5),
         "gain": pytest.approx([10, 10, 10]),
     }
 
-    curves = ElementTree.parse(results / "curves.svg")
+    curves = ElementTree.parse(out / "curves.svg")
     assert len(curves.findall(f".//{SVG}polyline")) == 4 * 3  # host, paper, signed
-    gains = ElementTree.parse(results / "gains.svg")
+    gains = ElementTree.parse(out / "gains.svg")
     assert len(gains.findall(f".//{SVG}circle")) == 4 * 5
     places = {}
     for mark in gains.findall(f".//{SVG}g"):
@@ -141,12 +449,11 @@ def test_tables_and_figures_of_one_part(made, results):
     assert places["all: paper minmax − paper"] < zero
 
 
-def test_tables_of_nothing_and_of_half(results):
+def test_tables_of_nothing_and_of_half(tmp_path):
     """A part without its host's runs yet, and no run at all: no gains, no marks, no crash."""
-    assert "seeds" in ablate.tabulate()
-    row = line("level 2: grpo/uniform", 0, [0.3, 0.5, 0.7])
-    (results / "runs.jsonl").write_text(json.dumps(row) + "\n")
-    assert "| level 2: grpo/uniform | 1 | 70.0 | – |" in ablate.tabulate()
+    assert "seeds" in ablate.tabulate({}, tmp_path)
+    runs = {("level 2: grpo/uniform", 0): line("level 2: grpo/uniform", 0, [0.3, 0.5, 0.7])}
+    assert "| level 2: grpo/uniform | 1 | 70.0 | – |" in ablate.tabulate(runs, tmp_path)
 
 
 @pytest.mark.parametrize("bound", [0.4, 2.0, 9.99, 240])
@@ -175,6 +482,7 @@ rows = [
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
 """
 ENDS = '(folder / "final").mkdir()\n'
+CHANGES = 'pathlib.Path("train.py").write_text("pass")\n'
 
 
 def test_one_run_becomes_one_line_and_an_unfinished_one_none(tmp_path, monkeypatch):
@@ -182,41 +490,46 @@ def test_one_run_becomes_one_line_and_an_unfinished_one_none(tmp_path, monkeypat
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
     program = tmp_path / "train.py"
     scratch = tmp_path / "scratch"
-    overrides = ablate.PARTS["table"]["grpo/paper"]
 
     program.write_text(FAKE)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="grpo/paper, seed 3, did not end"):
-            ablate.run_one("grpo/paper", overrides, 3, scratch)
+            ablate.run_one("grpo/paper", 3, scratch)
 
     program.write_text(FAKE + ENDS)
-    row = ablate.run_one("grpo/paper", overrides, 3, scratch)
+    row = ablate.run_one("grpo/paper", 3, scratch)
     assert row["steps"] == [0, 2]
     assert row["accuracy"] == [0.5, 0.5]
     assert row["online"] == [0.25, 0.5]
     assert row["entropy"] == [1, 1]
     assert "grad_norm" not in row
+    assert (row["config"], row["code"]) == ablate.present_origin("grpo/paper", 3)
     assert list(scratch.iterdir()) == []
+
+    program.write_text(FAKE + ENDS + CHANGES)
+    with pytest.raises(RuntimeError, match="seed 3: the code or the config changed while it ran"):
+        ablate.run_one("grpo/paper", 3, scratch)
 
     program.write_text("import sys; sys.exit('error: no such thing')")
     with pytest.raises(RuntimeError, match="error: no such thing"):
-        ablate.run_one("grpo/paper", overrides, 3, scratch)
+        ablate.run_one("grpo/paper", 3, scratch)
 
 
-def test_a_run_that_fails_does_not_end_the_grid(results, monkeypatch):
-    def run_one(cell, overrides, seed, scratch):
+def test_a_run_that_fails_does_not_end_the_grid(results, tmp_path, monkeypatch):
+    def run_one(cell, seed, scratch):
         if cell == "grpo/paper":
             raise RuntimeError(f"{cell} did not end")
         return line(cell, seed, [0.3, 0.5])
 
     monkeypatch.setattr(ablate, "run_one", run_one)
+    out = tmp_path / "out"
     expected = "1 of 16 runs did not end, the first: grpo/paper did not end"
     with pytest.raises(RuntimeError, match=expected):
-        ablate.run_missing(["table"], 1, 2, results / "scratch")
-    assert len((results / "runs.jsonl").read_text().splitlines()) == 15
+        ablate.run_grid(["table"], 1, jobs=2, out=out)
+    assert len((out / "runs.jsonl").read_text().splitlines()) == 15
 
 
-def test_two_grids_do_not_share_a_scratch_folder(results):
-    expected = "another process is writing there; set --scratch"
-    with exclusive(results, "--scratch"), pytest.raises(FolderError, match=expected):
-        ablate.run_missing(["table"], 1, 2, results)
+def test_two_grids_do_not_share_a_folder(results, tmp_path):
+    expected = "another process is writing there; set --out"
+    with exclusive(tmp_path, "--out"), pytest.raises(FolderError, match=expected):
+        ablate.run_grid(["table"], 1, jobs=2, out=tmp_path)
