@@ -41,7 +41,7 @@ def same_number(a: Value, b: Value) -> bool:
     """Whether two numbers are equal; b is the reference.
 
     Integers and fractions are compared exactly, roots and π as far as floats reach. Only where a
-    decimal or a power of ten stands the value may be rounded.
+    decimal (but 12.0) or a power of ten stands the value may be rounded.
 
     >>> same_number(read("100001"), read("100000")), same_number(read("3.00002"), read("3"))
     (False, True)
