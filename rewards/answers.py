@@ -86,22 +86,18 @@ def equivalent(prediction: str, reference: str) -> bool:
 
     budget = Budget(prover.SYMBOLIC_LIMIT)
     targets = readings(raw_reference, reference)
-    # The sentence around a value is only looked into if its words do not say what is asked for.
-    if any(same(read(prediction), target, budget) for target in targets):
+    said = readings(raw_prediction, prediction)
+    if any(same(said[0], target, budget) for target in targets):
         return True
     # "1,234" may be two numbers where the reference is a sequence.
     if spelling.THOUSANDS.search(prediction) and targets[0].kind in ORDERED:
         return same(read(prediction, grouped=False), targets[0], budget)
-    return any(
-        same(said, target, budget)
-        for said in readings(raw_prediction, prediction)[1:]
-        for target in targets
-        if target.kind != "text"
-    )
+    mathematics = [target for target in targets if target.kind != "text"]
+    return any(same(value, target, budget) for value in said[1:] for target in mathematics)
 
 
 def readings(raw: str, clean: str) -> list[Value]:
-    """What an answer says as it stands, and then what the one value in it says, if a sentence."""
+    """What an answer says as it stands, and after that the one value in it if it is a sentence."""
     parts = [sentences.value_of(clean), sentences.formula_of(raw)]
     values = [read(spelling.clean(part)) for part in parts if part is not None]
     return [read(clean), *(value for value in values if value.kind != "text")]

@@ -104,7 +104,7 @@ GREEK_COMMANDS = {f"\\{name}" for name in [*GREEK.values(), "mu", *CAPITAL_GREEK
 WORDS = re.compile(r"(?<![A-Za-z\\])(?<!_\{)[A-Za-z]{4,} | ^[A-Za-z\s]{2,}!*\Z", re.VERBOSE)
 
 
-DECIMAL = re.compile(r"[0-9]\.[0-9]|(?<![0-9])\.[0-9]|(?<![0-9.])10\s*\^")
+DECIMAL = re.compile(r"\.[0-9]*[1-9]|(?<![0-9.])10\s*\^")  # 12.0 is as exact as 12
 
 
 class Parser:

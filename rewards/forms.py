@@ -41,7 +41,7 @@ def same_number(a: Value, b: Value) -> bool:
     """Whether two numbers are equal; b is the reference.
 
     Integers and fractions are compared exactly, roots and π as far as floats reach. Only where a
-    decimal or a power of ten stands the value may be rounded.
+    decimal (but 12.0) or a power of ten stands the value may be rounded.
 
     >>> same_number(read("100001"), read("100000")), same_number(read("3.00002"), read("3"))
     (False, True)
@@ -204,11 +204,11 @@ def as_interval(value: Value) -> tuple[str, Value] | None:
     if value.signs == ("=",) and value.items[0].tree[:1] == ("var",):  # x ∈ (1, 2)
         interval = value.items[1]
         return (value.items[0].tree[1], interval) if interval.kind in INTERVALS else None
-    variables = [i for i, side in enumerate(value.items) if side.tree[:1] == ("var",)]
+    unknown = [i for i, side in enumerate(value.items) if side.tree[:1] == ("var",)]
     numbers = [side for side in value.items if side.kind == "number"]
-    if len(variables) != 1 or len(numbers) != len(value.items) - 1:
+    if len(unknown) != 1 or len(numbers) != len(value.items) - 1:
         return None
-    at = variables[0]
+    at = unknown[0]
     variable = value.items[at].tree[1]
     if value.signs == ("≠",):
         below = Value("()", items=(MINUS_INFINITY, numbers[0]))

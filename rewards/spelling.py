@@ -248,6 +248,12 @@ SCIENTIFIC = re.compile(
     re.VERBOSE,
 )
 
+
+def _ratio_in_words(match: re.Match) -> str:
+    first, second = match.groups()
+    return f"{first}:{second}" if int(first) > int(second) else match[0]
+
+
 FUNCTION_NAMES = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|sec|csc|cot|ln|log|lg|exp"
 
 # Mathematics, spelled out with the few signs that the parser of expressions knows.
@@ -270,8 +276,8 @@ NOTATION = _compiled(
     # A currency is a unit, and units come last: -$5.
     (r"^([+-]?)\s*(USD|[€£¥₹])\s*(.+)$", r"\1\3 \2"),
     (r"(?<=[0-9])\s*([kM]?)\s*\\Omega$", r" \1Ω"),
-    # A ratio in words, 3 to 2.
-    (r"^([0-9.]+) to ([0-9.]+)$", r"\1:\2"),
+    # A ratio in words, 3 to 2. But 2 to 3 may be a range.
+    (r"^([0-9]{1,9}) to ([0-9]{1,9})$", _ratio_in_words),
     # The union of intervals, (1,2)U(3,4).
     (r"([)\]])\s*U\s*([(\[])", r"\1\\cup \2"),
 )
