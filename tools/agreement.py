@@ -10,6 +10,7 @@ pip install -r requirements-bench.txt.
 
 from __future__ import annotations
 
+import argparse
 import signal
 import time
 from collections.abc import Callable
@@ -137,7 +138,12 @@ def accepted(wrong: dict[str, list[Pair]]) -> list[Pair]:
     return [pair for pairs in wrong.values() for pair in pairs if not pair[2]]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.agreement",
+        description="Compare the rules of rewards/ with other verifiers, where they are installed.",
+    )
+    parser.parse_args(arguments)
     wrong = {}
     seconds = {}
     for name, verifier in installed().items():
