@@ -77,6 +77,10 @@ QUANTITIES = [
 ]
 
 
+# At the end of a side: what begins a second equation, x = 1 y = 2.
+ANOTHER_NAME = re.compile(r"[0-9)}]\s+[A-Za-z](?:_\{?\w+\}?)?\s*$")
+
+
 def is_name(side: Value) -> bool:
     r"""Whether a side of an equation is a name, names in brackets, or a quantity.
 
@@ -115,6 +119,8 @@ def values_said(value: Value) -> list[Value]:
     if value.kind != "relation" or set(value.signs) != {"="}:
         return [value]
     first, *steps = value.items
+    if any(ANOTHER_NAME.search(step.source) for step in steps[:-1]):
+        return [value]
     if len(steps) == 1 and first.kind == "number" and is_name(steps[0]):
         first, steps = steps[0], [first]  # 5 = x
     numbers = [step for step in steps if step.kind == "number"]

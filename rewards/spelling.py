@@ -188,6 +188,8 @@ LATEX = _compiled(
     (r"\{,\}|\\,(?=[0-9]{3})", ","),
     # A period that repeats: 0.\overline{3}, 0.1\dot{6}.
     (r"(?<![0-9])([0-9]+)\.([0-9]*)\\(?:overline|bar|dot)\s*\{([0-9]+)\}", _repeating),
+    # A wide space separates values and equations; elsewhere it is a space.
+    (r"(?<=[0-9)}])\s*\\q?quad(?=\s*(?:[-+]?[0-9(]|\\frac|\\sqrt|[A-Za-z]\w?\s*=))", "; "),
     (rf"\\[,;:! ]|\\q?quad{END}|~", " "),
     # Degrees: 45^\circ, 45^{\circ}, 45^o, 45\degree, and then 25 deg C, 25 degrees Celsius.
     (rf"\^\s*(?:\{{\s*\\circ\s*\}}|\\circ)|\\degrees?{END}|°", " deg "),
