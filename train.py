@@ -76,10 +76,10 @@ class Training(NamedTuple):
     config: Config
     world: World
     policy: Policy
-    reference: Policy | None  # only where algo.kl > 0
-    optimizer: torch.optim.Optimizer
-    dataset: Sequence  # of Sample
-    sampler: Sampler
+    reference: Policy | None = None  # only where algo.kl > 0
+    optimizer: torch.optim.Optimizer | None = None
+    dataset: Sequence = ()  # of Sample
+    sampler: Sampler | None = None
     held_out: Sequence | None = None  # of Sample
     custom_reward: Callable | None = None
     inputs: dict[str, str] = {}  # config key -> fingerprint of what it names

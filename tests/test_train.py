@@ -118,10 +118,7 @@ def test_every_setting_reaches_its_stage(make_policy, prompts, monkeypatch, rule
         config,
         ALONE,
         policy,
-        reference=None,
-        optimizer=None,
         dataset=samples,
-        sampler=None,
         custom_reward=lambda text, answer, sample: next(turn) / 10,
     )
     batch = train.collect(training, [(7, 0), (8, 1), (9, 2)], step=3)

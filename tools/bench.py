@@ -319,7 +319,6 @@ def one_step(size: str, visual: int, with_dyco: bool = True, new: int = NEW) -> 
         config,
         ALONE,
         policy,
-        reference=None,
         optimizer=optimizer,
         dataset=samples,
         sampler=sampler,

@@ -116,30 +116,11 @@ def batch_gradient(
         )
     recorder = Recorder(policy)
     groups = list(range(len(batch.rollout.prompts)))
-    train.update(training_on(config, policy, recorder), batch, groups)
+    training = train.Training(config, ALONE, policy, optimizer=recorder)
+    train.update(training, batch, groups)
     if recorder.gradient is None:
         raise AnalysisError(f"batch {step}, rule {rule}: the loss or its gradient is not finite")
     return recorder.gradient
-
-
-def training_on(
-    config: Config,
-    policy: Policy,
-    optimizer: Recorder | None = None,
-    samples: Sequence = (),
-    custom_reward=None,
-) -> train.Training:
-    """What the stages of train.py work with: here on one process, without a reference policy."""
-    return train.Training(
-        config,
-        ALONE,
-        policy,
-        reference=None,
-        optimizer=optimizer,
-        dataset=samples,
-        sampler=None,
-        custom_reward=custom_reward,
-    )
 
 
 # ------------------------------------------------------------------------------------ comparisons
@@ -314,7 +295,7 @@ def sample_batches(
     log-probabilities."""
     size = config.rollout.prompts_per_step
     custom = rewards.load_custom(config.reward.custom) if config.reward.custom else None
-    training = training_on(config, policy, samples=samples, custom_reward=custom)
+    training = train.Training(config, ALONE, policy, dataset=samples, custom_reward=custom)
     batches = []
     for place in tqdm(range(count // size), desc="sampling"):
         drawn = [(index, index) for index in range(place * size, (place + 1) * size)]
