@@ -6,13 +6,13 @@ train: .venv/ready            ## the main job on the embedded default; pass more
 	$(BIN)/python train.py config.yaml $(ARGS)
 
 test: .venv/ready             ## the fast tests, what has to pass before anything lands
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 test-core: .venv/ready        ## the fast tests of what trains, for forks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --ignore=tests/tools
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --ignore=tests/tools
 
 test-slow: .venv/ready        ## everything
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "slow or not slow"
 
 lint: .venv/ready             ## format and a small set of checks; "make format" mends what can be mended
 	$(BIN)/ruff format --check .
