@@ -1,7 +1,7 @@
 """attention.py: who sees whom, and what DyCo reads off it.
 
-transformers lets a program register its own attention function. Ours is `attend`. It asks a
-*layout* which keys a query may see, and there are two of them:
+A layer of the decoder (decoder.py) hands its queries, keys and values to a *layout*, which knows
+which keys a query may see. There are two of them:
 
 - `PackedGroups` for scoring and for the update. A group is packed into one row,
 
@@ -14,7 +14,7 @@ transformers lets a program register its own attention function. Ours is `attend
 
 In the captured layers a layout also hands its attention to a `Tap`, which reduces the rows at once
 to four numbers per token: the two masses and the two shifts of dyco.py (eq. 1 to 3). No attention
-matrix outlives the call, no other layer pays, and no library code is patched.
+matrix outlives the call, and no other layer pays.
 
 Shapes: P prompts, G responses per prompt, R rows that are decoded, T response tokens, N packed
 length, K keys, H heads, H_kv heads of keys and values, D width of a head.
@@ -22,37 +22,23 @@ length, K keys, H heads, H_kv heads of keys and values, D width of a head.
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 import dyco
 from data import Prompt
 from dyco import Signals
 
-ATTENTION = "dyco_layout"
 # transformers calls a function with flash in its name once per layer, and passes the borders of all
 # windows to it. Any other function it calls once for each window.
 WINDOWS = "dyco_flash_windows"
 
 
-# ------------------------------------------------------------ the functions that transformers calls
-
-
-def attend(module, query, key, value, attention_mask, layout=None, **kwargs):
-    """Attention of the decoder layers: query [1 or R, H, N, D] -> ([1 or R, N, H, D], None).
-
-    Without a layout, as in stock `generate`, it is transformers' own sdpa attention.
-    """
-    if layout is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    # Under autocast the rotary positions made queries and keys float32.
-    query = query.to(value.dtype)
-    key = key.to(value.dtype)
-    return layout.attend(module.layer_idx, query, key, value=value, scale=module.scaling), None
+# ----------------------------------------------------------------------------- the vision tower
 
 
 def attend_windows(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **kwargs):
@@ -61,13 +47,8 @@ def attend_windows(module, query, key, value, attention_mask, scaling, cu_seq_le
     A patch attends within its window. All windows of one length are one batch, instead of a call
     for each of them. cu_seq_lens_q [windows + 1]: where the windows begin, and the last one ends.
     """
-    lengths = cu_seq_lens_q.diff()
-    kinds, counts = (x.tolist() for x in lengths.unique(return_counts=True))
-    order = None
-    if len(kinds) > 1:
-        # Sort the patches by the length of their window, so that windows of a length are
-        # neighbours.
-        order = lengths.repeat_interleave(lengths).argsort(stable=True)
+    kinds, counts, order = _kinds_of_windows(cu_seq_lens_q)
+    if order is not None:
         query, key, value = (x.index_select(2, order) for x in (query, key, value))
     sizes = [length * count for length, count in zip(kinds, counts, strict=True)]
     queries, keys, values = (x[0].split(sizes, dim=1) for x in (query, key, value))
@@ -84,14 +65,27 @@ def attend_windows(module, query, key, value, attention_mask, scaling, cu_seq_le
     return output.transpose(0, 1)[None], None
 
 
-def register_attention() -> None:
-    """Make `attend` and `attend_windows` known to transformers, with the masks of sdpa."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+def _kinds_of_windows(borders: Tensor) -> tuple[list[int], list[int], Tensor | None]:
+    """The lengths of windows, how many there are of each, and the patches sorted by them.
 
-    AttentionInterface.register(ATTENTION, attend)
+    The order is None where all windows are equally long. The answer waits for the device, so it
+    stays on the tensor of borders, which the layers of a forward share.
+    """
+    if not hasattr(borders, "kinds"):
+        lengths = borders.diff()
+        kinds, counts = (x.tolist() for x in lengths.unique(return_counts=True))
+        order = None
+        if len(kinds) > 1:
+            order = lengths.repeat_interleave(lengths).argsort(stable=True)
+        borders.kinds = (kinds, counts, order)
+    return borders.kinds
+
+
+def register_windows() -> None:
+    """Make `attend_windows` known to transformers."""
+    from transformers import AttentionInterface
+
     AttentionInterface.register(WINDOWS, attend_windows)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 # ----------------------------------------------------------------------------- products and kernels
@@ -127,6 +121,12 @@ def grouped_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: fl
     if queries == keys:
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=repeats > 1
+        )
+    if query.is_cuda and query.dtype != torch.float32:
+        # A kernel that knows of the corner itself needs no mask in memory. It takes 16 bits only.
+        corner = causal_lower_right(queries, keys)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=corner, scale=scale, enable_gqa=repeats > 1
         )
     visible = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
     visible = visible.tril(keys - queries).repeat(repeats, 1)
@@ -262,8 +262,8 @@ class PackedGroups:
 class Tap:
     """Reduces attention to DyCo's signals where it arises, in the captured layers only.
 
-    `read_group` serves the packed forward. `read_step` and `reduce_steps` serve decoding. Both end
-    in dyco.attention_signals. Each captured layer is reduced by itself, and `take` averages the
+    `read_group` serves the packed forward; `rows` and `reduce_rows` serve decoding. Both end in
+    dyco.attention_signals. Each captured layer is reduced by itself, and `take` averages the
     signals of the layers.
     """
 
@@ -300,8 +300,8 @@ class Tap:
         self.sums: dict[int, list[Tensor]] = {}  # group -> sums over layers, [G, T] each
         # layer -> group -> the row that predicts the group's first token
         self.prefill_rows: dict[int, dict[int, Tensor]] = {}
-        # Decoding: layer -> the row [R, K] that was reduced last, and those of the steps since.
-        self.steps: dict[int, list[Tensor]] = {}
+        # Decoding: layer -> [R, 1 + STEPS, K], the row that was reduced last, and those since.
+        self.rows: dict[int, Tensor] = {}
 
     def prompt_members(self, prompt: Prompt, device) -> tuple[Tensor, Tensor]:
         """Which keys of a prompt are visual, and which are text in scope, [P] bool each.
@@ -355,31 +355,21 @@ class Tap:
         if queries == 1:  # a prefill: decoding goes on from this row
             self.prefill_rows.setdefault(layer, {})[group] = attention[:, 0]
 
-    @property
-    def waiting(self) -> int:
-        """Decoding steps that `read_step` has kept and `reduce_steps` has not seen."""
-        return len(self.steps[self.layers[0]]) - 1
-
-    def read_step(self, layer: int, attention: Tensor) -> None:
-        """Decoding: keep attention [R, K] of this step, over the last step's keys and a new one."""
-        self.steps[layer].append(attention)
-
     @torch.no_grad()
-    def reduce_steps(self, visual: Tensor, text: Tensor) -> Signals:
-        """The signals [R, steps] of the steps kept since the last call, at most STEPS.
+    def reduce_rows(self, count: int, visual: Tensor, text: Tensor) -> Signals:
+        """The signals [R, count] of the rows 1 … count, the last of which becomes row 0.
 
-        visual and text [R, K] bool: the members among the keys of the last step.
+        visual and text [R, K] bool: the members among the keys.
         """
-        for layer, rows in self.steps.items():
-            # Always as many rows, so that a compiled function is compiled once.
-            padded = rows + rows[-1:] * (1 + self.STEPS - len(rows))
-            keys = visual.shape[1]
-            attention = torch.stack([F.pad(row, (0, keys - row.shape[1])) for row in padded], dim=1)
+        for rows in self.rows.values():
+            # Always all rows, and a copy without gaps, so that a compiled function is compiled
+            # once. What stands behind `count` is of earlier steps; its signals are cut off.
+            attention = rows[:, :, : visual.shape[1]].clone()
             signals = self.signals(
                 attention, visual, text[:, None].expand(attention.shape), shift=self.shift
             )
-            self._add(0, [x[:, 1 : len(rows)] for x in signals])
-            self.steps[layer] = rows[-1:]
+            self._add(0, [x[:, 1 : 1 + count] for x in signals])
+            rows[:, 0] = rows[:, count]
         return self.take(0)
 
     def _add(self, group: int, signals: list[Tensor]) -> None:
@@ -395,13 +385,43 @@ class Tap:
 # ----------------------------------------------------------------------------------------- decoding
 
 
+class Pace(NamedTuple):
+    """How often a rollout's host looks, and in which steps the shapes of decoding change.
+
+    Between two looks a step has the same shapes, and nothing waits for the device. `look` divides
+    Tap.STEPS.
+    """
+
+    look: int  # steps of decoding between two looks at which responses have ended
+    own_keys: int  # the space for own keys grows by so many
+    leave: float  # ended responses leave when at most this share goes on: leaving copies the cache
+
+
+# On a CPU a look costs nothing, and neither do new shapes. On a GPU a look waits for the device,
+# and new shapes are a new graph (rollout.py).
+ON_CPU = Pace(look=1, own_keys=16, leave=0.75)
+ON_GPU = Pace(look=16, own_keys=256, leave=0.5)
+
+
+def pace_on(device: torch.device) -> Pace:
+    return ON_CPU if device.type == "cpu" else ON_GPU
+
+
 class Decoding:
     """The layout of decoding: every row sees the keys of its prompt and its own.
 
     The keys of a prompt are never copied to its G rows. The G queries meet them together, as one
     small matrix product, and each row brings only its own keys. The softmax over both parts is
     explicit, so the attention row that DyCo reads is there anyway.
+
+    All that a step reads and writes is allocated beforehand, and the place where it writes is a
+    tensor, `position`. A row meets the whole space for own keys: what it may not see, its own later
+    keys and the padding of its prompt, has a bias of −∞. So a step is the same work whatever the
+    tokens are, which can be recorded once and replayed.
     """
+
+    # A layout whose steps must not be replayed, because they ask the host, says False.
+    static = True
 
     def __init__(
         self,
@@ -417,23 +437,27 @@ class Decoding:
         capacity: tokens that a response may have.
         """
         self.tap = tap
-        self.capacity = capacity
-        self.length = 0  # tokens of each response so far
+        self.pace = pace_on(device)
+        self.capacity = round_up(capacity, self.pace.own_keys)
+        self.width = 0  # the space for own keys that steps use at present
+        self.position = torch.zeros(1, dtype=torch.long, device=device)  # where the next key goes
         self.count = len(prompts)
+        self.prompt_of = torch.arange(self.count, device=device).repeat_interleave(group_size)
         lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
         self.prompt_width = int(lengths.max())
         # layer -> keys and values of the prompts, [P, H_kv, prompt_width, D] each
         self.shared: dict[int, tuple[Tensor, Tensor]] = {}
-        for layer in list(kept):
-            keys, values = zip(*kept.pop(layer), strict=True)
-            self.shared[layer] = (self._stack(keys), self._stack(values))
         # layer -> keys and values of the rows' own tokens, [R, H_kv, capacity, D] each
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
-        self.padding = None  # [P, 1, 1, prompt_width] bool: no key of that prompt
-        if int(lengths.min()) < self.prompt_width:
-            places = torch.arange(self.prompt_width, device=device)
-            self.padding = (places >= lengths[:, None])[:, None, None]
-        self.prompt_of = torch.arange(self.count, device=device).repeat_interleave(group_size)
+        for layer in list(kept):
+            keys, values = (self._stack(x) for x in zip(*kept.pop(layer), strict=True))
+            self.shared[layer] = (keys, values)
+            # Zeros, because 0 · NaN would be NaN where nobody looks yet.
+            shape = (len(self.prompt_of), keys.shape[1], self.capacity, keys.shape[3])
+            self.own[layer] = (keys.new_zeros(shape), values.new_zeros(shape))
+        places = torch.arange(self.prompt_width + self.capacity, device=device)
+        seen = (places < lengths[:, None])[self.prompt_of]
+        self.bias = torch.where(seen, 0.0, -math.inf)[:, None, None]  # [R, 1, 1, K] float32
         self._place()
         if tap is not None:
             self._prepare_tap(prompts, device)
@@ -452,10 +476,12 @@ class Decoding:
         members = [self.tap.prompt_members(prompt, device) for prompt in prompts]
         self.visual = torch.stack([fit(visual) for visual, _ in members])[self.prompt_of]
         self.text = torch.stack([fit(text) for _, text in members])[self.prompt_of]
-        self.tap.steps = {}
+        self.slot = torch.ones(1, dtype=torch.long, device=device)  # where the next row goes
+        shape = (len(self.prompt_of), 1 + Tap.STEPS, self.prompt_width + self.capacity)
         for layer, rows in self.tap.prefill_rows.items():
             of_prompts = torch.cat([fit(rows[prompt]) for prompt in range(self.count)])
-            self.tap.steps[layer] = [of_prompts[self.prompt_of]]
+            self.tap.rows[layer] = torch.zeros(shape, device=device)
+            self.tap.rows[layer][:, 0, : self.prompt_width] = of_prompts[self.prompt_of]
 
     def _place(self) -> None:
         """Where each row stands in the grid [P, slots] in which it meets its prompt's keys."""
@@ -484,19 +510,21 @@ class Decoding:
         """query [R, H, 1, D], key and value [R, H_kv, 1, D] of the newest token -> [R, 1, H, D]."""
         rows, heads, _, width = query.shape
         key_heads = key.shape[1]
-        own_keys, own_values = self._append(layer, key, value)
+        own_keys, own_values = (x[:, :, : self.width] for x in self.own[layer])
+        own_keys.index_copy_(2, self.position, key)
+        own_values.index_copy_(2, self.position, value)
         shared_keys, shared_values = self.shared[layer]
 
         query = query.reshape(rows, key_heads, heads // key_heads, width)
         shared_logits = float32_product(self._to_grid(query), shared_keys.transpose(-1, -2))
-        if self.padding is not None:
-            shared_logits.masked_fill_(self.padding, -math.inf)
         own_logits = float32_product(query, own_keys.transpose(-1, -2))
-        logits = torch.cat([self._from_grid(shared_logits), own_logits], dim=-1).mul_(scale)
+        logits = torch.cat([self._from_grid(shared_logits), own_logits], dim=-1)
+        logits = torch.add(self.bias[..., : logits.shape[-1]], logits, alpha=scale)
         logits = self.adjust_logits(layer, logits)
         attention = torch.softmax(logits, dim=-1)  # [R, H_kv, H / H_kv, K]
         if self.tap is not None and layer in self.tap.layers:
-            self.tap.read_step(layer, attention.mean(dim=(1, 2)))
+            row = attention.mean(dim=(1, 2))[:, None]
+            self.tap.rows[layer][:, :, : row.shape[-1]].index_copy_(1, self.slot, row)
 
         attention = attention.to(value.dtype)
         to_prompt = self._to_grid(attention[..., : self.prompt_width])
@@ -504,44 +532,35 @@ class Decoding:
         output = output + attention[..., self.prompt_width :] @ own_values
         return output.reshape(rows, 1, heads, width)
 
-    def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the newest key and value; return all of the rows' own, [R, H_kv, length + 1, D]."""
-        if layer not in self.own:
-            rows, key_heads, _, width = key.shape
-            shape = (rows, key_heads, self.capacity, width)
-            self.own[layer] = (key.new_empty(shape), value.new_empty(shape))
-        keys, values = self.own[layer]
-        keys[:, :, self.length] = key[:, :, 0]
-        values[:, :, self.length] = value[:, :, 0]
-        return keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
+    def make_room(self, keys: int) -> None:
+        """Let the next steps use the space for so many own keys."""
+        self.width = round_up(keys, self.pace.own_keys)
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows go on: [rows] places in the present batch."""
+        """Only these rows go on: [rows] places in the present batch, in their order."""
         for layer, (keys, values) in self.own.items():
             self.own[layer] = (keys[rows], values[rows])
+        self.bias = self.bias[rows]
         self.prompt_of = self.prompt_of[rows]
         self._place()
         if self.tap is not None:
             self.visual = self.visual[rows]
             self.text = self.text[rows]
-            for layer, steps in self.tap.steps.items():
-                self.tap.steps[layer] = [x[rows] for x in steps]
+            for layer, attention in self.tap.rows.items():
+                self.tap.rows[layer] = attention[rows]
 
-    def members(self, own: int) -> tuple[Tensor, Tensor]:
+    def members(self) -> tuple[Tensor, Tensor]:
         """Which keys are visual, and which are text in scope, [R, K] bool each.
 
-        The keys are those of the prompts, and of `own` tokens of the rows.
+        The keys are those of the prompts, and the space for own keys.
         """
-        return F.pad(self.visual, (0, own)), F.pad(self.text, (0, own), value=True)
+        own = (0, self.width)
+        return F.pad(self.visual, own), F.pad(self.text, own, value=True)
 
-    @property
-    def waiting(self) -> int:
-        """The number of steps that `signals` would return now."""
-        return 0 if self.tap is None else self.tap.waiting
-
-    def signals(self) -> Signals:
-        """The signals [R, steps] of the steps since the last call; only with a tap."""
-        return self.tap.reduce_steps(*self.members(self.length))
+    def signals(self, count: int) -> Signals:
+        """The signals [R, count] of the last `count` steps, at most Tap.STEPS; only with a tap."""
+        self.slot.fill_(1)
+        return self.tap.reduce_rows(count, *self.members())
 
     # Two hooks for layouts that change attention (tools/intervene.py).
 
@@ -550,10 +569,22 @@ class Decoding:
 
         going [R] bool: the rows that have not ended. Returns what compute() returns.
         """
+        self.bias.index_fill_(-1, self.prompt_width + self.position, 0.0)
         hidden = compute()
-        self.length += 1
+        self.position += 1
+        if self.tap is not None:
+            self.slot += 1
         return hidden
 
     def adjust_logits(self, layer: int, logits: Tensor) -> Tensor:
         """The attention logits [R, H_kv, H / H_kv, K] of a step on their way to the softmax."""
         return logits
+
+
+def round_up(number: int, step: int) -> int:
+    """The next multiple of a step.
+
+    >>> round_up(33, 16)
+    48
+    """
+    return -(-number // step) * step

@@ -176,6 +176,7 @@ class Rollout:
     max_new_tokens: Count
     temperature: Temperature
     max_cache_tokens: Count
+    graphs: Literal["auto", "off"]
 
 
 @dataclass(frozen=True)

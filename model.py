@@ -22,12 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import decoder
 import dyco
-from attention import ATTENTION, WINDOWS, PackedGroups, Tap, float32_product, register_attention
+from attention import WINDOWS, PackedGroups, Tap, float32_product, register_windows
 from data import Prompt, Sample, encode_prompt
 from dyco import Signals
 
 # -------------------------------------------------------------------------------- log-probabilities
+
+
+PRODUCT_CHUNKS = 4  # whose slopes are kept for one product in 16 bits: 600 MB for Qwen's vocabulary
 
 
 def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, suppressed: Tensor) -> Tensor:
@@ -55,13 +59,35 @@ def _chunk_forward(hidden, weight, targets, temperature, suppressed):
     return logprobs, entropy, log_total
 
 
-def _chunk_backward(hidden, weight, targets, temperature, suppressed, log_total, gradient):
-    """Gradients of `hidden` [M, D] and `weight` [V, D]: ∂logp / ∂logit = 1[target] − softmax."""
+def _chunk_slope(hidden, weight, targets, temperature, suppressed, log_total, gradient):
+    """The gradient of the logits, before the temperature: ∂logp / ∂logit = 1[target] − softmax.
+
+    Returns it as [M, V] in the weight's dtype, and with it the gradient of `hidden` [M, D].
+    """
     logits = scaled_logits(hidden, weight, temperature, suppressed)
     gradient = gradient[:, None] / temperature
     slope = logits.sub_(log_total[:, None]).exp_().mul_(-gradient)
     slope = slope.scatter_add_(1, targets[:, None], gradient).to(weight.dtype)
-    return slope @ weight, float32_product(slope.T, hidden)
+    return slope, slope @ weight
+
+
+def _slices(length: int, size: int, together: int) -> list[list[slice]]:
+    """0 … length cut into slices of `size`, and these in lists of `together`.
+
+    >>> _slices(5, size=2, together=2)
+    [[slice(0, 2, None), slice(2, 4, None)], [slice(4, 6, None)]]
+    """
+    slices = [slice(start, start + size) for start in range(0, length, size)]
+    return [slices[i : i + together] for i in range(0, len(slices), together)]
+
+
+def _add_product(total: Tensor, slopes: list[Tensor], hidden: Tensor) -> None:
+    """total [V, D] float32 += slopesᵀ @ hidden, for slopes [m, V] of consecutive rows of hidden."""
+    if hidden.dtype == torch.float32:
+        (slope,) = slopes
+        total.addmm_(slope.T, hidden)
+    else:
+        total += float32_product(torch.cat(slopes).T, hidden)
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -74,7 +100,7 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, targets, temperature, suppressed, chunk, forward_chunk, backward_chunk
+        ctx, hidden, weight, targets, temperature, suppressed, chunk, forward_chunk, slope_chunk
     ):
         # Detached, so that a compiled function is compiled once for scoring and for the update.
         rounded = weight.detach().to(hidden.dtype)
@@ -86,30 +112,35 @@ class TokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets, suppressed, log_total)
         ctx.temperature = temperature
         ctx.chunk = chunk
-        ctx.backward_chunk = backward_chunk
+        ctx.slope_chunk = slope_chunk
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, gradient, _):
         hidden, weight, targets, suppressed, log_total = ctx.saved_tensors
-        hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         rounded = weight.to(hidden.dtype)
-        for start in range(0, len(hidden), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            hidden_gradient[part], of_chunk = ctx.backward_chunk(
-                hidden[part],
-                rounded,
-                targets[part],
-                ctx.temperature,
-                suppressed,
-                log_total[part],
-                gradient[part],
-            )
-            weight_gradient += of_chunk
+        total = torch.zeros_like(weight, dtype=torch.float32)
+        # In 16 bits a product cannot be added in place, and the sum over the whole vocabulary is
+        # what costs: so there one product serves several chunks.
+        together = 1 if rounded.dtype == torch.float32 else PRODUCT_CHUNKS
+        hidden_gradient = torch.empty_like(hidden)
+        for chunks in _slices(len(hidden), ctx.chunk, together):
+            slopes = []
+            for chunk in chunks:
+                slope, hidden_gradient[chunk] = ctx.slope_chunk(
+                    hidden[chunk],
+                    rounded,
+                    targets[chunk],
+                    ctx.temperature,
+                    suppressed,
+                    log_total[chunk],
+                    gradient[chunk],
+                )
+                slopes.append(slope)
+            _add_product(total, slopes, hidden[chunks[0].start : chunks[-1].stop])
         none_for_the_rest = [None] * 6
-        return hidden_gradient, weight_gradient.to(weight.dtype), *none_for_the_rest
+        return hidden_gradient, total.to(weight.dtype), *none_for_the_rest
 
 
 # --------------------------------------------------------------------------------------- the policy
@@ -137,18 +168,21 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
+        graphs: bool = True,
     ):
         """hf: a Qwen2_5_VLForConditionalGeneration. dtype: of the arithmetic. compiled: the two
-        scoring functions, log-probabilities and signals, go through torch.compile.
+        scoring functions, log-probabilities and signals, go through torch.compile. graphs: on a GPU
+        decoding is replayed as CUDA graphs.
         """
         super().__init__()
-        register_attention()
+        register_windows()
         self.hf = hf
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.temperature = temperature
         self.dtype = dtype
-        hf.model.language_model.config._attn_implementation = ATTENTION
+        self.graphs = graphs
+        decoder.take_layouts(hf.model.language_model.layers)
         hf.model.visual.config._attn_implementation = WINDOWS
         # The tokenizer's end token counts, too: a generation_config.json that names only the end of
         # the text would let a response run on behind the end of its turn.
@@ -158,11 +192,12 @@ class Policy(nn.Module):
         placeholders = sorted({hf.config.image_token_id, hf.config.video_token_id})
         self.register_buffer("suppressed", torch.tensor(placeholders), persistent=False)
         self.forward_chunk = _chunk_forward
-        self.backward_chunk = _chunk_backward
+        self.slope_chunk = _chunk_slope
         self.signals = dyco.attention_signals
+        self.arithmetic = decoder.Arithmetic(dtype)
         if compiled:
             self.forward_chunk = torch.compile(_chunk_forward, dynamic=True)
-            self.backward_chunk = torch.compile(_chunk_backward, dynamic=True)
+            self.slope_chunk = torch.compile(_chunk_slope, dynamic=True)
             self.signals = torch.compile(dyco.attention_signals, dynamic=True)
 
     @property
@@ -274,16 +309,9 @@ class Policy(nn.Module):
 
     def decoder(self, embedded: Tensor, positions: Tensor, layout) -> Tensor:
         """The decoder's last hidden states: embedded [rows, N, D], positions [3, rows, N]."""
-        # No masks: the layout decides what is seen.
-        masks = {"full_attention": None, "sliding_attention": None}
-        output = self.hf.model.language_model(
-            inputs_embeds=embedded,
-            position_ids=positions.to(self.device),
-            attention_mask=masks,
-            use_cache=False,
-            layout=layout,
-        )
-        return output.last_hidden_state
+        model = self.hf.model.language_model
+        positions = positions.to(self.device)
+        return decoder.run(model, embedded, positions, layout, arithmetic=self.arithmetic)
 
     # -------------------------------------------------------------------------------------- outputs
 
@@ -325,7 +353,7 @@ class Policy(nn.Module):
             self.suppressed,
             self.CHUNK,
             self.forward_chunk,
-            self.backward_chunk,
+            self.slope_chunk,
         )
 
         def unpack(flat: Tensor) -> Tensor:
@@ -410,6 +438,7 @@ def load_policy(
     dtype: str = "auto",
     temperature: float = 1.0,
     compile: str = "auto",
+    graphs: str = "auto",
     trainable: bool = True,
     freeze_vision: bool = False,
     gradient_checkpointing: bool = False,
@@ -419,7 +448,7 @@ def load_policy(
 
     dtype ("auto", "float32", "bfloat16") is what arithmetic runs in. The weights of a trainable
     policy are float32 all the same; those of another one have that dtype.
-    compile: "auto" (on a GPU), "on" or "off".
+    compile: "auto" (on a GPU), "on" or "off". graphs: "auto" (on a GPU) or "off".
     max_pixels: larger images are shrunk to this area.
 
     Raises ModelError where the path is no Qwen2.5-VL, or a file of it is missing or damaged.
@@ -461,6 +490,7 @@ def load_policy(
         temperature=temperature,
         dtype=dtype,
         compiled=compile == "on" or (compile == "auto" and device.type == "cuda"),
+        graphs=graphs == "auto",
     )
     policy.to(device)
     if trainable:
@@ -680,6 +710,7 @@ def policy_from_config(config, path: str | Path, device: torch.device, **options
         dtype=config.model.dtype,
         temperature=config.rollout.temperature,
         compile=config.model.compile,
+        graphs=config.rollout.graphs,
         max_pixels=config.data.max_pixels,
         **options,
     )

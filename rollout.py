@@ -2,8 +2,9 @@
 
 The vision tower and the prompt run once per prompt (`PackedGroups` without responses,
 attention.py). Then each step decodes one token of every response (`Decoding`), and DyCo's signals
-are read off the attention while it is there. Responses leave the batch once enough of them have
-ended.
+are read off the attention while it is there. Now and then the host looks which responses have
+ended, and lets them leave the batch once there are enough of them. Between two looks a step has
+static shapes and waits for nothing: on a GPU it is replayed as a CUDA graph (`StepGraphs`).
 
 What is sampled is what is scored later: there is a temperature, but no top-k and no top-p, and the
 same ids are suppressed (model.py, scaled_logits). Each response draws its uniform numbers from a
@@ -16,6 +17,7 @@ still decoded, V vocabulary.
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,15 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import Decoding, PackedGroups, Tap
+from attention import Decoding, PackedGroups, Tap, pace_on, round_up
 from data import Prompt
 from dyco import Signals
 from model import Policy
 
 PREFILL_TOKENS = 16384  # prompt tokens in one prefill
-# Finished responses leave the batch when at most this share still goes on: leaving copies the
-# cache.
-COMPACT_BELOW = 0.75
 
 
 @dataclass
@@ -114,6 +113,25 @@ def runs_within(sizes: list[int], budget: int) -> list[list[int]]:
     return runs
 
 
+def waves_within(lengths: list[int], own: int, budget: int) -> list[list[int]]:
+    """Consecutive prompts, in waves that take at most `budget` tokens of cache.
+
+    lengths: of the prompts, which are stored as long as the longest of a wave; own: the tokens that
+    the responses of one prompt take. A prompt that is too large is a wave of its own.
+
+    >>> waves_within([3, 3, 5, 9], own=2, budget=14)
+    [[0, 1], [2], [3]]
+    """
+    waves, longest = [], 0
+    for index, length in enumerate(lengths):
+        longest = max(longest, length)
+        if not waves or (len(waves[-1]) + 1) * (longest + own) > budget:
+            waves.append([])
+            longest = length
+        waves[-1].append(index)
+    return waves
+
+
 def keyed_generator(*key) -> torch.Generator:
     """A CPU generator whose stream depends on the key alone, such as (seed, step, prompt,
     response)."""
@@ -121,16 +139,26 @@ def keyed_generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF sampling: logits [R, V], uniforms [R] in [0, 1) -> ids [R].
+def sample_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling: logits [R, V], uniforms [R] in [0, 1) -> ids, log-probabilities [R].
 
-    Ids of probability 0 are never drawn.
+    Ids of probability 0 are never drawn. One pass over the vocabulary serves the sum of the
+    exponentials, its partial sums, and the log-probability.
     """
-    cumulative = torch.softmax(logits.double(), dim=-1).cumsum(-1)
-    # Rounding may leave a total that is not 1.
-    threshold = uniforms.double()[:, None] * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    return ids.clamp(max=logits.shape[-1] - 1)
+    highest = logits.amax(dim=-1, keepdim=True)
+    # Partial sums in float64, or the tail of a large vocabulary would be lost in rounding.
+    cumulative = (logits - highest).exp_().cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    threshold = uniforms.double()[:, None] * total
+    ids = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
+    logprobs = logits.gather(-1, ids) - highest - total.log().float()
+    return ids.squeeze(-1), logprobs.squeeze(-1)
+
+
+def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy decoding: logits [R, V] -> ids, log-probabilities [R]."""
+    highest, ids = logits.max(dim=-1)
+    return ids, highest - logits.logsumexp(dim=-1)
 
 
 @torch.no_grad()
@@ -156,12 +184,13 @@ def generate(
     greedy_last: the last response of each group is greedy, whatever the key.
     decoding: makes the layout of a wave; experiments pass a subclass that changes attention.
     """
-    sizes = [len(prompt.input_ids) + group_size * max_new_tokens for prompt in prompts]
+    own = group_size * round_up(max_new_tokens, pace_on(policy.device).own_keys)
+    lengths = [len(prompt.input_ids) for prompt in prompts]
     training = policy.training
     policy.eval()  # in training mode each layer would prepare to be checkpointed
     try:
         rollouts = []
-        for wave in runs_within(sizes, max_cache_tokens):
+        for wave in waves_within(lengths, own, max_cache_tokens):
             of_wave = _Wave(
                 policy,
                 [prompts[i] for i in wave],
@@ -177,6 +206,50 @@ def generate(
         return join(rollouts)
     finally:
         policy.train(training)
+
+
+class StepGraphs:
+    """Runs decoding steps, and on a GPU replays them as CUDA graphs, one for each shape.
+
+    A step of a large model is more than a thousand kernels, and launching them from Python takes
+    several times as long as running them. A graph launches them all at once. It holds the addresses
+    of what it reads and writes, which stay the same until rows leave; then it is forgotten.
+    """
+
+    def __init__(self, step: Callable[[], None], wanted: bool):
+        self.step = step
+        self.enabled = wanted and torch.cuda.is_available()
+        self.pool = torch.cuda.graph_pool_handle() if self.enabled else None
+        self.prepared: set[int] = set()  # shapes of which a step has run as it is
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def forget(self) -> None:
+        self.prepared.clear()
+        self.graphs.clear()
+
+    def run(self, shape: int) -> None:
+        """One step; `shape` names what shapes it has."""
+        # The first step of a shape runs as it is: libraries prepare themselves in it.
+        if self.enabled and shape in self.prepared and shape not in self.graphs:
+            self._capture(shape)
+        if shape in self.graphs:
+            self.graphs[shape].replay()
+        else:
+            self.step()
+            self.prepared.add(shape)
+
+    def _capture(self, shape: int) -> None:
+        """Record the step. Nothing of it runs yet."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.step()
+        except RuntimeError as error:
+            self.enabled = False
+            first_line = str(error).splitlines()[0]
+            warnings.warn(f"decoding goes on without CUDA graphs: {first_line}", stacklevel=2)
+        else:
+            self.graphs[shape] = graph
 
 
 class _Wave:
@@ -214,9 +287,15 @@ class _Wave:
         self.uniforms: Tensor | None = None  # [B, T]
         if key is not None:
             self.uniforms = self._draw_uniforms(key).to(device)
-        self.end_ids = torch.tensor(sorted(policy.eos_ids), device=device)
-        self.alive = torch.arange(rows, device=device)  # rows of the batch -> rows of the result
-        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.end_ids = torch.tensor(sorted(policy.eos_ids), dtype=torch.long, device=device)
+        self.truncated = torch.ones(rows, dtype=torch.bool, device=device)
+        # Of the rows that are still decoded: which row of the result each is, whether it goes on,
+        # and its newest token.
+        self.alive = torch.arange(rows, device=device)
+        self.going = torch.ones(rows, dtype=torch.bool, device=device)
+        self.newest = torch.zeros(rows, dtype=torch.long, device=device)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)  # where the next token goes
+        self.waiting = 0  # steps whose signals are not written down yet
 
     def _draw_uniforms(self, key: tuple) -> Tensor:
         streams = []
@@ -229,27 +308,28 @@ class _Wave:
     def run(self) -> Rollout:
         """Decode to the end."""
         with self.policy.autocast():
-            hidden = self._prefill()
-            for step in range(self.max_new_tokens):
-                chosen = self._choose(hidden, step)
-                going = ~self.ended[self.alive]
-                count = int(going.sum())
-                last = count == 0 or step + 1 == self.max_new_tokens
-                # Removing finished rows copies the cache, so wait until a quarter of them has
-                # ended.
-                leave = count <= COMPACT_BELOW * len(self.alive)
-                full = self.layout.waiting == Tap.STEPS
-                if self.layout.waiting and (last or leave or full):
-                    self._record(self.layout.signals(), end=step + 1)
-                if last:
+            self._choose(self._prefill())
+            pace = self.layout.pace
+            graphs = StepGraphs(self._step, wanted=self.policy.graphs and self.layout.static)
+            length = 1
+            while length < self.max_new_tokens:
+                count = int(self.going.sum())  # waits for the device
+                if count == 0:
                     break
-                if leave:
-                    places = going.nonzero().squeeze(-1)
-                    self.layout.keep(places)
-                    self.alive = self.alive[places]
-                    chosen = chosen[places]
-                    going = going[places]
-                hidden = self._pass(chosen, step, going)
+                if count <= pace.leave * len(self.alive):
+                    self._record(length)
+                    self._keep(self.going.nonzero().squeeze(-1))
+                    graphs.forget()
+                steps = min(pace.look, self.max_new_tokens - length)
+                self.layout.make_room(length + steps - 1)
+                for _ in range(steps):
+                    graphs.run(shape=self.layout.width)
+                length += steps
+                self.waiting += steps
+                if self.waiting == Tap.STEPS:
+                    self._record(length)
+            self._record(length)
+        self.truncated[self.alive] = self.going
         return self._result()
 
     def _prefill(self) -> Tensor:
@@ -280,7 +360,7 @@ class _Wave:
         if tap is not None:
             fields = zip(*first_signals, strict=True)
             of_rows = (torch.cat(x).repeat_interleave(self.group_size, dim=0) for x in fields)
-            self._record(Signals(*of_rows), end=1)
+            self._write(Signals(*of_rows), end=1)
         self.layout = self.make_layout(
             self.prompts,
             kept,
@@ -295,36 +375,57 @@ class _Wave:
         self.following = following.repeat_interleave(self.group_size)
         return torch.cat(hidden).repeat_interleave(self.group_size, dim=0)
 
-    def _choose(self, hidden: Tensor, step: int) -> Tensor:
-        """Draw the next token of every row [R], and write it down where the response goes on."""
-        alive = self.alive
-        logits = self.policy.next_token_logits(hidden, self.head, self.temperature)
-        if self.uniforms is None:
-            chosen = logits.argmax(-1)
-        else:
-            chosen = sample_tokens(logits, self.uniforms[alive, step])
-        if self.greedy_last:
-            is_last = alive % self.group_size == self.group_size - 1
-            chosen = torch.where(is_last, logits.argmax(-1), chosen)
-        going = ~self.ended[alive]
-        logprobs = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
-        self.tokens[alive, step] = torch.where(going, chosen, 0)
-        self.mask[alive, step] = going
-        self.logprobs[alive, step] = torch.where(going, logprobs, 0)
-        self.ended[alive] |= torch.isin(chosen, self.end_ids)
-        return chosen
+    def _step(self) -> None:
+        """One more token of every row.
 
-    def _pass(self, chosen: Tensor, step: int, going: Tensor) -> Tensor:
-        """The decoder's pass over the tokens chosen at this step: [R] -> [R, D]."""
-        embedded = self.policy.look_up(chosen)[:, None]
-        position = (self.following[self.alive] + step)[None, :, None].expand(3, -1, -1)
+        No shape in here depends on what is sampled, and nothing waits for the device. All that is
+        kept is written into tensors that are there already. So a graph can hold it.
+        """
+        embedded = self.policy.look_up(self.newest)[:, None]
+        position = self.following + self.layout.position
 
         def compute() -> Tensor:
-            return self.policy.decoder(embedded, position, self.layout)[:, 0]
+            positions = position.expand(3, -1)[..., None]
+            return self.policy.decoder(embedded, positions, self.layout)[:, 0]
 
-        return self.layout.advance(compute, going)
+        self._choose(self.layout.advance(compute, self.going))
 
-    def _record(self, signals: Signals, end: int) -> None:
+    def _choose(self, hidden: Tensor) -> None:
+        """Draw the next token of every row from hidden [R, D], and write it down."""
+        logits = self.policy.next_token_logits(hidden, self.head, self.temperature)
+        if self.uniforms is None:
+            tokens, logprobs = most_likely(logits)
+        else:
+            tokens, logprobs = sample_tokens(logits, self.uniforms[self.alive, self.column])
+        if self.greedy_last:
+            is_last = self.alive % self.group_size == self.group_size - 1
+            greedy_tokens, greedy_logprobs = most_likely(logits)
+            tokens = torch.where(is_last, greedy_tokens, tokens)
+            logprobs = torch.where(is_last, greedy_logprobs, logprobs)
+        place = (self.alive, self.column)
+        self.tokens[place] = torch.where(self.going, tokens, 0)
+        self.logprobs[place] = torch.where(self.going, logprobs, 0)
+        self.mask[place] = self.going
+        self.newest.copy_(tokens)
+        self.going &= (tokens[:, None] != self.end_ids).all(dim=-1)
+        self.column += 1
+
+    def _keep(self, rows: Tensor) -> None:
+        """Only these rows go on: [rows] places among the present ones."""
+        self.truncated[self.alive] = self.going
+        self.alive = self.alive[rows]
+        self.going = self.going[rows]
+        self.newest = self.newest[rows]
+        self.following = self.following[rows]
+        self.layout.keep(rows)
+
+    def _record(self, length: int) -> None:
+        """Write down the signals of the waiting steps, the last of which made token `length`."""
+        if self.waiting and self.signals is not None:
+            self._write(self.layout.signals(self.waiting), end=length)
+        self.waiting = 0
+
+    def _write(self, signals: Signals, end: int) -> None:
         """Signals [R, n] of the n tokens before place `end`, of the rows that are alive."""
         for whole, values in zip(self.signals, signals, strict=True):
             whole[self.alive, end - values.shape[1] : end] = values
@@ -333,7 +434,7 @@ class _Wave:
         lengths = self.mask.sum(1)
         width = int(lengths.max())
         mask = self.mask[:, :width]
-        without_end = (lengths - self.ended.long()).tolist()
+        without_end = (lengths - (~self.truncated).long()).tolist()
         texts = []
         for ids, length in zip(self.tokens.tolist(), without_end, strict=True):
             texts.append(self.policy.tokenizer.decode(ids[:length], skip_special_tokens=False))
@@ -347,7 +448,7 @@ class _Wave:
             tokens=self.tokens[:, :width],
             mask=mask,
             logprobs=self.logprobs[:, :width],
-            truncated=~self.ended,
+            truncated=self.truncated,
             signals=signals,
             texts=texts,
         )

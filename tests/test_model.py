@@ -42,7 +42,6 @@ def one_row(policy, prompt, response, output_attentions=False):
         output_attentions=output_attentions,
         **images,
     )
-    hf.model.language_model.config._attn_implementation = model.ATTENTION
     logits = output.logits[0].float() / policy.temperature
     logits[:, policy.suppressed] = -torch.inf
     return logits[len(prompt.input_ids) - 1 : -1], output.attentions
@@ -221,7 +220,7 @@ def test_chunked_logprobs_equal_log_softmax():
     slope = torch.randn(50, generator=generator)
 
     def chunked(hidden, weight):
-        chunks = model._chunk_forward, model._chunk_backward
+        chunks = model._chunk_forward, model._chunk_slope
         return TokenLogprobs.apply(hidden, weight, targets, 0.6, suppressed, 7, *chunks)
 
     def whole(hidden, weight):
@@ -258,7 +257,7 @@ def test_logits_never_exist_as_a_whole(make_policy, prompts, monkeypatch):
             policy.suppressed,
             policy.CHUNK,
             policy.forward_chunk,
-            policy.backward_chunk,
+            policy.slope_chunk,
         )
         logprobs.sum().backward()
     assert 16 * vocabulary <= largest.elements < predicted * vocabulary / 10

@@ -28,7 +28,6 @@ import torch
 import dyco
 import model
 import train
-from attention import ATTENTION
 from config import DEFAULTS, load_config
 from distributed import ALONE
 from model import Policy, TokenLogprobs
@@ -108,7 +107,6 @@ def padded_logprobs(policy: Policy, prompt, tokens: torch.Tensor) -> torch.Tenso
         pixel_values=prompt.pixel_values.repeat(rows, 1),
         image_grid_thw=prompt.image_grid_thw.repeat(rows, 1),
     )[0]
-    hf.config.text_config._attn_implementation = ATTENTION
     # The state before a token predicts it.
     before = hidden[:, len(prompt.input_ids) - 1 : -1].reshape(tokens.numel(), -1)
     logprobs, *_ = TokenLogprobs.apply(
@@ -119,7 +117,7 @@ def padded_logprobs(policy: Policy, prompt, tokens: torch.Tensor) -> torch.Tenso
         policy.suppressed,
         policy.CHUNK,
         policy.forward_chunk,
-        policy.backward_chunk,
+        policy.slope_chunk,
     )
     return logprobs.view(tokens.shape)
 
@@ -233,24 +231,21 @@ def one_rollout(size: str, visual: int, way: str, new: int = NEW) -> Way:
         naive = way == "naive"
         hf.model.rope_deltas = None
         hf.config.text_config._attn_implementation = "eager" if naive else "sdpa"
-        try:
-            return hf.generate(
-                input_ids=torch.stack([prompt.input_ids for prompt in prompts]),
-                mm_token_type_ids=torch.stack([prompt.visual_mask for prompt in prompts]).int(),
-                attention_mask=torch.ones(PROMPTS, len(prompts[0].input_ids), dtype=torch.long),
-                pixel_values=torch.cat([prompt.pixel_values for prompt in prompts]),
-                image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in prompts]),
-                num_return_sequences=GROUP,
-                do_sample=True,
-                top_k=0,
-                temperature=1.0,
-                max_new_tokens=new,
-                min_new_tokens=new,
-                output_attentions=naive,
-                return_dict_in_generate=True,
-            )
-        finally:
-            hf.config.text_config._attn_implementation = ATTENTION
+        return hf.generate(
+            input_ids=torch.stack([prompt.input_ids for prompt in prompts]),
+            mm_token_type_ids=torch.stack([prompt.visual_mask for prompt in prompts]).int(),
+            attention_mask=torch.ones(PROMPTS, len(prompts[0].input_ids), dtype=torch.long),
+            pixel_values=torch.cat([prompt.pixel_values for prompt in prompts]),
+            image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in prompts]),
+            num_return_sequences=GROUP,
+            do_sample=True,
+            top_k=0,
+            temperature=1.0,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            output_attentions=naive,
+            return_dict_in_generate=True,
+        )
 
     return ours if way == "ours" else theirs
 
@@ -471,7 +466,7 @@ def one_scoring(way: str, tokens: int, vocabulary: int, backward: bool) -> Way:
             suppressed,
             Policy.CHUNK,
             model._chunk_forward,
-            model._chunk_backward,
+            model._chunk_slope,
         )
         return logprobs
 

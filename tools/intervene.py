@@ -160,6 +160,8 @@ class IntervenedDecoding(Decoding):
     while shifts, and with them roles, are taken between rows of first computations.
     """
 
+    static = False  # which rows are chosen is decided on the host
+
     def __init__(
         self,
         intervention: Intervention,
@@ -181,19 +183,21 @@ class IntervenedDecoding(Decoding):
 
     def advance(self, compute: Callable[[], Tensor], going: Tensor) -> Tensor:
         super().advance(compute, going)
-        natural = super().signals()
+        natural = super().signals(1)
         of_this_step = Signals(*(signal[:, 0] for signal in natural))
-        self.intervention.choose(self.names, self.length, of_this_step, going=going)
+        step = int(self.position)
+        self.intervention.choose(self.names, step, of_this_step, going=going)
         # The next step's shifts start from the unchanged rows, so these are put back below.
-        natural_rows = {layer: list(rows) for layer, rows in self.tap.steps.items()}
+        natural_rows = {layer: rows[:, 0].clone() for layer, rows in self.tap.rows.items()}
 
         # Going back by one makes the second computation overwrite the first one's keys and values.
-        self.length -= 1
+        self.position -= 1
         self.is_second = True
         result = super().advance(compute, going)
         self.is_second = False
-        changed = super().signals()
-        self.tap.steps = natural_rows
+        changed = super().signals(1)
+        for layer, rows in natural_rows.items():
+            self.tap.rows[layer][:, 0] = rows
         self.recorded.append(
             Signals(
                 changed.visual_mass, changed.text_mass, natural.visual_shift, natural.text_shift
@@ -204,14 +208,10 @@ class IntervenedDecoding(Decoding):
     def adjust_logits(self, layer: int, scores: Tensor) -> Tensor:
         if not self.is_second:
             return scores
-        visual, text = self.members(self.length + 1)
+        visual, text = self.members()
         return self.intervention.shift(layer, scores, visual, text)
 
-    @property
-    def waiting(self) -> int:
-        return len(self.recorded)
-
-    def signals(self) -> Signals:
+    def signals(self, count: int) -> Signals:
         signals = zip(*self.recorded, strict=True)
         self.recorded = []
         return Signals(*(torch.cat(steps, dim=1) for steps in signals))

@@ -1,0 +1,117 @@
+"""decoder.py: the decoder's layers, as this project runs them.
+
+The weights are those of transformers' modules, and so is every step of the arithmetic. What differs
+is how often it is done. The residual stream is float32: here its normalised rows are cast once for
+the projections that read them, norms are fused, and the rotary embedding is worked out once for all
+layers. On a GPU a layer of a decoding step launches half as many kernels.
+
+Attention is left to a *layout* (attention.py), which knows what a query may see. A layer that is
+called without one runs as it came, so `generate` and `forward` of transformers stay what they are.
+
+Shapes: R rows, N tokens of a row, D hidden width, H heads, H_kv heads of keys and values, W width
+of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Rotary(NamedTuple):
+    """The rotary embedding of some positions, [R, 1, N, W] float32 each.
+
+    `sin` has its first half negated, so that x·cos + roll(x, W/2)·sin turns each pair of x.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def turn(self, x: Tensor) -> Tensor:
+        """[R, heads, N, W], turned by the angles of its positions."""
+        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, dims=-1), self.sin)
+
+
+def rotary(model: nn.Module, positions: Tensor) -> Rotary:
+    """positions [3, R, N], the three axes of M-RoPE: time, height and width.
+
+    model: the language model, whose own module gives cosines and sines. The axes are mixed in it.
+    """
+    reference = positions.new_empty((), dtype=torch.float32)  # says the dtype and the device
+    cos, sin = model.rotary_emb(reference, positions)
+    first, second = sin.chunk(2, dim=-1)
+    return Rotary(cos[:, None], torch.cat([-first, second], dim=-1)[:, None])
+
+
+def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """The module's norm by one kernel. x [..., D] -> the same shape and dtype."""
+    # A sharded weight is gathered in 16 bits, and the kernel wants one dtype.
+    weight = norm.weight.to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight, norm.variance_epsilon)
+
+
+def project(layer: nn.Module, hidden: Tensor, rotary: Rotary, dtype: torch.dtype):
+    """Queries [R, H, N, W], keys and values [R, H_kv, N, W] of hidden states [R, N, D]."""
+    attention = layer.self_attn
+    normalised = rms_norm(layer.input_layernorm, hidden).to(dtype)
+
+    def heads(projection: nn.Module) -> Tensor:
+        return projection(normalised).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    query = rotary.turn(heads(attention.q_proj)).to(dtype)
+    key = rotary.turn(heads(attention.k_proj)).to(dtype)
+    return query, key, heads(attention.v_proj)
+
+
+def finish(layer: nn.Module, hidden: Tensor, attended: Tensor, dtype: torch.dtype) -> Tensor:
+    """What follows attention in a layer: hidden [R, N, D], attended [R, N, H, W] -> [R, N, D]."""
+    hidden = hidden + layer.self_attn.o_proj(attended.flatten(2))
+    normalised = rms_norm(layer.post_attention_layernorm, hidden).to(dtype)
+    mlp = layer.mlp
+    return hidden + mlp.down_proj(mlp.act_fn(mlp.gate_proj(normalised)) * mlp.up_proj(normalised))
+
+
+class Arithmetic(NamedTuple):
+    """How the layers compute: in which dtype, and by which form of the two functions above."""
+
+    dtype: torch.dtype
+    project: Callable = project
+    finish: Callable = finish
+
+
+class PackedLayer:
+    """The forward that a decoder layer is given. Mixed into its class, before the library's own."""
+
+    def forward(self, hidden, *args, layout=None, rotary=None, arithmetic=None, **kwargs):
+        if layout is None:
+            return super().forward(hidden, *args, **kwargs)
+        query, key, value = arithmetic.project(self, hidden, rotary, arithmetic.dtype)
+        attention = self.self_attn
+        attended = layout.attend(
+            attention.layer_idx, query, key, value=value, scale=attention.scaling
+        )
+        return arithmetic.finish(self, hidden, attended, arithmetic.dtype)
+
+
+def take_layouts(layers: nn.ModuleList) -> None:
+    """Let decoder layers run with a layout. Their weights, hooks and checkpointing stay."""
+    for layer in layers:
+        own = type(layer)
+        if not issubclass(own, PackedLayer):
+            layer.__class__ = type(f"Packed{own.__name__}", (PackedLayer, own), {})
+
+
+def run(model: nn.Module, embedded: Tensor, positions: Tensor, layout, arithmetic: Arithmetic):
+    """The last hidden states [R, N, D] of embedded tokens [R, N, D] at positions [3, R, N].
+
+    model: the language model, whose layers were given to `take_layouts`.
+    """
+    turns = rotary(model, positions)
+    hidden = embedded
+    for layer in model.layers:
+        hidden = layer(hidden, layout=layout, rotary=turns, arithmetic=arithmetic)
+    return rms_norm(model.norm, hidden)
