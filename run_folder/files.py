@@ -19,10 +19,6 @@ class RunError(RuntimeError):
     """A run that cannot start or go on."""
 
 
-class SharedError(RunError):
-    """A RunError that every process raises: the main one says it."""
-
-
 class FolderError(OSError):
     """A folder that cannot be written to, or that another process writes to."""
 

@@ -50,7 +50,7 @@ CORE = {
     },
 }
 # Scoring needs no torch. Running a model may import what the core has, but for training.
-RUNNING = {"benchmarks.running", "benchmarks.folder", "benchmarks.processes"}
+RUNNING = {"benchmarks.running", "benchmarks.folder"}
 OF_SCORING = {"rewards"}
 OF_RUNNING = CORE.keys() - {"train", "dyco", "rl_algos"}
 # The functions of the core that may import tools or benchmarks when they are called.
