@@ -25,7 +25,6 @@ import contextlib
 import functools
 import hashlib
 import math
-import os
 import signal
 import sys
 import time

@@ -58,11 +58,13 @@ from run_folder.files import (
 )
 from run_folder.saving import (
     check_checkpoint,
+    check_folder,
     checkpoints,
     load_tensors,
     read_facts,
     read_tensors,
     save_checkpoint,
+    write_checksums,
 )
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "RunFolder",
     "Watch",
     "check_checkpoint",
+    "check_folder",
     "checkpoints",
     "drop_examples",
     "exclusive",
@@ -84,6 +87,7 @@ __all__ = [
     "save_examples",
     "supersede",
     "sync",
+    "write_checksums",
     "write_file",
     "write_folder",
 ]

@@ -145,7 +145,7 @@ def step_lines(row: dict, steps: int) -> list[str]:
         line = f"held out at step {row['step']}: {row['eval/accuracy']:.1%} right sampled"
         line += f", {row['eval/accuracy_greedy']:.1%} greedy"
         if "eval/accuracy_swapped" in row:
-            line += f", {row['eval/accuracy_swapped']:.1%} swapped"
+            line += f", {row['eval/accuracy_swapped']:.1%} images swapped"
         lines.append(line)
     return lines
 
@@ -242,8 +242,14 @@ def printable(text: str, most: int = 300) -> str:
 def held_out_curve(path: Path) -> str:
     """The evaluations of a run, a line for each figure."""
     rows = [row for _, row in read_jsonl(path) if "eval/accuracy" in row]
-    shown = rows if len(rows) <= 12 else [rows[i * (len(rows) - 1) // 11] for i in range(12)]
-    lines = ["held out, in percent, at step  " + "  ".join(f"{row['step']:>4}" for row in shown)]
+    label_of_steps = "held out, %, at step"
+    width = max(4, len(str(rows[-1]["step"])))
+    most = (80 - len(label_of_steps)) // (width + 2)  # evaluations in a line of 80 columns
+    shown = rows
+    if len(rows) > most:
+        shown = [rows[i * (len(rows) - 1) // (most - 1)] for i in range(most)]
+    steps = [f"{row['step']:>{width}}" for row in shown]
+    lines = [label_of_steps + "  " + "  ".join(steps)]
     figures = {
         "temperature 1": "eval/accuracy",
         "greedy": "eval/accuracy_greedy",
@@ -251,6 +257,6 @@ def held_out_curve(path: Path) -> str:
     }
     for label, key in figures.items():
         if any(key in row for row in shown):
-            values = [f"{100 * row.get(key, math.nan):4.0f}" for row in shown]
-            lines.append(f"{label:>29}  " + "  ".join(values))
+            values = [f"{100 * row.get(key, math.nan):{width}.0f}" for row in shown]
+            lines.append(f"{label:>{len(label_of_steps)}}  " + "  ".join(values))
     return "\n".join(lines)

@@ -28,10 +28,10 @@ CORE = {
     "attention": {"data", "dyco"},
     "model": {"attention", "data", "dyco"},
     "rollout": {"attention", "model", "data", "dyco"},
-    "toy": {"data"},
     "evaluate": {"rewards"},
     "metrics": {"distributed"},
     "run_folder": {"distributed", "dyco", "config", "model", "rows"},
+    "toy": {"data", "run_folder"},
     "train": {
         "dyco",
         "rl_algos",
@@ -61,6 +61,7 @@ LATE = {
     ("evaluate", "score"): {"benchmarks"},
     ("evaluate", "table"): {"benchmarks"},
     ("evaluate", "parse"): {"benchmarks"},
+    ("evaluate", "main"): {"tools"},
 }
 # A tool imports no other tool that is a command, but for this one, which bench.py compares with.
 SHARED_COMMANDS = {"tools.estimate"}

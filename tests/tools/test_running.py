@@ -97,7 +97,7 @@ def test_responses_are_those_to_each_row_alone(run, model):
         assert row["response"] == policy.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def test_the_training_prompt_and_image_sizes_reach_the_model(run, monkeypatch):
+def test_the_training_prompt_and_image_sizes_reach_the_model(run, monkeypatch, capsys):
     """Without options, an image has at least 1280 tokens' worth of pixels, as in VLMEvalKit."""
     calls = []
 
@@ -111,8 +111,10 @@ def test_the_training_prompt_and_image_sizes_reach_the_model(run, monkeypatch):
         (("--prompt", "train", "--min-pixels", "4000", "--max-pixels", "5000"), "b"),
         (("--prompt", "train", "--template", "{question} Go."), "c"),
     ):
-        with pytest.raises(SystemExit, match="stopped; the same command goes on"):
+        with pytest.raises(SystemExit) as leaving:
             run("LogicVista", *options, out=out)
+        assert leaving.value.code == 130
+        assert capsys.readouterr().err.splitlines()[-1] == "stopped; the same command goes on"
     assert [template for template, _ in calls] == [
         "{question}",
         load_config().data.prompt_template,
