@@ -136,7 +136,8 @@ def said_once(*expected: type[Exception]):
 
     The processes that torchrun starts on one machine say one error between them: the first. What
     the others meet later follows from it, such as a lost connection. An expected error of one
-    process becomes a SharedError that names it, unless all processes have met the same.
+    process becomes a SharedError that names it, unless all processes have met the same. So does a
+    connection that is lost although no process has noted an error.
     """
     try:
         yield
@@ -145,7 +146,10 @@ def said_once(*expected: type[Exception]):
         if first is not None:
             leave_for_launcher(f"error: {first}")
             sys.exit(1)
-        if not isinstance(error, expected):
+        if _has_lost_another(error):
+            reason = str(error).split(". ")[0]
+            error = SharedError(f"another process has ended without a word, or fails ({reason})")
+        elif not isinstance(error, expected):
             raise
         if dist.is_initialized() and not _all_met(error):
             error = SharedError(f"process {_rank()}: {error}")
@@ -156,6 +160,13 @@ def said_once(*expected: type[Exception]):
 def another_has_failed() -> bool:
     """Whether another process of this launch has noted an error, so that this one has to leave."""
     return any(note["rank"] != _rank() for note in _read_notes())
+
+
+def _has_lost_another(error: BaseException) -> bool:
+    """Whether a collective call failed because another process has gone."""
+    # Gloo's errors have no class of their own.
+    is_of_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return is_of_gloo or isinstance(error, dist.DistError)
 
 
 def _all_met(error: Exception) -> bool:

@@ -162,6 +162,15 @@ def test_an_error_that_all_processes_meet_names_none_of_them(become, tmp_path):
         fail(ValueError("no tokenizer"))
 
 
+def test_a_process_that_was_killed_is_missed_in_one_line(become):
+    become(0)
+    expected = "^process 0: another process has ended without a word, or fails .*closed by peer.$"
+    with pytest.raises(SharedError, match=expected):
+        fail(
+            RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer. Read the logs")
+        )
+
+
 @pytest.mark.parametrize("error", [TypeError("a bug"), KeyboardInterrupt()])
 def test_what_is_not_expected_leaves_one_process_as_it_is(become, error):
     become(0)
