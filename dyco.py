@@ -460,4 +460,7 @@ def worked_example() -> str:
 
 
 if __name__ == "__main__":
-    print(worked_example())
+    from tools.command import command
+
+    with command():
+        print(worked_example())

@@ -363,16 +363,14 @@ def print_warning(message, *_) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parsed = parse(arguments)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = print_warning
-            parsed.call(parsed)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        advice = "; the same command goes on" if parsed.command == "run" else ""
-        sys.exit(f"stopped{advice}")
+    from tools.command import command
+
+    with command():  # --help prints
+        parsed = parse(arguments)
+    advice = "; the same command goes on" if parsed.command == "run" else ""
+    with command(ValueError, OSError, advice=advice), warnings.catch_warnings():
+        warnings.showwarning = print_warning
+        parsed.call(parsed)
 
 
 if __name__ == "__main__":

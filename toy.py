@@ -26,7 +26,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import random
 import shutil
 import sys
@@ -41,6 +40,14 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import Prompt, Sample, encode_prompt
+from run_folder import (
+    FolderError,
+    RunError,
+    check_folder,
+    remove_folder,
+    write_checksums,
+    write_folder,
+)
 
 SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
 COLORS = {
@@ -462,7 +469,8 @@ def prepare(
     """The folder of the warm start, a Hugging Face directory; built if the cache does not hold it.
 
     The folder's name is a hash of all that the warm start depends on: this file's text, level, seed
-    and prompt template. Raises ValueError for an unknown level.
+    and prompt template. Raises ValueError for an unknown level, and FolderError for a cache that
+    cannot be written to.
     """
     if level not in LEVELS:
         raise ValueError(f"toy.level: expected one of {', '.join(map(str, LEVELS))}, found {level}")
@@ -470,7 +478,9 @@ def prepare(
     name = f"toy-{level}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
     folder = Path(cache_dir) / name
     _remove_leftovers(folder)
+    _remove_damaged(folder, progress)
     if not folder.exists():
+        _try_to_write(folder)  # before the minutes of work
         if progress:
             batches = sum(batches for _, batches, _ in LEVELS[level].stages)
             minutes = math.ceil(batches * SECONDS_PER_BATCH / 60)
@@ -487,31 +497,40 @@ def prepare(
 def _save_whole(folder: Path, parts: tuple) -> None:
     """Save model, tokenizer and image processor into `folder`, which is complete or absent.
 
-    A kill or a loss of power must not leave a folder that the next run would take for a warm start.
-    So all is written to a folder beside it and flushed to the disk, and then renamed, in one step.
+    If another process was first, its folder is as good as this one, and stays.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.partial-"))
-    beside.chmod(0o755)
-    for part in parts:
-        part.save_pretrained(beside)
-    for path in (*beside.rglob("*"), beside):
-        _flush(path)
+
+    def fill(path: Path) -> None:
+        for part in parts:
+            part.save_pretrained(path)
+        write_checksums(path)
+
+    write_folder(folder, fill, replace=False)
+
+
+def _remove_damaged(folder: Path, progress: bool) -> None:
+    """Remove a warm start that is not what was saved: emptied, cut, or changed by somebody."""
+    if not folder.exists():
+        return
     try:
-        os.rename(beside, folder)
-    except OSError:
-        shutil.rmtree(beside)
-        # If another process was first, its folder is as good as this one.
-        if not folder.exists():
-            raise
-    _flush(folder.parent)
+        check_folder(folder)
+    except RunError as error:
+        if progress:
+            tqdm.write(f"{error}: the warm start is built anew", file=sys.stderr)
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+            remove_folder(folder)
 
 
-def _flush(path: Path) -> None:
-    """Have a file or a folder written to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _try_to_write(folder: Path) -> None:
+    """Raise FolderError if no folder can be written beside this one."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.partial-").cleanup()
+    except OSError as error:
+        raise FolderError(
+            "toy.cache_dir: expected a folder that can be written to, "
+            f"found {str(folder.parent)!r} ({error})"
+        ) from error
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -591,4 +610,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from tools.command import command
+
+    with command(OSError):
+        main()

@@ -25,7 +25,6 @@ import contextlib
 import functools
 import hashlib
 import math
-import os
 import signal
 import sys
 import time
@@ -615,9 +614,8 @@ def model_folder(config: Config, world: World) -> str | Path:
     """Where the model is. The toy's warm start is made by one process, for all."""
     if config.model.path != "toy":
         return config.model.path
-    if world.is_main:
-        toy.warm_start_folder(config, progress=True)
-    world.barrier()
+    distributed.on_main(world, toy.warm_start_folder, config)
+    # Machines that share no disk have a cache each.
     return toy.warm_start_folder(config, progress=world.is_main)
 
 
@@ -790,7 +788,7 @@ class Stop:
             signal.signal(number, self)
 
     def __call__(self, number: int, frame) -> None:
-        if self.asked:
+        if self.asked or distributed.another_has_failed():
             raise KeyboardInterrupt
         self.asked = True
         saved = run_folder.checkpoints(self.folder.path / "checkpoints")
@@ -850,40 +848,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments:
         sys.exit(USAGE)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    world = None
+    expected = (ConfigError, DataError, RunError, distributed.SharedError, OSError)
     try:
-        path, overrides = split_arguments(arguments)
-        config = load_config(path, overrides)
-        world = distributed.start()
-        with contextlib.ExitStack() as stack:
-            if world.is_main:
-                stack.enter_context(run_folder.exclusive(Path(config.run.dir), "run.dir"))
-            run(config, world)
-        # Not after an error: it would wait for processes that wait for this one.
-        distributed.stop()
-    except (ConfigError, DataError, RunError, OSError) as error:
-        leave_with(error, world)
+        with distributed.said_once(*expected):
+            path, overrides = split_arguments(arguments)
+            config = load_config(path, overrides)
+            world = distributed.start()
+            with contextlib.ExitStack() as stack:
+                lock = run_folder.exclusive(Path(config.run.dir), "run.dir")
+                distributed.on_main(world, stack.enter_context, lock)
+                run(config, world)
+            # Not after an error: it would wait for processes that wait for this one.
+            distributed.stop()
+    except expected as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def leave_with(error: Exception, world: World | None) -> None:
-    """Say what went wrong in one line, once where all processes have it, and exit with 2."""
-    rank = int(os.environ.get("RANK", 0)) if world is None else world.rank
-    said_by_main = world is None or isinstance(error, run_folder.SharedError)
-    if said_by_main and rank > 0:
-        sys.exit(2)
-    process = ""
-    if world is not None and world.size > 1 and not said_by_main:
-        process = f"process {world.rank}: "
-    message = f"error: {process}{error}"
-    print(message, file=sys.stderr)
-    run_folder.state_for_launcher(message)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ Scoring, in the order of reading:
 Running a model, which alone needs torch and is not imported here:
     running.py       answer the rows, on one process or several
     folder.py        the folder of a run: its settings, its responses, going on with it
-    processes.py     an error on one process ends all
 
 Files and responses are hostile input: nothing in them is executed, every rule takes linear time,
 and what is wrong is a BenchmarkError that names the place.

@@ -28,11 +28,10 @@ import toy
 from benchmarks.benchmark import Benchmark
 from benchmarks.files import BenchmarkError, Row
 from benchmarks.folder import merge, open_folder, responses_path
-from benchmarks.processes import on_main, say_and_leave, together
 from benchmarks.responses import MAX_LISTED, RESPONSES, response_row
 from config import load_config
 from data import Sample, count_prompt_tokens
-from distributed import World
+from distributed import World, on_main, together
 from model import Policy, check_model, load_policy
 from rollout import Rollout, runs_within
 from rows import IMAGE_MARKER, append_jsonl
@@ -50,7 +49,12 @@ class Task(NamedTuple):
 
 def run(arguments: argparse.Namespace) -> None:
     """`evaluate.py run`: write a model's responses to a benchmark's rows. Collective."""
-    world = distributed.start()
+    with distributed.said_once(ValueError, OSError):
+        run_together(arguments, distributed.start())
+
+
+def run_together(arguments: argparse.Namespace, world: World) -> None:
+    """`run`, among the processes of a world. Collective."""
     with contextlib.ExitStack() as stack:
         stack.callback(distributed.stop)
         stack.enter_context(warnings.catch_warnings())
@@ -285,7 +289,7 @@ def measure(
     """Place -> prompt tokens of the rows to do. Collective; each process looks at its share.
 
     What is wrong with any row is found here, before the first response, and raised as one
-    BenchmarkError.
+    BenchmarkError on all processes.
     """
     share = todo[world.rank :: world.size]
     sizes = image_sizes(benchmark, [rows[place] for place in share], root, show=world.is_main)
@@ -313,7 +317,7 @@ def measure(
         all_problems |= problems_of_one
     if all_problems:
         in_order = [all_problems[place] for place in sorted(all_problems)]
-        say_and_leave(world, describe_problems(in_order, len(todo)))
+        raise BenchmarkError(describe_problems(in_order, len(todo)))
     return all_lengths
 
 

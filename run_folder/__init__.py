@@ -39,13 +39,11 @@ from run_folder.console import (
     printable,
     python_command,
     say,
-    state_for_launcher,
     step_lines,
 )
 from run_folder.files import (
     FolderError,
     RunError,
-    SharedError,
     append_finite,
     drop_examples,
     exclusive,
@@ -60,20 +58,22 @@ from run_folder.files import (
 )
 from run_folder.saving import (
     check_checkpoint,
+    check_folder,
     checkpoints,
     load_tensors,
     read_facts,
     read_tensors,
     save_checkpoint,
+    write_checksums,
 )
 
 __all__ = [
     "FolderError",
     "RunError",
     "RunFolder",
-    "SharedError",
     "Watch",
     "check_checkpoint",
+    "check_folder",
     "checkpoints",
     "drop_examples",
     "exclusive",
@@ -85,9 +85,9 @@ __all__ = [
     "remove_partial",
     "save_checkpoint",
     "save_examples",
-    "state_for_launcher",
     "supersede",
     "sync",
+    "write_checksums",
     "write_file",
     "write_folder",
 ]
@@ -121,19 +121,6 @@ WRITTEN_BY_A_RUN = (
 )
 
 
-def on_main(world: World, action: Callable[[], None]) -> None:
-    """Do something on the main process alone. Its RunError is raised on every process."""
-    problem = None
-    if world.is_main:
-        try:
-            action()
-        except (RunError, RowError) as error:
-            problem = str(error)
-    problem = world.gather(problem)[0]
-    if problem is not None:
-        raise SharedError(problem)
-
-
 class RunFolder:
     """The folder of one run: begun anew, or resumed from its newest checkpoint."""
 
@@ -146,7 +133,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.final = self.path / "final"
-        on_main(world, self._tidy)
+        self._on_main(self._tidy)
         saved = checkpoints(self.path / "checkpoints")
         self.checkpoint = saved[-1] if saved else None
         names = {path and path.name for path in world.gather(self.checkpoint)}
@@ -158,11 +145,15 @@ class RunFolder:
             )
         self.facts = {"step": 0}
         if self.checkpoint:
-            on_main(world, self._check_newest)
+            self._on_main(self._check_newest)
             self.facts = read_facts(self.checkpoint)
             self._refuse_changes(self.facts["config"])
         elif self.metrics.exists():  # a run that ended before its first checkpoint begins again
             self._refuse_changes(asdict(load_config(self.path / "config.yaml")))
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Do something on the main process. If that fails, all raise an error. Collective."""
+        distributed.on_main(self.world, action, expected=(RunError, RowError, OSError))
 
     def _tidy(self) -> None:
         """Remove what was cut short. Raises RunError where the folder holds what no run wrote."""

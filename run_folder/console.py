@@ -1,7 +1,5 @@
 """console.py: what a run says: what it is, how each step went, and what is not healthy."""
 
-import contextlib
-import json
 import math
 import os
 import platform
@@ -31,13 +29,31 @@ def say(text: str) -> None:
 
 def python_command() -> str:
     """How to call this Python from the present folder, as a person would type it."""
-    executable = Path(sys.executable)
+    return _typed(Path(sys.executable), "python")
+
+
+def _typed(executable: Path, name: str) -> str:
+    """How to call a program from the present folder: by its name alone if that finds it."""
     if executable.is_relative_to(Path.cwd()):
         return shlex.quote(str(executable.relative_to(Path.cwd())))
-    on_path = shutil.which("python")
+    on_path = shutil.which(name)
     if on_path and Path(on_path) == executable:
-        return "python"
+        return name
     return shlex.quote(str(executable))
+
+
+def launch_command() -> str:
+    """The command that started this process or its launcher, as a person would type it again.
+
+    Of several machines it leaves out how they find each other, which their launchers know.
+    """
+    arguments = shlex.join(sys.argv)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return f"{python_command()} {arguments}"
+    torchrun = _typed(Path(sys.executable).with_name("torchrun"), "torchrun")
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    nodes = f"--nnodes {machines} " if machines > 1 else ""
+    return f"{torchrun} {nodes}--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} {arguments}"
 
 
 def device_name(device: torch.device) -> str:
@@ -53,7 +69,7 @@ def describe_start(training, step: int) -> dict:
     return {
         "step": step,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join([python_command(), *sys.argv]),
+        "command": launch_command(),
         "device": device_name(training.world.device),
         "dtype": str(training.policy.dtype).removeprefix("torch."),
         "processes": training.world.size,
@@ -126,10 +142,10 @@ def step_lines(row: dict, steps: int) -> list[str]:
     elif "policy/skipped_updates" in row:
         lines.append("  no update: in every group the answers were all right or all wrong")
     if "eval/accuracy" in row:
-        line = f"held out at step {row['step']}: {row['eval/accuracy']:.1%} right at temperature 1"
+        line = f"held out at step {row['step']}: {row['eval/accuracy']:.1%} right sampled"
         line += f", {row['eval/accuracy_greedy']:.1%} greedy"
         if "eval/accuracy_swapped" in row:
-            line += f", {row['eval/accuracy_swapped']:.1%} with images swapped"
+            line += f", {row['eval/accuracy_swapped']:.1%} images swapped"
         lines.append(line)
     return lines
 
@@ -226,8 +242,14 @@ def printable(text: str, most: int = 300) -> str:
 def held_out_curve(path: Path) -> str:
     """The evaluations of a run, a line for each figure."""
     rows = [row for _, row in read_jsonl(path) if "eval/accuracy" in row]
-    shown = rows if len(rows) <= 12 else [rows[i * (len(rows) - 1) // 11] for i in range(12)]
-    lines = ["held out, in percent, at step  " + "  ".join(f"{row['step']:>4}" for row in shown)]
+    label_of_steps = "held out, %, at step"
+    width = max(4, len(str(rows[-1]["step"])))
+    most = (80 - len(label_of_steps)) // (width + 2)  # evaluations in a line of 80 columns
+    shown = rows
+    if len(rows) > most:
+        shown = [rows[i * (len(rows) - 1) // (most - 1)] for i in range(most)]
+    steps = [f"{row['step']:>{width}}" for row in shown]
+    lines = [label_of_steps + "  " + "  ".join(steps)]
     figures = {
         "temperature 1": "eval/accuracy",
         "greedy": "eval/accuracy_greedy",
@@ -235,15 +257,6 @@ def held_out_curve(path: Path) -> str:
     }
     for label, key in figures.items():
         if any(key in row for row in shown):
-            values = [f"{100 * row.get(key, math.nan):4.0f}" for row in shown]
-            lines.append(f"{label:>29}  " + "  ".join(values))
+            values = [f"{100 * row.get(key, math.nan):{width}.0f}" for row in shown]
+            lines.append(f"{label:>{len(label_of_steps)}}  " + "  ".join(values))
     return "\n".join(lines)
-
-
-def state_for_launcher(message: str) -> None:
-    """Leave an error where torchrun looks for it, so that the launcher's last lines show it."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        error = {"message": message, "timestamp": str(int(datetime.now().timestamp()))}
-        with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps(error))

@@ -19,10 +19,6 @@ class RunError(RuntimeError):
     """A run that cannot start or go on."""
 
 
-class SharedError(RunError):
-    """A RunError that every process raises: the main one says it."""
-
-
 class FolderError(OSError):
     """A folder that cannot be written to, or that another process writes to."""
 
@@ -47,10 +43,11 @@ def write_file(target: Path, content: bytes) -> None:
     os.replace(beside, target)
 
 
-def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(target: Path, fill: Callable[[Path], None], replace: bool = True) -> None:
     """Make the folder `target` in one step.
 
-    fill(path) writes a folder beside it, which is flushed to the disk and then renamed.
+    fill(path) writes a folder beside it, which is flushed to the disk and then renamed. Where there
+    is a target already, it is replaced, or with replace=False kept.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.partial-"))
@@ -62,9 +59,14 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         sync(path)
     sync(beside)
-    if target.exists():
+    if replace and target.exists():
         remove_folder(target)
-    os.rename(beside, target)
+    try:
+        os.rename(beside, target)
+    except OSError:  # of a target that is there
+        if replace or not target.exists():
+            raise
+        _remove(beside)
     sync(target.parent)
 
 

@@ -18,8 +18,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict, facts: dict, keep_la
     def fill(path: Path) -> None:
         torch.save(tensors, path / "tensors.pt")
         (path / "facts.json").write_text(json.dumps(facts))
-        checksums = {name: checksum(path / name) for name in ("tensors.pt", "facts.json")}
-        (path / "checksums.json").write_text(json.dumps(checksums))
+        write_checksums(path)
 
     write_folder(folder / f"step-{step:08d}", fill)
     for old in checkpoints(folder)[:-keep_last]:
@@ -41,18 +40,30 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_checkpoint(checkpoint: Path) -> None:
-    """Compare the files of a checkpoint with their checksums. Raises RunError that names the file.
+def write_checksums(folder: Path) -> None:
+    """Write checksums.json, of all other files of a folder."""
+    checksums = {path.name: checksum(path) for path in sorted(folder.iterdir())}
+    (folder / "checksums.json").write_text(json.dumps(checksums))
+
+
+def check_folder(folder: Path, *needed: str) -> None:
+    """Compare the files of a folder with its checksums. Raises RunError that names the file.
 
     A flipped bit in an exponent is enough to destroy a policy, and nothing else would notice.
+    needed: names of files that must be among them.
     """
     try:
-        expected = json.loads((checkpoint / "checksums.json").read_text())
-        for name in ("tensors.pt", "facts.json"):
-            if checksum(checkpoint / name) != expected[name]:
-                raise RunError(f"{checkpoint / name} is not what was saved (its checksum differs)")
+        expected = json.loads((folder / "checksums.json").read_text())
+        for name in {**dict.fromkeys(needed), **expected}:
+            if checksum(folder / name) != expected[name]:
+                raise RunError(f"{folder / name} is not what was saved (its checksum differs)")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{checkpoint} is not whole ({error!r})") from None
+        raise RunError(f"{folder} is not whole ({error!r})") from None
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """`check_folder` of a checkpoint."""
+    check_folder(checkpoint, "tensors.pt", "facts.json")
 
 
 def read_facts(checkpoint: Path) -> dict:

@@ -29,10 +29,10 @@ CORE = {
     "decoder": set(),
     "model": {"attention", "data", "decoder", "dyco"},
     "rollout": {"attention", "model", "data", "dyco"},
-    "toy": {"data"},
     "evaluate": {"rewards"},
     "metrics": {"distributed"},
     "run_folder": {"distributed", "dyco", "config", "model", "rows"},
+    "toy": {"data", "run_folder"},
     "train": {
         "dyco",
         "rl_algos",
@@ -52,7 +52,7 @@ CORE = {
     },
 }
 # Scoring needs no torch. Running a model may import what the core has, but for training.
-RUNNING = {"benchmarks.running", "benchmarks.folder", "benchmarks.processes"}
+RUNNING = {"benchmarks.running", "benchmarks.folder"}
 OF_SCORING = {"rewards"}
 OF_RUNNING = CORE.keys() - {"train", "dyco", "rl_algos"}
 # The functions of the core that may import tools or benchmarks when they are called.
@@ -63,6 +63,7 @@ LATE = {
     ("evaluate", "score"): {"benchmarks"},
     ("evaluate", "table"): {"benchmarks"},
     ("evaluate", "parse"): {"benchmarks"},
+    ("evaluate", "main"): {"tools"},
 }
 # A tool imports no other tool that is a command, but for this one, which bench.py compares with.
 SHARED_COMMANDS = {"tools.estimate"}

@@ -17,9 +17,16 @@ from helpers import ROOT, launch
 import dyco
 import run_folder
 import train
-from rows import read_jsonl
+from rows import append_jsonl, read_jsonl
 from run_folder import python_command
-from run_folder.console import _fit, _step_fields, describe_commit, step_lines
+from run_folder.console import (
+    _fit,
+    _step_fields,
+    describe_commit,
+    held_out_curve,
+    launch_command,
+    step_lines,
+)
 
 # ---------------------------------------------------------------- files and checkpoints
 
@@ -173,9 +180,10 @@ def test_an_evaluation_has_a_line_of_its_own():
     step, held_out = step_lines({**ROW, **EVALUATED}, steps=120)
     assert step == step_lines(ROW, steps=120)[0]
     assert held_out == (
-        "held out at step 120: 50.0% right at temperature 1, 62.5% greedy, "
-        "12.5% with images swapped"
+        "held out at step 120: 50.0% right sampled, 62.5% greedy, 12.5% images swapped"
     )
+    all_right = {**EVALUATED, "step": 1000, "eval/accuracy": 1.0, "eval/accuracy_greedy": 1.0}
+    assert len(step_lines(all_right, steps=1000)[0]) <= 80
     # Before the first step there is nothing but the evaluation.
     assert step_lines(EVALUATED, steps=120) == [held_out]
     # eval.swapped=false leaves one figure out.
@@ -292,6 +300,46 @@ def test_the_python_command_runs_from_here(tmp_path, monkeypatch, folder, on_pat
     assert done.stdout == "this one, with train.py\n"
 
 
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, "bin/python train.py 'a b.yaml'"),
+        (
+            {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"},
+            "bin/torchrun --nproc-per-node 2 train.py 'a b.yaml'",
+        ),
+        (
+            {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "3"},
+            "bin/torchrun --nnodes 3 --nproc-per-node 8 train.py 'a b.yaml'",
+        ),
+    ],
+)
+def test_the_command_of_a_start_can_be_typed_again(tmp_path, monkeypatch, environment, expected):
+    """It starts as many processes, and its file names stay whole."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "a b.yaml"])
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launch_command() == expected
+
+
+@pytest.mark.parametrize("last_step", [0, 9, 400, 123_456])
+def test_the_held_out_curve_fits_80_columns(tmp_path, last_step):
+    """Its first and last columns are the first and the last evaluation."""
+    steps = range(0, last_step + 1, max(1, last_step // 40))
+    rows = [{"step": step, "eval/accuracy": 0.5, "eval/accuracy_greedy": 1.0} for step in steps]
+    append_jsonl(tmp_path / "metrics.jsonl", rows)
+    head, *lines = held_out_curve(tmp_path / "metrics.jsonl").splitlines()
+    assert {len(line) for line in lines} == {len(head)}
+    assert len(head) <= 80
+    columns = head.partition("at step")[2].split()
+    assert columns[0] == "0"
+    assert columns[-1] == str(steps[-1])
+    assert len(columns) == min(len(steps), 10 if last_step < 10_000 else 7)
+
+
 # ---------------------------------------------------------------- errors under torchrun
 
 
@@ -303,9 +351,11 @@ def run_with_a_mistake() -> None:
 
 def test_an_error_is_left_for_the_launcher(tmp_path, monkeypatch, capsys):
     """torchrun shows what it finds in TORCHELASTIC_ERROR_FILE, which it sets for each process."""
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    file = tmp_path / "0" / "error.json"
+    file.parent.mkdir()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
     run_with_a_mistake()
-    left = json.loads((tmp_path / "error.json").read_text())
+    left = json.loads(file.read_text())
     assert left["message"] == capsys.readouterr().err.splitlines()[-1]
     assert "did you mean 'train'?" in left["message"]
     assert left["timestamp"].isdigit()

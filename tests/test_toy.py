@@ -16,6 +16,7 @@ from PIL import Image
 import rewards
 import toy
 from data import encode_prompt
+from run_folder import FolderError
 from toy import LEVELS, ToyDataset, make_sample, write_trace
 
 # ---------------------------------------------------------------- the task
@@ -243,7 +244,7 @@ def test_a_folder_of_the_cache_is_whole_or_absent(tmp_path):
         toy._save_whole(folder, (Part("model"), Part("tokenizer", breaks=True)))
     assert not folder.exists()
     toy._save_whole(folder, (Part("model"), Part("tokenizer")))
-    assert {path.name for path in folder.iterdir()} == {"model", "tokenizer"}
+    assert {path.name for path in folder.iterdir()} == {"model", "tokenizer", "checksums.json"}
     assert folder.stat().st_mode & 0o777 == 0o755
 
 
@@ -263,15 +264,68 @@ def test_everything_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monk
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", rename)
     toy._save_whole(tmp_path / "toy", (Part("model"), Part("tokenizer")))
-    assert sorted(events[:2]) == ["model", "tokenizer"]
-    assert events[2:] == ["toy", "rename", tmp_path.name]
+    assert sorted(events[:3]) == ["checksums", "model", "tokenizer"]
+    assert events[3:] == ["toy", "rename", tmp_path.name]
 
 
 def test_of_two_processes_that_build_the_same_the_first_one_counts(tmp_path):
     toy._save_whole(tmp_path / "toy", (Part("first"),))
     toy._save_whole(tmp_path / "toy", (Part("second"),))
     assert [path.name for path in tmp_path.iterdir()] == ["toy"]
-    assert [path.name for path in (tmp_path / "toy").iterdir()] == ["first"]
+    assert {path.name for path in (tmp_path / "toy").iterdir()} == {"first", "checksums.json"}
+
+
+def damage_nothing(folder: Path) -> None:
+    pass
+
+
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / "tokenizer", 0)
+
+
+@pytest.mark.parametrize(
+    "damage, expected",
+    [
+        (damage_nothing, None),
+        (empty, "is not whole (FileNotFoundError"),
+        (cut, "tokenizer is not what was saved (its checksum differs): the warm start is built"),
+    ],
+)
+def test_a_damaged_warm_start_is_noticed_and_built_anew(
+    tmp_path, monkeypatch, capfd, damage, expected
+):
+    built = []
+
+    def warm_start(*_, **__):
+        built.append(1)
+        return (Part("model"), Part("tokenizer"))
+
+    monkeypatch.setattr(toy, "warm_start", warm_start)
+    folder = toy.prepare(1, 0, TEMPLATE, cache_dir=tmp_path)
+    damage(folder)
+    capfd.readouterr()
+    assert toy.prepare(1, 0, TEMPLATE, cache_dir=tmp_path) == folder
+    said = capfd.readouterr().err
+    assert len(built) == (1 if expected is None else 2)
+    assert (expected or "") in said
+    assert bool(said) == (expected is not None)
+    assert (folder / "tokenizer").read_text() == "x"
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_a_cache_that_cannot_be_written_to_is_found_before_the_work(tmp_path, monkeypatch):
+    def warm_start(*_, **__):
+        raise AssertionError("minutes of work")
+
+    monkeypatch.setattr(toy, "warm_start", warm_start)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FolderError, match="toy.cache_dir: expected a folder that can be written"):
+        toy.prepare(1, 0, TEMPLATE, cache_dir=tmp_path / "file" / "cache")
 
 
 def test_leftovers_of_killed_builds_are_removed(tmp_path):

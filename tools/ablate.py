@@ -46,7 +46,7 @@ from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -54,8 +54,9 @@ from tqdm import tqdm
 import dyco
 from config import DEFAULTS, Config, load_config
 from rows import append_jsonl, read_jsonl
-from run_folder import FolderError, exclusive
+from run_folder import exclusive
 from tools.charts import ticks
+from tools.command import command
 from tools.estimates import bootstrap_mean
 
 ROOT = Path(__file__).parent.parent
@@ -473,6 +474,7 @@ def run_missing(missing: list[tuple[str, int]], jobs: int, out: Path) -> None:
     """
     failures = []
     lock = Lock()
+    stopping = Event()
     scratch = out.resolve() / "unfinished"
     with tqdm(total=len(missing), desc="runs") as bar, ThreadPoolExecutor(jobs) as pool:
 
@@ -481,6 +483,8 @@ def run_missing(missing: list[tuple[str, int]], jobs: int, out: Path) -> None:
             try:
                 row = run_one(cell, seed, scratch)
             except (RuntimeError, ValueError) as error:  # the others go on
+                if stopping.is_set():  # Ctrl-C reaches the runs, too
+                    return
                 failures.append(str(error))
                 tqdm.write(f"error: {error}")
                 return
@@ -490,8 +494,12 @@ def run_missing(missing: list[tuple[str, int]], jobs: int, out: Path) -> None:
                 bar.update()
                 tqdm.write(f"{cell}, seed {seed}: {accuracy:.0f} % in {row['seconds']:.0f} s")
 
-        for _ in pool.map(work, missing):  # an interrupt takes back what has not begun
-            pass
+        try:
+            for _ in pool.map(work, missing):  # an interrupt takes back what has not begun
+                pass
+        except KeyboardInterrupt:
+            stopping.set()
+            raise
     if failures:
         raise RuntimeError(
             f"{len(failures)} of {len(missing)} runs did not end, the first: {failures[0]}"
@@ -883,6 +891,7 @@ def run_grid(parts: list[str], seeds: int, jobs: int, out: Path, dry: bool = Fal
         print(tabulate(runs, out))
 
 
+@command(RuntimeError, ValueError, OSError, advice="; the same command goes on")
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.ablate", description="Run the grid of cells × seeds, and tabulate it."
@@ -906,17 +915,14 @@ def main(arguments: list[str] | None = None) -> None:
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         sys.exit(f"error: no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
-    try:
-        if options.report and (options.out or RESULTS).resolve() == RESULTS.resolve():
-            report_shipped()
-        elif options.report:
-            report_folder(options.out)
-        else:
-            parts = options.parts or list(PARTS)
-            out = options.out or OUT
-            run_grid(parts, options.seeds, jobs=options.jobs, out=out, dry=options.dry_run)
-    except (RuntimeError, ValueError, OSError, FolderError) as error:
-        sys.exit(f"error: {error}")
+    if options.report and (options.out or RESULTS).resolve() == RESULTS.resolve():
+        report_shipped()
+    elif options.report:
+        report_folder(options.out)
+    else:
+        parts = options.parts or list(PARTS)
+        out = options.out or OUT
+        run_grid(parts, options.seeds, jobs=options.jobs, out=out, dry=options.dry_run)
 
 
 if __name__ == "__main__":

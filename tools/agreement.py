@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from rewards import accuracy
 from tools.answer_pairs import PAIRS, Pair
+from tools.command import command
 
 LIMIT = 5  # seconds for one question to a verifier of others; ours has its own second
 
@@ -138,6 +139,7 @@ def accepted(wrong: dict[str, list[Pair]]) -> list[Pair]:
     return [pair for pairs in wrong.values() for pair in pairs if not pair[2]]
 
 
+@command()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.agreement",

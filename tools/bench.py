@@ -33,6 +33,7 @@ from distributed import ALONE
 from model import Policy, TokenLogprobs
 from rollout import generate
 from tools import estimate
+from tools.command import command
 from tools.measuring import (
     GROUP,
     PIXELS,
@@ -623,6 +624,7 @@ def measure(names: list[str]) -> list[dict]:
     return measurements
 
 
+@command()
 def main(arguments: list[str]) -> None:
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)

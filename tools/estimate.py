@@ -15,6 +15,7 @@ import torch
 
 from config import DEFAULTS, load_config
 from model import Policy
+from tools.command import command
 
 SETUPS = {
     "Qwen2.5-VL-3B on one GPU of 80 GB": {
@@ -320,6 +321,7 @@ def plan(gpus: int, text: dict, tied: bool) -> list[Line]:
     ]
 
 
+@command()
 def print_plans() -> None:
     for name, setup in SETUPS.items():
         print(f"\n{name}, {SCENARIO}")

@@ -7,7 +7,6 @@ train.py and other programs load it.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ import run_folder
 import toy
 from config import load_config
 from model import load_policy, save_policy
+from tools.command import command
 
 
 def export(checkpoint: Path, target: Path) -> None:
@@ -33,15 +33,13 @@ def export(checkpoint: Path, target: Path) -> None:
     run_folder.write_folder(target, lambda folder: save_policy(policy, folder, weights))
 
 
+@command(ValueError, OSError, run_folder.RunError)
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__)
     parser.add_argument("checkpoint", type=Path, metavar="RUN_DIR/checkpoints/step-N")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new folder")
     parsed = parser.parse_args(arguments)
-    try:
-        export(parsed.checkpoint, parsed.folder)
-    except (ValueError, OSError, run_folder.RunError) as error:
-        sys.exit(f"error: {error}")
+    export(parsed.checkpoint, parsed.folder)
     print(f"{parsed.folder} is a Hugging Face directory")
 
 

@@ -29,13 +29,13 @@ from data import Sample
 from distributed import ALONE
 from model import Policy
 from tools.charts import interval
+from tools.command import command
 from tools.estimates import bootstrap, estimate_each, expanded_percentile
 from tools.observed import (
     AnalysisError,
     command_line,
     load,
     prompt_of_each,
-    run_command,
     write_json,
 )
 from tools.toy_decisions import all_decisions
@@ -351,6 +351,7 @@ def split_at_commas(text: str) -> list[str]:
     return text.split(",")
 
 
+@command(ValueError, OSError, train.RunError)
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line(
         "gradient",
@@ -362,7 +363,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=DEFAULT_RULES,
         help="of dyco.RULES, separated by commas",
     )
-    run_command(run_gradient, parser.parse_args(arguments), train.RunError)
+    run_gradient(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from model import Policy
 from rollout import keyed_generator
 from rows import append_jsonl, read_jsonl
 from tools.charts import interval
+from tools.command import command
 from tools.estimates import bootstrap, estimate
 from tools.observed import (
     ROLES,
@@ -42,7 +43,6 @@ from tools.observed import (
     command_line,
     load,
     model_folder,
-    run_command,
     sample_responses,
     write_json,
 )
@@ -535,6 +535,7 @@ def listed(kind: type) -> Callable[[str], list]:
     return parse
 
 
+@command(ValueError, OSError, advice="; the same command goes on")
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line(
         "intervene",
@@ -552,7 +553,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=listed(int),
         help="decoder layers to change, separated by commas (default: all)",
     )
-    run_command(run_intervene, parser.parse_args(arguments))
+    run_intervene(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

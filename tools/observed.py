@@ -10,7 +10,6 @@ Shapes: B responses, T response tokens.
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -328,11 +327,3 @@ def command_line(tool: str, description: str) -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="section.key=value", help="over the config's values"
     )
     return parser
-
-
-def run_command(command: Callable, options, *expected: type[Exception]) -> None:
-    """command(options); errors of ours and those `expected` besides end it with one line."""
-    try:
-        command(options)
-    except (ValueError, OSError, *expected) as error:  # ours are ValueErrors
-        sys.exit(f"error: {error}")

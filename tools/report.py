@@ -17,13 +17,13 @@ import base64
 import hashlib
 import json
 import re
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from config import load_config
 from run_folder import write_file
 from tools.analysis_view import intervention_section, roles_section
+from tools.command import command
 from tools.curves import HELD_OUT, SIGNALS, TRAINING, comparison_charts, run_charts
 from tools.examples import EXAMPLE_CELLS, EXAMPLES, coarsen
 from tools.markup import Html, data_block, esc, join, table, tag
@@ -374,6 +374,7 @@ def fill_template(title: str, header: Html, main: Html, data: list) -> str:
 # ------------------------------------------------------------------------------------ command line
 
 
+@command(ReportError, OSError)
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.report",
@@ -383,15 +384,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", metavar="RUN_DIR", help="folder of a train.py run")
     parser.add_argument("--out", help="page of several runs (default: comparison.html)")
     options = parser.parse_args(arguments)
-    try:
-        if len(options.folders) > 1:
-            path = compare(options.folders, options.out or "comparison.html")
-        elif options.out is not None:
-            raise ReportError("--out is for several runs; a single one's page goes to its folder")
-        else:
-            path = write(options.folders[0])
-    except (ReportError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if len(options.folders) > 1:
+        path = compare(options.folders, options.out or "comparison.html")
+    elif options.out is not None:
+        raise ReportError("--out is for several runs; a single one's page goes to its folder")
+    else:
+        path = write(options.folders[0])
     print(path)
 
 

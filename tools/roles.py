@@ -27,6 +27,7 @@ from config import load_config
 from rollout import Rollout
 from rows import append_jsonl
 from tools.charts import interval
+from tools.command import command
 from tools.estimates import bootstrap, estimate_each, within_prompts
 from tools.observed import (
     ROLES,
@@ -37,7 +38,6 @@ from tools.observed import (
     prompt_of_each,
     read_recorded,
     read_responses,
-    run_command,
     sample_responses,
     write_json,
 )
@@ -263,13 +263,14 @@ def run_roles(options) -> None:
     print(f"wrote {out / 'roles.json'}")
 
 
+@command(ValueError, OSError)
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line("roles", "Compare the tokens of right and wrong responses.")
     parser.add_argument(
         "--responses",
         help="JSONL of responses to analyse instead of sampling: id and response in each row",
     )
-    run_command(run_roles, parser.parse_args(arguments))
+    run_roles(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from config import load_config
 from model import Policy
+from tools.command import command
 from tools.measuring import GROUP, QUESTION, THREADS, policy_of, sample_of
 
 PROMPTS = 4
@@ -158,6 +159,7 @@ def step_seconds(size: str, visual: int, accumulate: int, steps: int) -> list[fl
     return [end - begin for begin, end in itertools.pairwise(clock.ends)]
 
 
+@command()
 def main(arguments: list[str]) -> None:
     size, *numbers = arguments
     visual, accumulate, steps = map(int, numbers)

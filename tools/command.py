@@ -1,0 +1,40 @@
+"""command.py: how a command ends: in one line, whatever ends it, and not in a traceback."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def command(*expected: type[Exception], advice: str = "") -> Iterator[None]:
+    """What a command does: a decorator of its main function, or a block in it.
+
+    An expected error is said in one line, with exit status 1. So is Ctrl-C, with status 130 and the
+    advice on how to go on. A reader of standard output that has left, as `| head -1` does, ends the
+    command without a word.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        pass
+    except KeyboardInterrupt:
+        print(f"stopped{advice}", file=sys.stderr)
+        sys.exit(130)
+    except expected as error:
+        sys.exit(f"error: {error}")
+    finally:
+        _flush_output()
+
+
+def _flush_output() -> None:
+    """Write what standard output still holds, or drop it where nobody reads it any more.
+
+    Otherwise Python would try once more when it ends, and complain.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
