@@ -559,11 +559,9 @@ def build(config: Config, world: World) -> Training:
 
     Raises ConfigError or DataError.
     """
+    custom_reward = read_custom_reward(config)
     dataset, held_out = read_data(config, world)
     try:
-        custom_reward = None
-        if config.reward.custom:
-            custom_reward = rewards.load_custom(config.reward.custom)
         path = model_folder(config, world)
         policy = policy_from_config(
             config,
@@ -609,6 +607,16 @@ def build(config: Config, world: World) -> Training:
         custom_reward=custom_reward,
         inputs=inputs,
     )
+
+
+def read_custom_reward(config: Config) -> Callable | None:
+    """The user's own reward, if the config names one. Raises ConfigError."""
+    if not config.reward.custom:
+        return None
+    try:
+        return rewards.load_custom(config.reward.custom)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def model_folder(config: Config, world: World) -> str | Path:
