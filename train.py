@@ -52,6 +52,7 @@ from data import DataError, JsonlDataset, Prompt, Sampler, check_lengths
 from distributed import World
 from model import Policy, policy_from_config
 from rollout import Rollout, generate, join, keyed_generator, runs_within
+from rows import excerpt, printable
 from run_folder import RunError, RunFolder
 
 USAGE = f"""usage: {{python|torchrun}} train.py CONFIG.yaml [section.key=value ...]
@@ -193,7 +194,7 @@ def ask_custom(training: Training, text: str, sample) -> float:
             limit=settings.custom_timeout,
         )
     except rewards.RewardError as error:
-        where = run_folder.printable(f"{error}, on a response to {sample.id}")
+        where = excerpt(f"{error}, on a response to {sample.id}")
         if settings.custom_on_error == "raise":
             advice = "reward.custom_on_error=zero goes on with a reward of 0"
             raise SampleError(f"{where}; {advice}") from error
@@ -832,8 +833,8 @@ def warn(warnings: list[str], folder: RunFolder, batch: Batch | None) -> None:
     for warning in warnings:
         folder.say(warning)
     if warnings and batch is not None:
-        response = run_folder.printable(batch.rollout.texts[0])
-        reference = run_folder.printable(batch.rollout.prompts[0].answer)
+        response = excerpt(batch.rollout.texts[0])
+        reference = excerpt(batch.rollout.prompts[0].answer)
         folder.say(f"  a response: {response}\n  its reference: {reference}")
 
 
@@ -888,7 +889,7 @@ def leave_with(error: Exception, world: World | None) -> None:
     process = ""
     if world is not None and world.size > 1 and not said_by_main:
         process = f"process {world.rank}: "
-    message = f"error: {process}{error}"
+    message = printable(f"error: {process}{error}")
     print(message, file=sys.stderr)
     run_folder.state_for_launcher(message)
     sys.exit(2)

@@ -34,6 +34,7 @@ from rewards.prover import PROVER
 
 FLOAT32_MAX = 1e38  # about: rewards are stored as float32
 GRACE = 1.0  # seconds after the limit, then a worker is killed that its own alarm did not end
+MOST_WORKERS = 4  # a further function takes the place of the one that was the first
 SIZE_BYTES = 8  # before each request, its length
 SIGNALS = {signal.SIGALRM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
 
@@ -182,6 +183,8 @@ class Worker:
 
     def __init__(self, function: Callable, inherited: tuple | None = None) -> None:
         """inherited: a request that the fork need not read, since it has the parent's memory."""
+        for oldest in list(WORKERS.values())[: 1 - MOST_WORKERS]:
+            oldest.stop()
         self.function = function  # as long as it is kept here, no other function gets its id
         self.owner = os.getpid()
         self.status: int | None = None  # once it has ended

@@ -12,10 +12,11 @@ from helpers import ROOT, small_run
 from PIL import Image
 
 import rewards
+import run_folder
 import train
 from data import Sample
 from rewards import RewardError, call_custom
-from rewards.custom import WORKERS
+from rewards.custom import MOST_WORKERS, WORKERS
 from rewards.prover import PROVER
 
 SAMPLE = Sample("7", (Image.new("RGB", (84, 84), "red"),), "<image>How many?", "3")
@@ -84,7 +85,7 @@ def test_an_alarm_that_the_function_takes_away_does_not_save_it(monkeypatch):
         (lambda: os._exit(3), "it ended its process with exit status 3"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "ended by signal 9 .Killed."),
         (lambda: os.kill(os.getpid(), signal.SIGTERM), "ended by signal 15 .Terminated."),
-        (lambda: os.closerange(3, 200), "exit status 1"),
+        (lambda: os.closerange(3, 200), "ended "),
     ],
 )
 def test_a_process_that_ends_is_a_clear_error_and_replaced(end, message):
@@ -224,3 +225,16 @@ def test_a_file_that_cannot_be_imported_stops_a_run_at_once(tmp_path, capsys, li
     assert caught.value.code == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: custom reward ") and "line 2)" in error
+
+
+def test_a_worker_does_not_hold_the_lock_of_the_run(tmp_path):
+    with run_folder.exclusive(tmp_path / "run", "run.dir"):
+        first = ask(process_of)
+    with run_folder.exclusive(tmp_path / "run", "run.dir"):
+        assert ask(process_of) == first
+
+
+def test_few_workers_are_kept():
+    for number in range(10):
+        assert ask(lambda *_, number=number: number) == number
+    assert len(WORKERS) == MOST_WORKERS

@@ -16,6 +16,7 @@ import run_folder
 import toy
 from config import load_config
 from model import load_policy, save_policy
+from rows import printable
 
 
 def export(checkpoint: Path, target: Path) -> None:
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         export(parsed.checkpoint, parsed.folder)
     except (ValueError, OSError, run_folder.RunError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))
     print(f"{parsed.folder} is a Hugging Face directory")
 
 

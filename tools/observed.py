@@ -31,7 +31,7 @@ from data import JsonlDataset, Prompt, check_lengths
 from dyco import Signals
 from model import Policy, policy_from_config
 from rollout import Rollout, generate, runs_within
-from rows import read_jsonl
+from rows import printable, read_jsonl
 from run_folder import write_file
 
 PROMPTS_AT_ONCE = 32  # whose pixels and signals are on the device together
@@ -335,4 +335,4 @@ def run_command(command: Callable, options, *expected: type[Exception]) -> None:
     try:
         command(options)
     except (ValueError, OSError, *expected) as error:  # ours are ValueErrors
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))
