@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from config import load_config
+from rows import printable
 from run_folder import write_file
 from tools.analysis_view import intervention_section, roles_section
 from tools.curves import HELD_OUT, SIGNALS, TRAINING, comparison_charts, run_charts
@@ -391,7 +392,8 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             path = write(options.folders[0])
     except (ReportError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(printable(f"error: {error}"), file=sys.stderr)
+        sys.exit(2)
     print(path)
 
 
