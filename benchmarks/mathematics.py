@@ -22,6 +22,7 @@ class MathVision(Benchmark):
 
     title = "MathVision"
     columns = ("question", "choices", "answer", "category")
+    reference = "the letter of an option, or a value where there are no options"
 
     def check(self, row, text):
         choices = self._choices(row)
@@ -63,6 +64,7 @@ class MathVerse(Benchmark):
 
     title = "MathVerse"
     metric = "mean over problem versions"
+    reference = "the letter of an option, or the value of a free-form question"
 
     @property
     def columns(self):
@@ -144,6 +146,7 @@ class LogicVista(Benchmark):
 
     title = "LogicVista"
     columns = ("question", "answer", "skill")
+    reference = "letters A-I joined by ', ', or a number"
     SKILLS = ("inductive", "deductive", "numerical", "spatial", "mechanical")
 
     def check(self, row, text):

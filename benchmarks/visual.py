@@ -22,6 +22,8 @@ from benchmarks.files import BenchmarkError, Row, show
 class YesNo(Benchmark):
     """Questions to be answered by yes or no."""
 
+    reference = "'Yes' or 'No'"
+
     def final(self, response, unbox=True):
         return final_answer(response, unbox).replace("*", "")
 
@@ -164,6 +166,7 @@ class MMBench(Benchmark):
 
     title = "MMBench"
     metric = "circular accuracy"
+    reference = "the letter of an option"
     columns = ("question", "A", "B", "answer", "category", "l2-category")
     SHORT = {
         "coarse_perception": "CP",

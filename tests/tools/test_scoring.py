@@ -125,11 +125,12 @@ def test_a_judge_is_asked_about_what_the_rule_cannot_settle(scored):
         asked.append((response, answer, row["question"], "image" in row))
         return {"A or C": "C", "1,00": True}.get(response, "no idea")
 
-    rows = [*MATHVISION[:4], dict(MATHVISION[4], response="1,00")]
+    half = dict(MATHVISION[3], response="One half.")
+    rows = [*MATHVISION[:3], half, dict(MATHVISION[4], response="1,00")]
     found = scored("MathVision", rows, judge=judge, judge_name="judge.py:judge")
     assert asked == [
         ("A or C", "C", "?", False),
-        (MATHVISION[3]["response"], r"\frac{1}{2}", "?", False),
+        ("One half.", r"\frac{1}{2}", "?", False),
         ("1,00", "1000", "?", False),
     ]
     assert found["headline"]["value"] == 60
