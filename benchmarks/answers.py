@@ -178,6 +178,8 @@ def _match_words(text: str, options: dict[str, str], whole: bool) -> str | None:
 def _stands_whole(text: str, option: str) -> bool:
     wanted = re.escape(_without_degrees(option))
     pattern = rf"(?<![\w.,]){wanted}(?!\w|[.,]\d)"
+    if re.fullmatch(r"\d{1,2}", wanted):
+        pattern += r"(?!\)\s*+\w)"  # "(1) 5" is the first part of an answer, and no 1
     return re.search(pattern, _without_degrees(text)) is not None
 
 
@@ -226,12 +228,13 @@ _HALF_WIDTH = str.maketrans(
 )
 # A letter, or several, that no word, value or operator goes on. Chinese has no spaces.
 _NO_WORD = r"(?!(?![\u3400-\u9fff])\w)"
-_STATED_LETTERS = rf"[A-I]{_NO_WORD}(?:(?:[\s,;/&]|\band\b|和)++[A-I]{_NO_WORD})*+"
+_STATED_LETTERS = rf"[A-I]{_NO_WORD}(?:\s*+(?:[,;/&和]|and\b)\s*+[A-I]{_NO_WORD})*+"
 _STATEMENT = re.compile(
-    r"(?:(?i:\b(?:final|correct)?\s?answers?\s*+(?:is\b|are\b|:))|答案\s*+(?:是|为|選|选|:)|"
-    r"(?:应|應|故|所以)[选選](?:择|擇)?|^\s*+[选選](?:择|擇)?)"
+    r"(?:(?i:\b(?:(?:answer|choice)s?|(?:correct|right|best) option)\s*+(?:is\b|are\b|:))"
+    r"|答案\s*+(?:是|为|為|选|選|:)|(?:应|應|故|所以)[选選](?:择|擇)?|^\s*+[选選](?:择|擇)?)"
     r"[\s:*]*+(?:(?i:option|choice)s?\b|选项|選項)?+[\s:*(\[$]*+"
     rf"({_STATED_LETTERS})"
+    # An equation, or an article, follows.
     r"(?!\s*+[=+\-/^<>]|['’])(?!\s+(?!(?:because|since|as|for|so|with|which|and|or|is)\b)[a-z])"
 )
 
@@ -251,7 +254,7 @@ def stated_letters(text: str) -> str | None:
     stated_letters("The answer is B = 30") -> None
     """
     stated = [match[1] for match in _STATEMENT.finditer(half_width(text))]
-    return stated[-1] if stated else None
+    return stated[-1].replace("和", ",") if stated else None
 
 
 # ------------------------------------------------------------------------- letters and free answers
@@ -280,7 +283,7 @@ _ANSWER_LETTERS = re.compile(
 def answer_letters(text: str) -> set[str] | None:
     """LogicVista's letters A-I, by the first of four rules that applies; None if none does.
 
-    1. The whole text is a list of letters.
+    1. The whole text is a list of letters, which may be numbered.
     2. The text is one letter as a label, and then the option's words.
     3. A list stands directly after "answer is", "options are", "choice:" …; the last one counts.
     4. One letter B-H stands alone in the text. "A" and "I" are words, too.
@@ -290,8 +293,10 @@ def answer_letters(text: str) -> set[str] | None:
     """
     stripped = text.strip(string.whitespace + "*()[].$")
     whole = re.sub(r"^(?i:option|choice)s?\s+", "", stripped).lstrip("*([")
-    if re.fullmatch(rf"{_LETTERS}|[A-I]{{2,9}}", whole):
-        return set(re.findall("[A-I]", whole))
+    without_numbers = re.sub(r"\(?\b\d{1,2}\)", " ", whole).strip()  # "1) A 2) C"
+    for letters in (whole, without_numbers):
+        if re.fullmatch(rf"{_LETTERS}|[A-I]{{2,9}}", letters):
+            return set(re.findall("[A-I]", letters))
     label = re.match(r"([A-I])[.:)\]*]+\s", whole)
     if label and not re.search(r"\b[A-I][.:)\]]", whole[label.end() :]):
         return {label[1]}

@@ -3,7 +3,7 @@
 import re
 import string
 
-from benchmarks.answers import HIDDEN, answer_letters, is_equal, match_option
+from benchmarks.answers import HIDDEN, answer_letters, half_width, is_equal, match_option
 from benchmarks.benchmark import (
     Benchmark,
     Result,
@@ -148,6 +148,9 @@ class LogicVista(Benchmark):
     columns = ("question", "answer", "skill")
     reference = "letters A-I joined by ', ', or a number"
     SKILLS = ("inductive", "deductive", "numerical", "spatial", "mechanical")
+
+    def final(self, response, unbox=True):
+        return half_width(super().final(response, unbox))
 
     def check(self, row, text):
         if row["answer"].isdigit():  # the options of a few rows are numbered
