@@ -141,6 +141,12 @@ class MathVerse(Benchmark):
         return {name: accuracy(part) for name, part in sorted(parts.items())}
 
 
+# The whole number directly after "answer is", "Answer:" or "答案是".
+_STATED_NUMBER = re.compile(
+    r"(?:(?i:\banswer\s*+(?:is\b|:))|答案\s*+(?:是|为|為|:))[\s:*(\[$]*+([0-9]++)(?!\w|[.,][0-9])"
+)
+
+
 class LogicVista(Benchmark):
     """Logical puzzles whose options stand in the picture (arXiv 2407.04973)."""
 
@@ -154,7 +160,8 @@ class LogicVista(Benchmark):
 
     def check(self, row, text):
         if row["answer"].isdigit():  # the options of a few rows are numbered
-            number = text.strip(string.whitespace + "*()[].$")
+            stated = _STATED_NUMBER.findall(text)
+            number = stated[-1] if stated else text.strip(string.whitespace + "*()[].$")
             return number == row["answer"] if number.isdigit() else None
         letters = answer_letters(text)
         if letters is None:

@@ -82,6 +82,9 @@ def test_what_is_no_statement(text):
         ("1) A 2) B", "A, B"),
         ("(1) B (2) C", "B, C"),
         ("３", "3"),
+        ("The answer is (3).", "3"),
+        ("答案：3，不是1", "3"),
+        ("1) is too small. **Answer:** 3", "3"),
     ],
 )
 def test_letters_of_logicvista(response, answer):
