@@ -319,7 +319,7 @@ def is_equal(answer: str, reference: str) -> bool:
     is_equal("5 cm", "5") -> False
     """
     answer = answer.replace(HIDDEN, "").lower().strip()
-    reference = reference.lower().strip()
+    reference = reference.replace(HIDDEN, "").lower().strip()
     if answer == reference:
         return True
     value = _number(answer)

@@ -176,6 +176,7 @@ def _check(
     if lacks_reference(benchmark, row):
         return Result(row, response, None)
     if mode == "final":
+        row = _with_plain_reference(row)
         text, hit = _check_final(benchmark, row, response)
     else:
         text = response
@@ -187,14 +188,18 @@ def _check(
     return Result(row, text, hit)
 
 
-def _check_final(benchmark: Benchmark, row: Row, response: str) -> tuple[str, bool | None]:
-    """(what was read, whether it is right) of the final answer: the first reading that settles it.
+def _with_plain_reference(row: Row) -> Row:
+    """The row, whose reference is read like a response if it is boxed or tagged itself.
 
-    A reference that is boxed or tagged itself is read like a response, which VLMEvalKit does only
-    for numbers.
+    VLMEvalKit reads boxed references for numbers alone, so that this is no part of mode "raw".
     """
-    answer = row.cells.get("answer", "")
-    row = replace(row, cells=row.cells | {"answer": final_answer(answer)})
+    if "answer" not in row.cells:
+        return row
+    return replace(row, cells=row.cells | {"answer": final_answer(row["answer"])})
+
+
+def _check_final(benchmark: Benchmark, row: Row, response: str) -> tuple[str, bool | None]:
+    """(what was read, whether it is right) of the final answer: the first reading that settles."""
     readings = benchmark.readings(response)
     for text in readings:
         hit = benchmark.check(row, text)

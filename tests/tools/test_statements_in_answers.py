@@ -92,6 +92,13 @@ def test_letters_of_logicvista(response, answer):
 
 
 @pytest.mark.parametrize(
+    "response", ["(1) 5 (2) 3", "The answer is 3.5", "The answer is 3 cm or 4", "The answer is 35"]
+)
+def test_other_numbers_of_logicvista(response):
+    assert hit_of("LogicVista", response, answer="5") is not True
+
+
+@pytest.mark.parametrize(
     "response, answer",
     [
         ("Yes。", "Yes"),
