@@ -59,6 +59,7 @@ from rows import (
     decode_image,  # noqa: F401  (for callers whose images are not files)
     load_image,
     parse_row,
+    printable,
     refuse_other_formats,
     show,
 )
@@ -175,7 +176,7 @@ class JsonlDataset:
         report = self._describe(problems, total)
         if self.on_error == "raise" or len(problems) == total:
             raise DataError(report)
-        warnings.warn(f"{report}\nthese rows are skipped", stacklevel=3)
+        warnings.warn(printable(f"{report}\nthese rows are skipped"), stacklevel=3)
         self.rows = [row for row in self.rows if row.line not in problems]
 
     def _describe(self, problems: dict[int, DataError], total: int) -> str:

@@ -27,6 +27,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rows import printable
+
 
 @dataclass(frozen=True)
 class World:
@@ -226,7 +228,7 @@ def leave_for_launcher(message: str) -> None:
     """Leave an error where torchrun looks for it, so that the launcher's last lines show it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        error = {"message": message, "timestamp": str(int(time.time()))}
+        error = {"message": printable(message), "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps(error))
 

@@ -214,8 +214,8 @@ def ask(arguments: argparse.Namespace) -> None:
 
     from data import Sample
     from model import load_policy
-    from rows import DataError, load_image
-    from tools.token_table import printable, token_table
+    from rows import DataError, load_image, printable
+    from tools.token_table import token_table
 
     config = config_of(arguments.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -304,12 +304,14 @@ def table(arguments: argparse.Namespace) -> None:
     from benchmarks.table import table
 
     print(
-        table(
-            arguments.folder,
-            mode=arguments.mode,
-            judge=arguments.judge,
-            allow_missing=arguments.allow_missing,
-            answer_is=arguments.answer_is,
+        for_terminal(
+            table(
+                arguments.folder,
+                mode=arguments.mode,
+                judge=arguments.judge,
+                allow_missing=arguments.allow_missing,
+                answer_is=arguments.answer_is,
+            )
         )
     )
 
@@ -358,8 +360,15 @@ def add_ask(commands) -> argparse.ArgumentParser:
     return parser
 
 
+def for_terminal(text: str) -> str:
+    """rows.printable, which is imported when it is needed, since a score needs no picture."""
+    from rows import printable
+
+    return printable(text)
+
+
 def print_warning(message, *_) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(for_terminal(f"warning: {message}"), file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shlex
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,33 @@ def show(value: Any) -> str:
         return "an object"
     text = "nothing" if value is None else repr(value)
     return text if len(text) <= 100 else text[:97] + "…"
+
+
+# What a terminal obeys rather than shows: controls, invisible marks that turn the direction of
+# text, separators of lines, and halves of surrogate pairs.
+UNSHOWN_CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """The text for a terminal: what that would obey rather than show is escaped, but for `keep`.
+
+    Text of models and of files passes through here, or through `excerpt`, before it is printed.
+
+    >>> printable("red: \\x1b[31m")
+    'red: \\\\x1b[31m'
+    """
+    characters = []
+    for character in text:
+        if unicodedata.category(character) in UNSHOWN_CATEGORIES and character not in keep:
+            character = character.encode("unicode_escape").decode()
+        characters.append(character)
+    return "".join(characters)
+
+
+def excerpt(text: str, most: int = 300) -> str:
+    """The first `most` characters of a text for the terminal, on one line."""
+    shown = printable(text[:most], keep="")
+    return shown + (" …" if len(text) > most else "")
 
 
 # -------------------------------------------------------------------------------------------- files

@@ -51,6 +51,7 @@ from data import DataError, JsonlDataset, Prompt, Sampler, check_lengths
 from distributed import World
 from model import Policy, policy_from_config
 from rollout import Rollout, generate, join, keyed_generator, runs_within
+from rows import excerpt, printable
 from run_folder import RunError, RunFolder
 
 USAGE = f"""usage: {{python|torchrun}} train.py CONFIG.yaml [section.key=value ...]
@@ -192,7 +193,7 @@ def ask_custom(training: Training, text: str, sample) -> float:
             limit=settings.custom_timeout,
         )
     except rewards.RewardError as error:
-        where = run_folder.printable(f"{error}, on a response to {sample.id}")
+        where = excerpt(f"{error}, on a response to {sample.id}")
         if settings.custom_on_error == "raise":
             advice = "reward.custom_on_error=zero goes on with a reward of 0"
             raise SampleError(f"{where}; {advice}") from error
@@ -558,11 +559,9 @@ def build(config: Config, world: World) -> Training:
 
     Raises ConfigError or DataError.
     """
+    custom_reward = read_custom_reward(config)
     dataset, held_out = read_data(config, world)
     try:
-        custom_reward = None
-        if config.reward.custom:
-            custom_reward = rewards.load_custom(config.reward.custom)
         path = model_folder(config, world)
         policy = policy_from_config(
             config,
@@ -608,6 +607,16 @@ def build(config: Config, world: World) -> Training:
         custom_reward=custom_reward,
         inputs=inputs,
     )
+
+
+def read_custom_reward(config: Config) -> Callable | None:
+    """The user's own reward, if the config names one. Raises ConfigError."""
+    if not config.reward.custom:
+        return None
+    try:
+        return rewards.load_custom(config.reward.custom)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def model_folder(config: Config, world: World) -> str | Path:
@@ -822,8 +831,8 @@ def warn(warnings: list[str], folder: RunFolder, batch: Batch | None) -> None:
     for warning in warnings:
         folder.say(warning)
     if warnings and batch is not None:
-        response = run_folder.printable(batch.rollout.texts[0])
-        reference = run_folder.printable(batch.rollout.prompts[0].answer)
+        response = excerpt(batch.rollout.texts[0])
+        reference = excerpt(batch.rollout.prompts[0].answer)
         folder.say(f"  a response: {response}\n  its reference: {reference}")
 
 
@@ -861,7 +870,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Not after an error: it would wait for processes that wait for this one.
             distributed.stop()
     except expected as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)

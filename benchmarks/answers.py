@@ -7,6 +7,7 @@ uses. Responses are hostile input, so every rule takes linear time and nothing i
 
 import re
 import string
+from fractions import Fraction
 
 import rewards
 
@@ -131,7 +132,8 @@ def match_option(
     Either exactly one option letter stands alone in the text, for the first time among its last
     four words. Or exactly one option's words stand in a short text.
 
-    answer_is: adds VLMEvalKit's rule of 2026-06-17, "answer is" and then a letter a-d.
+    answer_is: adds VLMEvalKit's rule of 2026-06-17: "answer is", white space, stars, and then a
+        letter a-d.
     whole: is ours. Options are not looked for inside longer words and numbers, such as 40° in
         140°. A degree sign, and a space before a unit, may be missing.
 
@@ -157,7 +159,7 @@ def _match_letter(text: str, options: dict[str, str], answer_is: bool) -> str | 
         return "Z"
     if answer_is:
         # As VLMEvalKit has it, without a word boundary: "answer is because" gives B.
-        match = re.search(r"(?i)answer is\s*+\**+([a-d])", text)
+        match = re.search(r"(?i)answer\s++is\s++\**+([a-d])", text)
         if match and match[1].upper() in options:
             return match[1].upper()
     return None
@@ -176,6 +178,8 @@ def _match_words(text: str, options: dict[str, str], whole: bool) -> str | None:
 def _stands_whole(text: str, option: str) -> bool:
     wanted = re.escape(_without_degrees(option))
     pattern = rf"(?<![\w.,]){wanted}(?!\w|[.,]\d)"
+    if re.fullmatch(r"\d{1,2}", wanted):
+        pattern += r"(?!\)\s*+\w)"  # "(1) 5" is the first part of an answer, and no 1
     return re.search(pattern, _without_degrees(text)) is not None
 
 
@@ -205,13 +209,52 @@ def yes_or_no(text: str) -> str | None:
         beside_space = mark + " " in original or " " + mark in original
         # A mark beside a space anywhere is deleted everywhere. Others become spaces.
         text = text.replace(mark, "" if has_comma_in_number or beside_space else " ")
-    # Of the periods that no digit follows, the first 32 are deleted, as there.
-    words = set(re.sub(r"\.(?!\d)", "", text, count=32).split())
+    # Of the periods that touch no digit, the first 32 are deleted, as there.
+    words = set(re.sub(r"(?<!\d)\.(?!\d)", "", text, count=32).split())
     if "yes" in words and "no" not in words:
         return "Yes"
     if "no" in words and "yes" not in words:
         return "No"
     return None
+
+
+# ------------------------------------------------------------------------------ explicit statements
+
+# The halves of the full-width forms of ASCII, and of the punctuation of Chinese and Japanese.
+_HALF_WIDTH = str.maketrans(
+    {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+    | {ord("。"): ".", ord("．"): ".", ord("、"): ",", ord("　"): " "}
+    | {ord("【"): "[", ord("】"): "]", ord("「"): " ", ord("」"): " "}
+)
+# A letter, or several, that no word, value or operator goes on. Chinese has no spaces.
+_NO_WORD = r"(?!(?![\u3400-\u9fff])\w)"
+_STATED_LETTERS = rf"[A-I]{_NO_WORD}(?:\s*+(?:[,;/&和]|and\b)\s*+[A-I]{_NO_WORD})*+"
+_STATEMENT = re.compile(
+    r"(?:(?i:\b(?:(?:answer|choice)s?|(?:correct|right|best) option)\s*+(?:is\b|are\b|:))"
+    r"|答案\s*+(?:是|为|為|选|選|:)|(?:应|應|故|所以)[选選](?:择|擇)?|^\s*+[选選](?:择|擇)?)"
+    r"[\s:*]*+(?:(?i:option|choice)s?\b|选项|選項)?+[\s:*(\[$]*+"
+    rf"({_STATED_LETTERS})"
+    # An equation, or an article, follows.
+    r"(?!\s*+[=+\-/^<>]|['’])(?!\s+(?!(?:because|since|as|for|so|with|which|and|or|is)\b)[a-z])"
+)
+
+
+def half_width(text: str) -> str:
+    """ "答案：（Ｂ）。" -> "答案:(B)." """
+    return text.translate(_HALF_WIDTH)
+
+
+def stated_letters(text: str) -> str | None:
+    """The letters that stand after the last "answer is", "Answer:", "答案是" …, or None.
+
+    A letter that is an article or begins an equation is none.
+
+    stated_letters("A is wrong. The answer is B, since C is too small.") -> "B"
+    stated_letters("答案：（Ｂ）") -> "B"
+    stated_letters("The answer is B = 30") -> None
+    """
+    stated = [match[1] for match in _STATEMENT.finditer(half_width(text))]
+    return stated[-1].replace("和", ",") if stated else None
 
 
 # ------------------------------------------------------------------------- letters and free answers
@@ -240,7 +283,7 @@ _ANSWER_LETTERS = re.compile(
 def answer_letters(text: str) -> set[str] | None:
     """LogicVista's letters A-I, by the first of four rules that applies; None if none does.
 
-    1. The whole text is a list of letters.
+    1. The whole text is a list of letters, which may be numbered.
     2. The text is one letter as a label, and then the option's words.
     3. A list stands directly after "answer is", "options are", "choice:" …; the last one counts.
     4. One letter B-H stands alone in the text. "A" and "I" are words, too.
@@ -250,8 +293,10 @@ def answer_letters(text: str) -> set[str] | None:
     """
     stripped = text.strip(string.whitespace + "*()[].$")
     whole = re.sub(r"^(?i:option|choice)s?\s+", "", stripped).lstrip("*([")
-    if re.fullmatch(rf"{_LETTERS}|[A-I]{{2,9}}", whole):
-        return set(re.findall("[A-I]", whole))
+    without_numbers = re.sub(r"\(?\b\d{1,2}\)", " ", whole).strip()  # "1) A 2) C"
+    for letters in (whole, without_numbers):
+        if re.fullmatch(rf"{_LETTERS}|[A-I]{{2,9}}", letters):
+            return set(re.findall("[A-I]", letters))
     label = re.match(r"([A-I])[.:)\]*]+\s", whole)
     if label and not re.search(r"\b[A-I][.:)\]]", whole[label.end() :]):
         return {label[1]}
@@ -265,15 +310,66 @@ def answer_letters(text: str) -> set[str] | None:
 def is_equal(answer: str, reference: str) -> bool:
     r"""MathVision's equality: the same text without case, or rational numbers closer than 1e-6.
 
-    Units, surds, π and variables are not understood.
+    For the numbers, what is boxed stands for the whole text, on both sides: VLMEvalKit's parser of
+    LaTeX does that. Degree signs and dollars say nothing. Units, surds, π and variables are not
+    understood.
 
     is_equal(r"\frac{1}{2}", "0.5") -> True
+    is_equal(r"The angle is \boxed{45^\circ}.", "45") -> True
     is_equal("5 cm", "5") -> False
     """
     answer = answer.replace(HIDDEN, "").lower().strip()
-    reference = reference.lower().strip()
+    reference = reference.replace(HIDDEN, "").lower().strip()
     if answer == reference:
         return True
-    value = rewards.rational(answer)
-    expected = rewards.rational(reference)
+    value = _number(answer)
+    expected = _number(reference)
     return value is not None and expected is not None and abs(value - expected) < 1e-6
+
+
+# It begins at no white space, so that a long run of it takes linear time.
+_SAYS_NOTHING = re.compile(r"\^\s*+(?:\\circ(?![a-z])|\{\s*+\\circ\s*+\})|\\\$")
+
+
+def _number(text: str) -> Fraction | None:
+    return rewards.rational(_SAYS_NOTHING.sub("", boxed_values(text)))
+
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*+(\{?)")
+
+
+def boxed_values(text: str) -> str:
+    r"""The contents of all boxes, joined by commas; the text itself if it has none.
+
+    Neighbours that are the same count once. If the last box is never closed, it holds the rest of
+    the text. An earlier box that is not closed before the next one hides all boxes before it.
+
+    boxed_values(r"First \boxed{3}, then \fbox{4}.") -> "3,4"
+    """
+    end = len(text)
+    closings = _closing_braces(text)
+    values: list[str] = []
+    for box in reversed(list(_BOX.finditer(text))):
+        opening = box.start(1)
+        closing = closings.get(opening, end)
+        if closing >= end:
+            if not values:
+                values = [text[opening:]]
+            break
+        value = text[box.end() : closing].strip()
+        if not values or values[-1] != value:
+            values.append(value)
+        end = box.start()
+    return ",".join(reversed(values)) if values else text
+
+
+def _closing_braces(text: str) -> dict[int, int]:
+    """Where each brace that is closed opens -> where it closes."""
+    open_braces = []
+    closings = {}
+    for brace in re.finditer("[{}]", text):
+        if brace[0] == "{":
+            open_braces.append(brace.start())
+        elif open_braces:
+            closings[open_braces.pop()] = brace.start()
+    return closings

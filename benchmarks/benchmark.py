@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.answers import final_answer, hide_letters
+from benchmarks.answers import final_answer, half_width, hide_letters, stated_letters
 from benchmarks.files import BenchmarkError, Row, read_tsv, show
 
 
@@ -42,6 +42,7 @@ class Benchmark:
 
     # Columns that the file must have, besides index and image or image_path.
     columns = ("question", "answer")
+    reference = "an answer that its rule can read"  # what its column `answer` should hold
     title = ""  # the column of the paper's table
     metric = "accuracy"  # the name of the headline
     # Pixels of an image, as VLMEvalKit sets them for Qwen2.5-VL-Instruct.
@@ -107,6 +108,21 @@ class Benchmark:
         """What the rule reads in mode "final"."""
         text = final_answer(response, unbox)
         return hide_letters(text, whole=unbox and final_answer(response, False) != text)
+
+    def readings(self, response: str) -> list[str]:
+        r"""What the rule reads in mode "final", one after the other until it settles one.
+
+        What is boxed; the letters that are stated explicitly; the text around the box: "The area is
+        \boxed{24}. So the answer is C." At last the same without full-width letters and marks.
+        """
+        boxed = self.final(response)
+        around = self.final(response, unbox=False)
+        texts = [around] if boxed == around else [boxed, around]
+        stated = stated_letters(around)
+        if stated is not None:
+            texts.insert(len(texts) - 1, f"({stated})")  # in brackets no option's words are found
+        texts += [half_width(text) for text in (boxed, around)]
+        return list(dict.fromkeys(texts))
 
     def check(self, row: Row, text: str) -> bool | None:
         """Whether the text answers the row rightly; None if the rule cannot settle it."""

@@ -8,6 +8,7 @@ the column.
 import ast
 import csv
 import difflib
+import re
 import string
 import warnings
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,7 @@ MISSING = frozenset(
 )
 MAX_FIELD = 2**28  # characters of one cell; an unclosed quote swallows the rest of a file
 MAX_LITERAL = 10**5  # characters of a cell that holds a Python literal, images apart
+MAX_PICTURES = 1000  # of one row
 MAX_POINTER = 64  # characters: a longer image cell is a picture
 
 
@@ -207,7 +209,7 @@ def read_literal(text: str, where: str, column: str, limit: int = MAX_LITERAL) -
     """
     try:
         if len(text) > limit:
-            raise ValueError(f"{len(text)} characters")
+            raise ValueError(f"{len(text)} characters; at most {limit} are read")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python warns of escapes such as \d
             return ast.literal_eval(text)
@@ -219,11 +221,28 @@ def read_literal(text: str, where: str, column: str, limit: int = MAX_LITERAL) -
         ) from error
 
 
+_TEXT = re.compile(r"\s*+('[^'\\]*+(?:\\.[^'\\]*+)*+'|\"[^\"\\]*+(?:\\.[^\"\\]*+)*+\")\s*+,?", re.S)
+
+
+def _is_short_list_of_texts(cell: str) -> bool:
+    """Whether a cell is a list of at most MAX_PICTURES quoted texts, and nothing else."""
+    place = 1  # after the opening bracket
+    for _ in range(MAX_PICTURES):
+        match = _TEXT.match(cell, place)
+        if match is None:
+            break
+        place = match.end()
+    return not cell[place:-1].strip()
+
+
 def _list_of_texts(cell: str, where: str, column: str) -> list[str]:
     """ "a" -> ["a"], "['a', 'b']" -> ["a", "b"]."""
     if not (cell.startswith("[") and cell.endswith("]")):
         return [cell]
-    value = read_literal(cell, where, column, limit=MAX_FIELD)
+    limit = MAX_LITERAL
+    if column == "image" and _is_short_list_of_texts(cell):
+        limit = MAX_FIELD  # of a few long texts: parsing takes no more memory than they do
+    value = read_literal(cell, where, column, limit)
     if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
         raise BenchmarkError(
             f"{where}: {column!r} is {show(cell)}; expected one value, or a list of texts"

@@ -3,7 +3,7 @@
 import re
 import string
 
-from benchmarks.answers import HIDDEN, answer_letters, is_equal, match_option
+from benchmarks.answers import HIDDEN, answer_letters, half_width, is_equal, match_option
 from benchmarks.benchmark import (
     Benchmark,
     Result,
@@ -22,6 +22,7 @@ class MathVision(Benchmark):
 
     title = "MathVision"
     columns = ("question", "choices", "answer", "category")
+    reference = "the letter of an option, or a value where there are no options"
 
     def check(self, row, text):
         choices = self._choices(row)
@@ -63,6 +64,7 @@ class MathVerse(Benchmark):
 
     title = "MathVerse"
     metric = "mean over problem versions"
+    reference = "the letter of an option, or the value of a free-form question"
 
     @property
     def columns(self):
@@ -139,16 +141,27 @@ class MathVerse(Benchmark):
         return {name: accuracy(part) for name, part in sorted(parts.items())}
 
 
+# The whole number directly after "answer is", "Answer:" or "答案是".
+_STATED_NUMBER = re.compile(
+    r"(?:(?i:\banswer\s*+(?:is\b|:))|答案\s*+(?:是|为|為|:))[\s:*(\[$]*+([0-9]++)(?!\w|[.,][0-9])"
+)
+
+
 class LogicVista(Benchmark):
     """Logical puzzles whose options stand in the picture (arXiv 2407.04973)."""
 
     title = "LogicVista"
     columns = ("question", "answer", "skill")
+    reference = "letters A-I joined by ', ', or a number"
     SKILLS = ("inductive", "deductive", "numerical", "spatial", "mechanical")
+
+    def final(self, response, unbox=True):
+        return half_width(super().final(response, unbox))
 
     def check(self, row, text):
         if row["answer"].isdigit():  # the options of a few rows are numbered
-            number = text.strip(string.whitespace + "*()[].$")
+            stated = _STATED_NUMBER.findall(text)
+            number = stated[-1] if stated else text.strip(string.whitespace + "*()[].$")
             return number == row["answer"] if number.isdigit() else None
         letters = answer_letters(text)
         if letters is None:

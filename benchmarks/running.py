@@ -29,6 +29,7 @@ from benchmarks.benchmark import Benchmark
 from benchmarks.files import BenchmarkError, Row
 from benchmarks.folder import merge, open_folder, responses_path
 from benchmarks.responses import MAX_LISTED, RESPONSES, response_row
+from benchmarks.scoring import check_references
 from config import load_config
 from data import Sample, count_prompt_tokens
 from distributed import World, on_main, together
@@ -78,6 +79,7 @@ def run_together(arguments: argparse.Namespace, world: World) -> None:
 def load(arguments: argparse.Namespace) -> tuple[Benchmark, list[Row], set[str]]:
     benchmark = benchmarks.find(arguments.benchmark)
     rows, dropped = benchmark.load(arguments.data, pictures=True)
+    check_references(benchmark, rows)
     # Scoring anything at all finds the cells that cannot be scored.
     anything = {row.index: {0: "?"} for row in rows}
     benchmarks.score(benchmark, rows, anything, mode="raw")

@@ -3,18 +3,20 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 import rewards
-from benchmarks.answers import HIDDEN
+from benchmarks.answers import HIDDEN, final_answer
 from benchmarks.benchmark import Benchmark, Result, mean
 from benchmarks.files import MISSING, BenchmarkError, Row, show
 from benchmarks.responses import Responses, listed, name_of, read_responses
 
 NO_JUDGE = "none (rule-based)"
+MAX_SHOWN = 3  # rows whose reference nothing matches, in one message
 
 Judge = Callable[[str, str, dict], str | bool]
 
@@ -92,6 +94,7 @@ def score_file(
     """`score` of a file of responses to the rows of a file. judge: FILE.py:function."""
     ask = rewards.load_custom(judge, "--judge") if judge else None
     rows, dropped = benchmark.load(data)
+    check_references(benchmark, rows)
     return score(
         benchmark,
         rows,
@@ -102,6 +105,37 @@ def score_file(
         judge=ask,
         judge_name=judge,
     )
+
+
+def lacks_reference(benchmark: Benchmark, row: Row) -> bool:
+    """Whether the answer of the row is empty. Whatever responds to it is not right."""
+    return "answer" in benchmark.columns and not row.cells.get("answer", "").strip()
+
+
+def check_references(benchmark: Benchmark, rows: list[Row]) -> None:
+    """Hold each reference against itself: given as a response, it must be right in mode "final".
+
+    Warns of rows whose reference is not, in one line; they are scored, as wrong. Raises
+    BenchmarkError if no row has a reference that anything can match.
+    """
+    if "answer" not in benchmark.columns:
+        return
+    unmatched = []
+    for row in rows:
+        reference = row.cells.get("answer", "")
+        if not _check(benchmark, row, reference, mode="final", judge=None).hit:
+            unmatched.append(f"{row.where}: 'answer' is {show(reference)}")
+    if not unmatched:
+        return
+    text = (
+        f"{len(unmatched)} of {len(rows)} rows have an answer that not even its own text matches; "
+        f"expected {benchmark.reference}: {'; '.join(unmatched[:MAX_SHOWN])}"
+    )
+    if len(unmatched) > MAX_SHOWN:
+        text += f"; … and {len(unmatched) - MAX_SHOWN} more"
+    if len(unmatched) == len(rows):
+        raise BenchmarkError(text)
+    warnings.warn(f"{text}; scored as wrong", stacklevel=3)
 
 
 def _refuse_unknown(
@@ -139,7 +173,10 @@ def _check(
     """What the rule, and then the judge, make of one response. None is missing, and wrong."""
     if response is None:
         return Result(row, "", False)
+    if lacks_reference(benchmark, row):
+        return Result(row, response, None)
     if mode == "final":
+        row = _with_plain_reference(row)
         text, hit = _check_final(benchmark, row, response)
     else:
         text = response
@@ -151,21 +188,24 @@ def _check(
     return Result(row, text, hit)
 
 
-def _check_final(benchmark: Benchmark, row: Row, response: str) -> tuple[str, bool | None]:
-    r"""(what was read, whether it is right) of the final answer.
+def _with_plain_reference(row: Row) -> Row:
+    """The row, whose reference is read like a response if it is boxed or tagged itself.
 
-    If a \boxed value settles nothing, the text around it may: "The area is \boxed{24}. So the
-    answer is C."
+    VLMEvalKit reads boxed references for numbers alone, so that this is no part of mode "raw".
     """
-    text = benchmark.final(response)
-    hit = benchmark.check(row, text)
-    if hit is None:
-        around = benchmark.final(response, unbox=False)
-        if around != text:
-            hit = benchmark.check(row, around)
-            if hit is not None:
-                text = around
-    return text.replace(HIDDEN, ""), hit
+    if "answer" not in row.cells:
+        return row
+    return replace(row, cells=row.cells | {"answer": final_answer(row["answer"])})
+
+
+def _check_final(benchmark: Benchmark, row: Row, response: str) -> tuple[str, bool | None]:
+    """(what was read, whether it is right) of the final answer: the first reading that settles."""
+    readings = benchmark.readings(response)
+    for text in readings:
+        hit = benchmark.check(row, text)
+        if hit is not None:
+            return text.replace(HIDDEN, ""), hit
+    return readings[0].replace(HIDDEN, ""), None
 
 
 def _ask(judge: Judge, row: Row, response: str) -> str | bool:

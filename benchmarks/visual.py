@@ -3,7 +3,7 @@
 import re
 import warnings
 
-from benchmarks.answers import final_answer, match_option, yes_or_no
+from benchmarks.answers import final_answer, half_width, match_option, yes_or_no
 from benchmarks.benchmark import (
     Benchmark,
     Result,
@@ -22,8 +22,12 @@ from benchmarks.files import BenchmarkError, Row, show
 class YesNo(Benchmark):
     """Questions to be answered by yes or no."""
 
+    reference = "'Yes' or 'No'"
+
     def final(self, response, unbox=True):
-        return final_answer(response, unbox).replace("*", "")
+        # VLMEvalKit cleans neither: "**Yes**" and "Answer:Yes" hold no word that is yes.
+        text = half_width(final_answer(response, unbox))
+        return text.replace("*", "").replace(":", " ")
 
     def check(self, row, text):
         if row["answer"] not in ("Yes", "No"):
@@ -164,6 +168,7 @@ class MMBench(Benchmark):
 
     title = "MMBench"
     metric = "circular accuracy"
+    reference = "the letter of an option"
     columns = ("question", "A", "B", "answer", "category", "l2-category")
     SHORT = {
         "coarse_perception": "CP",

@@ -22,6 +22,7 @@ class WeMath(Benchmark):
 
     title = "WeMath"
     metric = "Score (Strict)"
+    reference = "the letter of an option"
     columns = ("ID", "key", "knowledge concept", "question", "A", "B", "answer")
 
     def prompt(self, row):
@@ -43,9 +44,14 @@ class WeMath(Benchmark):
         scores["Two-step(S2)"] = accuracy(r for r in results if r.row["key"] == "2steps_multi")
         scores["Three-step(S3)"] = accuracy(r for r in results if r.row["key"] == "3steps_multi")
         scores["domain"] = domain_accuracies(one_step)
-        by_letter = [letter_after_answer(result.text) == result.row["answer"] for result in results]
+        by_letter = [self._hits_after_answer(result) for result in results]
         scores['letter after "Answer"'] = mastery(problems, by_letter)
         return scores["Score (Strict)"], scores
+
+    @staticmethod
+    def _hits_after_answer(result: Result) -> bool:
+        letter = letter_after_answer(result.text)
+        return letter is not None and letter == result.row.cells.get("answer")
 
 
 def complete_problems(results: list[Result]) -> list[Problem]:

@@ -99,6 +99,16 @@ class Prover:
             with process:  # closes the pipes and waits for the end
                 pass
 
+    def forget(self) -> None:
+        """In a fork of the process that asks: leave the worker to that process."""
+        process = self.process
+        self.process = None
+        atexit.unregister(self.stop)
+        if process is not None:
+            process.returncode = 0  # it is not this process's to wait for
+            process.stdin.close()
+            process.stdout.close()
+
     def reply(self, seconds: float) -> bytes:
         """One byte from the worker, b"" if it is dead or late."""
         poll = select.poll()

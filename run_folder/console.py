@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 import dyco
 from config import Config
-from rows import read_jsonl
+from rows import excerpt, printable, read_jsonl
 
 
 def say(text: str) -> None:
     """A line on standard output, above the progress bar. A terminal that has gone ends no run."""
     try:
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(printable(text), file=sys.stdout)
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open until the end)
 
@@ -137,7 +137,7 @@ def step_lines(row: dict, steps: int) -> list[str]:
         width = min(shutil.get_terminal_size((120, 24)).columns, 120)
         lines.append(_fit(_step_fields(row, steps), width))
     if "policy/skipped_prompts" in row:
-        ids = printable(", ".join(row["policy/skipped_prompts"]))
+        ids = excerpt(", ".join(row["policy/skipped_prompts"]))
         lines.append(f"  update skipped, loss or gradient not finite, prompts {ids}")
     elif "policy/skipped_updates" in row:
         lines.append("  no update: in every group the answers were all right or all wrong")
@@ -231,12 +231,6 @@ class Watch:
             if self.count[what] == self.STEPS:
                 said.append(f"warning: for {self.STEPS} steps {what}; likely causes: {causes}")
         return said
-
-
-def printable(text: str, most: int = 300) -> str:
-    """Text of a model or a file for the terminal: no control characters, and not too much of it."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most])
-    return shown + (" …" if len(text) > most else "")
 
 
 def held_out_curve(path: Path) -> str:

@@ -106,6 +106,8 @@ def exclusive(folder: Path, option: str):
             folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(open(folder / ".lock", "w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A fork, such as the one of a custom reward, would hold it beyond this process's end.
+            os.register_at_fork(after_in_child=lock.close)
         except BlockingIOError:
             raise FolderError(
                 f"{folder}: another process is writing there; set {option} to a new folder"

@@ -1,20 +1,21 @@
 """Runs whose disk, checkpoints, samples or figures come to harm: said in one line, nothing lost."""
 
 import errno
+import json
 import os
 import stat
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import rows_of, weights_of
+from helpers import rows_of, small_run, weights_of
 from safetensors.torch import load_file
 
 import run_folder
 import train
 from config import load_config
 from data import DataError
-from rows import read_jsonl
+from rows import excerpt, read_jsonl
 from tools import export
 
 
@@ -193,8 +194,8 @@ def test_a_custom_reward_is_seen_everywhere(start, capsys):
 
 
 def test_what_a_model_writes_does_not_reach_the_terminal_raw():
-    assert run_folder.printable("a\x1b[31m\x00b") == "a\\x1b[31m\\x00b"
-    assert run_folder.printable("x" * 400) == "x" * 300 + " …"
+    assert excerpt("a\x1b[31m\x00b") == "a\\x1b[31m\\x00b"
+    assert excerpt("x" * 400) == "x" * 300 + " …"
 
 
 def test_a_checkpoint_becomes_a_model_folder(start, tmp_path, capsys):
@@ -209,3 +210,18 @@ def test_a_checkpoint_becomes_a_model_folder(start, tmp_path, capsys):
     flip_bytes(checkpoint / "tensors.pt")
     with pytest.raises(SystemExit, match="is not what was saved"):
         export.main([str(checkpoint), str(tmp_path / "again")])
+
+
+def test_text_of_a_data_file_is_not_obeyed_by_the_terminal(tmp_path, capsys):
+    """Neither in what ends a run, which is of several lines, nor in what it says."""
+    row = {"id": "\x1b[2J", "image": "\x1b[31m\u202e.png", "question": "<image>?", "answer": "1"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit) as caught:
+        data = f"data.path={tmp_path / 'rows.jsonl'}"
+        train.main(small_run(tmp_path, "run", "reward.custom=null", data))
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "line 1: " in said and r"\x1b[31m\u202e.png" in said
+    assert all(line.isprintable() for line in said.splitlines())
+    run_folder.say("a \x1b[31m\nb")
+    assert capsys.readouterr().out == "a \\x1b[31m\nb\n"

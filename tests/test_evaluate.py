@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from data import Sample
 from distributed import World
 from dyco import Signals
 from model import save_policy
-from tools.token_table import printable, token_table
+from rows import printable
+from tools.token_table import token_table
 
 
 def test_images_swap_among_samples_with_as_many():
@@ -195,3 +197,17 @@ def test_a_question_has_as_many_markers_as_images(ask, tmp_path):
     more = ("--image", str(tmp_path / "picture.png"))
     with pytest.raises(SystemExit, match="the question has 1 <image> markers; expected 2"):
         ask(*more, question="Sum <image>.")
+
+
+def test_errors_and_warnings_are_not_obeyed_by_the_terminal(capsys, monkeypatch):
+    """Whatever text of a file they hold; a message of several lines keeps them."""
+
+    def fail(arguments):
+        warnings.warn("of \x1b]0;title\x07", stacklevel=1)
+        raise ValueError("row \x1b[2J\n\u202esecond")
+
+    monkeypatch.setattr(evaluate, "score", fail)
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(["score", "--benchmark", "MME", "--responses", "x"])
+    assert str(caught.value) == "error: row \\x1b[2J\n\\u202esecond"
+    assert capsys.readouterr().err == "warning: of \\x1b]0;title\\x07\n"

@@ -20,8 +20,8 @@ FOLDERS = ("rewards", "run_folder", "benchmarks", "tools")
 CORE = {
     "dyco": set(),
     "rl_algos": set(),
-    "distributed": set(),
     "rows": set(),
+    "distributed": {"rows"},
     "rewards": set(),
     "data": {"rows"},
     "config": {"dyco", "rl_algos", "rows"},

@@ -7,7 +7,14 @@ import pkgutil
 import pytest
 
 import rewards
-from rewards import accuracy, extract_answer, is_satisfiable, load_custom, read_reference
+from rewards import (
+    RewardError,
+    accuracy,
+    extract_answer,
+    is_satisfiable,
+    load_custom,
+    read_reference,
+)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +171,20 @@ def test_load_custom_names_what_is_wrong(tmp_path, suffix, message):
         load_custom(str(tmp_path / suffix))
 
 
-def test_load_custom_passes_errors_of_the_file_on(tmp_path):
-    (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
-    with pytest.raises(ModuleNotFoundError):
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            "\nimport nothing_of_this_name\n",
+            "ModuleNotFoundError: .*nothing_of_this_name.*, line 2",
+        ),
+        ("import sys\nsys.exit(3)\n", r"SystemExit: 3 \(.*broken.py, line 2\)"),
+        ("x = [][0]\n", r"IndexError: .* \(.*broken.py, line 1\)"),
+        ("def f(:\n", r"SyntaxError: invalid syntax \(broken.py, line 1\)"),
+        ("x = '\0'", r"broken\.py"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_a_clear_error(tmp_path, content, message):
+    (tmp_path / "broken.py").write_text(content)
+    with pytest.raises(RewardError, match=f"^custom reward .*cannot be imported: .*{message}"):
         load_custom(f"{tmp_path / 'broken.py'}:f")

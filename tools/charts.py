@@ -13,6 +13,8 @@ MAX_POINTS = 300  # of a curve; where there are more, neighbours are averaged
 MARKED_POINTS = 16  # curves of at most so many points show each point as a dot
 TABLE_ROWS = 40  # of the table below a chart
 
+SMALLEST_RANGE = 1e-300  # of the y axis: what is smaller cannot be divided into steps
+
 # A chart's size and margins, in the units of its own SVG. The page scales all of it to its column.
 WIDTH, HEIGHT = 384, 190
 TOP, BOTTOM = 10, 40
@@ -202,7 +204,7 @@ def make_axes(
         x_to = x_from + 1
     low = min(0, min(ys))
     high = max(ys) if top is None else top
-    if high <= low:
+    if high - low < SMALLEST_RANGE:
         high = low + 1
     marks = ticks(low, high)
     step = marks[1] - marks[0]

@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Iterator
 
+from rows import printable
+
 
 @contextlib.contextmanager
 def command(*expected: type[Exception], advice: str = "") -> Iterator[None]:
@@ -22,7 +24,7 @@ def command(*expected: type[Exception], advice: str = "") -> Iterator[None]:
         print(f"stopped{advice}", file=sys.stderr)
         sys.exit(130)
     except expected as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))
     finally:
         _flush_output()
 

@@ -58,6 +58,12 @@ TRAINING = [
         [Curve("reward", "reward/mean", "first")],
     ),
     ChartOf(
+        "Your own reward",
+        "mean per response, before its weight",
+        "Higher is better.",
+        [Curve("custom", "reward/custom", "first")],
+    ),
+    ChartOf(
         "Response length",
         "tokens",
         "Neither direction is better; a jump is worth a look at the responses.",

@@ -32,6 +32,7 @@ from model import Policy, policy_from_config
 from rollout import Rollout, generate, runs_within
 from rows import read_jsonl
 from run_folder import write_file
+from train import reference_of
 
 PROMPTS_AT_ONCE = 32  # whose pixels and signals are on the device together
 ROLES = {"visual": 1, "text": -1}
@@ -288,7 +289,12 @@ def load(
         ids += [f"train-{index}" for index in range(len(training))]
         count = min(config.eval.samples, len(held_out))
         return policy, ConcatDataset([held_out, training]), ids, count
-    samples = JsonlDataset(options.data, config.data.image_root, config.data.on_error)
+    samples = JsonlDataset(
+        options.data,
+        config.data.image_root,
+        config.data.on_error,
+        check_answer=reference_of,  # as in training: a reference that nothing matches is an error
+    )
     check_lengths(
         samples,
         policy.tokenizer,

@@ -1,7 +1,7 @@
 """token_table.py: one response as a table for the terminal, with what DyCo sees in each token.
 
 `evaluate.py ask --tokens` prints it. What a model writes may hold anything, also what a terminal
-would obey rather than show; none of that reaches the terminal.
+would obey rather than show; each token is shown as Python writes it, so none of that gets there.
 """
 
 from __future__ import annotations
@@ -64,14 +64,3 @@ def character_width(character: str) -> int:
     if unicodedata.combining(character):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def printable(text: str) -> str:
-    """The text without what a terminal would obey rather than show, but for line breaks."""
-    characters = []
-    for character in text:
-        # Controls, invisible marks that turn the direction of text, and halves of pairs.
-        if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in "\n\t":
-            character = character.encode("unicode_escape").decode()
-        characters.append(character)
-    return "".join(characters)

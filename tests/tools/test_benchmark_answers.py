@@ -84,6 +84,10 @@ def test_match_option_has_vlmevalkits_later_rule_as_a_switch():
         ("the ANSWER IS because", "B"),
         ("answer is clearly", "C"),
         ("answer is **C**", "C"),
+        ("answer  is b", "B"),
+        ("answer is \t\n b", "B"),
+        ("answer is**B**", None),
+        ("answer is ** B**", None),
         ("answer is definitely", None),
         ("answer isn't", None),
     ):
@@ -128,7 +132,8 @@ def test_match_option_has_vlmevalkits_later_rule_as_a_switch():
         (". " * 32 + "yes.", None),
         (".3" * 40 + " yes.", "Yes"),  # 32 periods are deleted, those before digits not
         ("1.\n" * 31 + "yes.", "Yes"),
-        ("1.\n" * 32 + "yes.", None),  # VLMEvalKit's misspelt lookbehind: those after digits, too
+        ("1. " * 32 + "yes.", "Yes"),  # periods that touch a digit are neither deleted nor counted
+        ("1.\n" * 32 + "yes.", "Yes"),
     ],
 )
 def test_yes_or_no(text, expected):
@@ -261,6 +266,27 @@ def test_answer_letters(text, expected):
         ("0.3333334", "1/3", True),
         ("0.33333", "1/3", False),
         (r"\dfrac{3}{4}", "0.75", True),
+        (r"The answer is \boxed{225}.", "225", True),
+        ("7", r"$\boxed{7}$", True),
+        (r"So \boxed{0.5}", r"$\boxed{\frac{1}{2}}$", True),
+        (r"\boxed{45^\circ}", "45", True),
+        (r"45^{\circ}", "45", True),
+        (r"\boxed{\$5}", "5", True),
+        (r"\boxed {7}", "7", True),
+        (r"\boxed 7", "7", True),
+        (r"\fbox{7}", "7", True),
+        (r"\boxed{\boxed{7}}", "7", True),
+        (r"\boxed{2}, yes, \boxed{2}", "2", True),
+        (r"\boxed{1}, \boxed{2}", "2", False),
+        (r"\boxed{7", "7", False),
+        (r"\boxed{7} \boxed{}", "7", False),
+        (r"so \boxed{7} or \boxed{8", "7", False),
+        (r"\boxed{\sqrt{3}}", r"\sqrt{3}", False),
+        (r"\boxed{\pi}", r"\pi", False),
+        (r"\boxed{5\text{ cm}}", "5", False),
+        (r"\boxed{x=5}", "5", False),
+        (r"\boxed{12\%}", "12", False),
+        ("The answer is 225.", "225", False),
         (r"2\sqrt{3}", r"\sqrt{12}", False),
         (r"\sqrt{4}", "2", False),
         ("5 cm", "5", False),

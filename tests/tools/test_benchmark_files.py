@@ -3,6 +3,7 @@
 import base64
 import csv
 import struct
+import time
 import zlib
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks import BenchmarkError, find, read_responses, read_tsv
+from benchmarks import BenchmarkError, Row, find, read_responses, read_tsv
 
 
 def load(tmp_path, rows, pictures=True, columns=None, needed=()):
@@ -362,3 +363,34 @@ def test_a_broken_line_of_responses_is_named(tmp_path, line, message):
     path.write_text('{"index": 0, "response": ""}\n' + line + "\n")
     with pytest.raises(BenchmarkError, match=f"responses.jsonl, line 2: .*{message}"):
         read_responses(path)
+
+
+@pytest.mark.parametrize("cell", ["[" + "1," * 600_000 + "1]", "[" + "''," * 400_000 + "'']"])
+@pytest.mark.parametrize("column", ["image", "image_path"])
+def test_a_literal_of_many_values_is_refused_before_it_is_parsed(tmp_path, cell, column):
+    """A list of 48 MB would take minutes and gigabytes."""
+    begin = time.process_time()
+    with pytest.raises(
+        BenchmarkError, match=f"x.tsv, line 2: '{column}' is .*characters; at most 100000 are read"
+    ):
+        load(tmp_path, [{"index": 1, column: cell}])
+    assert time.process_time() - begin < 1
+
+
+@pytest.mark.parametrize(
+    "name, column", [("MathVision", "choices"), ("MathVerse_MINI", "metadata")]
+)
+@pytest.mark.parametrize("cell", ["[" + "1," * 600_000 + "1]", "[" * 10**6 + "]" * 10**6])
+def test_no_other_cell_is_parsed_when_it_is_huge(name, column, cell):
+    row = Row("x.tsv, line 2", "1", {column: cell})
+    parse = find(name)._choices if column == "choices" else find(name)._metadata
+    with pytest.raises(
+        BenchmarkError, match=f"x.tsv, line 2: '{column}' is .*at most 100000 are read"
+    ):
+        parse(row)
+
+
+def test_a_list_of_large_pictures_is_read(tmp_path):
+    picture = "A" * 300_000
+    rows, _ = load(tmp_path, [dict(index=1, image=str([picture, picture]))])
+    assert rows[0].images == (picture, picture)

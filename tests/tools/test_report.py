@@ -3,6 +3,7 @@ for at the top; several runs compare; train.py keeps it fresh; a browser shows i
 
 import base64
 import json
+import math
 import re
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -577,7 +578,7 @@ def test_the_command_writes_the_page_and_prints_its_path(run_dir, two_runs, caps
     assert not (two_runs[0] / "report.html").exists()
 
 
-def test_what_cannot_be_compared_is_one_clear_error(two_runs, tmp_path):
+def test_what_cannot_be_compared_is_one_clear_error(two_runs, tmp_path, capsys):
     left, right = map(str, two_runs)
     for arguments, message in (
         ([left, str(tmp_path)], f"{tmp_path}: no metrics.jsonl; expected the folder of a train.py"),
@@ -588,9 +589,9 @@ def test_what_cannot_be_compared_is_one_clear_error(two_runs, tmp_path):
     ):
         with pytest.raises(SystemExit) as caught:
             report.main(arguments)
-        assert message in str(caught.value)
-        assert str(caught.value).startswith("error: ")
-        assert "\n" not in str(caught.value)
+        (error,) = str(caught.value).splitlines()
+        assert message in error
+        assert error.startswith("error: ")
 
 
 def without(key: str) -> str:
@@ -629,19 +630,132 @@ def without(key: str) -> str:
         ),
     ],
 )
-def test_what_cannot_be_read_is_one_clear_error(run_dir, name, content, message):
+def test_what_cannot_be_read_is_one_clear_error(run_dir, capsys, name, content, message):
     if content is None:
         (run_dir / name).unlink()
     else:
         (run_dir / name).write_text(content)
     with pytest.raises(SystemExit) as caught:
         report.main([str(run_dir)])
-    assert message in str(caught.value)
-    assert str(caught.value).startswith("error: ")
-    assert str(run_dir) in str(caught.value)
+    (error,) = str(caught.value).splitlines()
+    assert message in error
+    assert error.startswith("error: ")
+    assert str(run_dir) in error
     assert not (run_dir / "report.html").exists()
     with pytest.raises(ReportError):
         report.write(run_dir)
+
+
+def changed(tree, path: tuple, value):
+    """A copy of JSON content with another value at a path; without the key where value is DEL."""
+    if not path:
+        return value
+    first, *rest = path
+    copy = tree.copy()
+    if value is DEL and not rest:
+        del copy[first]
+    else:
+        copy[first] = changed(tree[first], tuple(rest), value)
+    return copy
+
+
+DEL = object()
+OF_AN_EXAMPLE = {
+    "id": [None, 7, ["a"], DEL],
+    "correct": [None, "yes", DEL],
+    "length": ["3", 2.5, math.nan],
+    "tokens": [None, "abc", [1], [], {}],
+    "roles": [[2], ["v"], [[]], None],
+    "weights": [[], None, [math.nan] * 12, [True] * 12, ["1"] * 12, 3],
+    "visual_mass": [[math.inf], {}, DEL],
+    "peaks": [[], [None] * 12],
+    "heat": ["", "x", "AAAA", None, 10**400],
+    "images": [None, [], [{}], [3], {"file": "x"}],
+}
+OF_AN_IMAGE = {
+    "file": ["https://example.invalid/x.png", None, DEL],
+    "block": [0, -1, 1.5, True, 10**400, 2**70],
+    "height": [0, "9", 10**120, None],
+}
+
+
+def test_every_damage_to_the_examples_is_one_clear_error(run_dir):
+    """A wrong type, a missing key, a list of another length, a figure that is not finite."""
+    path = run_dir / "examples" / "step-00000030.json"
+    content = json.loads(path.read_text())
+    first = ("examples", 0)
+    damages = [((), value) for value in (None, [], 3, {}, "x", math.nan)]
+    damages += [(("step",), value) for value in (None, "30", 1.5, True, math.inf, DEL)]
+    damages += [(("examples",), value) for value in (None, 3, ["x"], [None], {"a": 1}, DEL)]
+    for key, values in OF_AN_EXAMPLE.items():
+        damages += [((*first, key), value) for value in values]
+    for key, values in OF_AN_IMAGE.items():
+        damages += [((*first, "images", 0, key), value) for value in values]
+    for place, value in damages:
+        path.write_text(json.dumps(changed(content, place, value)))
+        refused(run_dir, path)
+
+
+def refused(run_dir, path) -> None:
+    """The report is one line that names the file."""
+    with pytest.raises(ReportError) as caught:
+        report.write(run_dir)
+    assert str(caught.value).startswith(str(path))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["examples/step-00000030.json", "config.yaml", "starts.jsonl"])
+def test_bytes_that_are_no_text_are_one_clear_error(run_dir, name):
+    write_rows(run_dir / "starts.jsonl", [START])
+    path = run_dir / name
+    whole = path.read_bytes()
+    for content in (b"\xff\n", b"{\x00}\n", b"[" * 3000 + b"\n", b"9" * 5000 + b"\n"):
+        path.write_bytes(content)
+        refused(run_dir, path)
+    if name != "starts.jsonl":  # of which the last line may be half-written
+        path.write_bytes(whole[: len(whole) // 2] + b": [")
+        refused(run_dir, path)
+
+
+@pytest.mark.parametrize("content", ["dyco: 3", "algo: [1]", "a: &a {b: *a}", "? [1, 2]\n: 3", "x"])
+def test_a_config_without_sections_is_one_clear_error(run_dir, content):
+    (run_dir / "config.yaml").write_text(content)
+    refused(run_dir, run_dir / "config.yaml")
+
+
+@pytest.mark.parametrize("figure", ["1e999", "-1e101", "1" + "0" * 400, "Infinity", "true"])
+def test_a_figure_that_no_curve_can_show_is_one_clear_error(run_dir, figure):
+    (run_dir / "metrics.jsonl").write_text(f'{{"step": 1, "a": {figure}}}\n')
+    refused(run_dir, run_dir / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("name", ["roles.json", "intervene.json"])
+def test_a_damaged_analysis_is_one_clear_error(run_dir, name):
+    (run_dir / "analysis").mkdir()
+    path = run_dir / "analysis" / name
+    whole = json.dumps(roles_file() if name == "roles.json" else intervention_file())
+    for content in ("", "[]", "null", whole[:-9], whole.replace("0.35", "NaN"), '{"arms": 1e999}'):
+        path.write_text(content)
+        refused(run_dir, path)
+
+
+def test_tiny_and_huge_figures_have_their_curves(run_dir):
+    figures = [5e-324, 1e-310, -1e100, 1e100, 0]
+    rows = [{"step": step, "policy/entropy": value} for step, value in enumerate(figures)]
+    for count in (1, 2, 5):
+        write_rows(run_dir / "metrics.jsonl", rows[:count])
+        assert "Entropy" in written(run_dir)[1].shown
+
+
+def test_a_reward_of_ones_own_has_its_curve(run_dir, two_runs, tmp_path):
+    """Only where the run has one."""
+    assert "Your own reward" not in written(run_dir)[1].shown
+    rows = [row | {"reward/custom": 0.5} for row in metrics()]
+    write_rows(run_dir / "metrics.jsonl", rows)
+    assert "Your own reward" in written(run_dir)[1].shown
+    write_rows(two_runs[0] / "metrics.jsonl", rows)
+    _, page = checked(report.compare(two_runs, tmp_path / "page.html"))
+    assert "Your own reward" in page.shown
 
 
 # ------------------------------------------------------------------------------------- examples

@@ -259,6 +259,12 @@ def test_data_without_an_image_has_roles(start, tmp_path):
     start(data="text.jsonl")
 
 
+def test_a_reference_that_nothing_matches_is_refused_as_in_training(start, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"question": "Sum.", "answer": "<answer></answer>"}\n')
+    with pytest.raises(SystemExit, match="line 1.*no response can match it"):
+        start(data="empty.jsonl")
+
+
 def test_the_toy_has_its_decisions_beside_the_roles(start, tmp_path, capsys):
     plain = start(out="plain")
     assert "decisions" not in json.loads((plain / "roles.json").read_text())

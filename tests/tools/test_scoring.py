@@ -22,7 +22,8 @@ from benchmark_rows import (
 )
 
 import evaluate
-from benchmarks import BenchmarkError, find, pass_at_k, score
+from benchmarks import BenchmarkError, Row, find, pass_at_k, score, score_file
+from benchmarks.scoring import check_references
 from rows import append_jsonl
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rows; the released.*")
@@ -125,11 +126,12 @@ def test_a_judge_is_asked_about_what_the_rule_cannot_settle(scored):
         asked.append((response, answer, row["question"], "image" in row))
         return {"A or C": "C", "1,00": True}.get(response, "no idea")
 
-    rows = [*MATHVISION[:4], dict(MATHVISION[4], response="1,00")]
+    half = dict(MATHVISION[3], response="One half.")
+    rows = [*MATHVISION[:3], half, dict(MATHVISION[4], response="1,00")]
     found = scored("MathVision", rows, judge=judge, judge_name="judge.py:judge")
     assert asked == [
         ("A or C", "C", "?", False),
-        (MATHVISION[3]["response"], r"\frac{1}{2}", "?", False),
+        ("One half.", r"\frac{1}{2}", "?", False),
         ("1,00", "1000", "?", False),
     ]
     assert found["headline"]["value"] == 60
@@ -205,3 +207,43 @@ def test_scoring_4000_rows_takes_less_than_five_seconds_and_no_torch(tmp_path):
         [sys.executable, "-c", check, *command[1:]], cwd=root, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def plain_row(index, answer):
+    return dict(index=index, image=RED, question="?", answer=answer, skill="spatial")
+
+
+def test_references_are_held_against_themselves(tmp_path):
+    """One line for all of them, with the first three; the rows are scored, as wrong."""
+    answers = ["B", "", "A,C", "Z", "nan", "A, C", "3"]
+    rows = [plain_row(i, answer) for i, answer in enumerate(answers)]
+    path = write_tsv(tmp_path / "x.tsv", rows)
+    append_jsonl(tmp_path / "r.jsonl", [{"index": i, "response": "B"} for i in range(len(rows))])
+    with pytest.warns(UserWarning) as said:
+        found = score_file(find("LogicVista"), path, tmp_path / "r.jsonl", "final")
+    texts = [str(warning.message) for warning in said if "own text" in str(warning.message)]
+    assert len(texts) == 1
+    assert texts[0].startswith("4 of 7 rows have an answer that not even its own text matches; ")
+    assert "x.tsv, line 3: 'answer' is ''; " in texts[0]
+    assert "x.tsv, line 4: 'answer' is 'A,C'; " in texts[0]
+    assert texts[0].endswith("; … and 1 more; scored as wrong")
+    assert found["headline"]["value"] == pytest.approx(100 / 7)
+    assert found["counts"]["rows"] == 7
+
+
+def test_a_file_whose_references_nothing_matches_is_an_error(tmp_path):
+    row = dict(index=1, A="red", B="blue", answer="", category="x", **{"l2-category": "y"})
+    rows = [row | {"image": RED, "question": "?"}]
+    path = write_tsv(tmp_path / "x.tsv", rows)
+    append_jsonl(tmp_path / "r.jsonl", [{"index": 1, "response": "A"}])
+    with pytest.raises(BenchmarkError, match="1 of 1 rows have .*expected the letter of an option"):
+        score_file(find("MMBench"), path, tmp_path / "r.jsonl", "raw")
+
+
+def test_ten_thousand_references_are_checked_in_seconds(tmp_path):
+    cells = {"choices": "[]", "category": "x", "question": "?"}
+    answers = [str(i) if i % 2 else rf"\boxed{{\frac{{{i}}}{{7}}}}" for i in range(10_000)]
+    rows = [Row("x", str(i), cells | {"answer": answer}) for i, answer in enumerate(answers)]
+    begin = time.process_time()
+    check_references(find("MathVision"), rows)
+    assert time.process_time() - begin < 5
