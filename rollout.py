@@ -17,6 +17,7 @@ still decoded, V vocabulary.
 """
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from dyco import Signals
 from model import Policy
 
 PREFILL_TOKENS = 16384  # prompt tokens in one prefill
+BLOCK = 256  # at most so many ids of the vocabulary are one block for sampling
 
 
 @dataclass
@@ -139,26 +141,35 @@ def keyed_generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, greedy: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Inverse-CDF sampling: logits [R, V], uniforms [R] in [0, 1) -> ids, log-probabilities [R].
 
-    Ids of probability 0 are never drawn. One pass over the vocabulary serves the sum of the
-    exponentials, its partial sums, and the log-probability.
+    greedy [R] bool: the rows that take the likeliest id instead. Ids of probability 0 are never
+    drawn. The vocabulary is large, so it is passed over as seldom as can be: sums of blocks of ids
+    say in which block a uniform number falls, and only that block is looked into.
     """
-    highest = logits.amax(dim=-1, keepdim=True)
-    # Partial sums in float64, or the tail of a large vocabulary would be lost in rounding.
-    cumulative = (logits - highest).exp_().cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
+    highest, likeliest = logits.max(dim=-1, keepdim=True)
+    shares = (logits - highest).exp_()
+    blocks = shares.unflatten(-1, (-1, math.gcd(shares.shape[-1], BLOCK)))
+    # In float64, or what a large vocabulary adds up to would be lost in rounding.
+    up_to = blocks.sum(-1).double().cumsum(-1)
+    total = up_to[:, -1:]
     threshold = uniforms.double()[:, None] * total
-    ids = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
+    block = torch.searchsorted(up_to, threshold, right=True).clamp_(max=blocks.shape[1] - 1)
+
+    size = blocks.shape[2]
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, size)).squeeze(1).double().cumsum(-1)
+    of_block = inside[:, -1:]
+    threshold = threshold - (up_to.gather(-1, block) - of_block)
+    # Both sums of the block are rounded: stay within it, where some id has a probability.
+    threshold = torch.minimum(threshold, of_block * (1 - 2**-52))
+    ids = block * size + torch.searchsorted(inside, threshold, right=True)
+    if greedy is not None:
+        ids = torch.where(greedy[:, None], likeliest, ids)
     logprobs = logits.gather(-1, ids) - highest - total.log().float()
     return ids.squeeze(-1), logprobs.squeeze(-1)
-
-
-def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Greedy decoding: logits [R, V] -> ids, log-probabilities [R]."""
-    highest, ids = logits.max(dim=-1)
-    return ids, highest - logits.logsumexp(dim=-1)
 
 
 @torch.no_grad()
@@ -272,7 +283,6 @@ class _Wave:
         self.group_size = group_size
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
-        self.greedy_last = greedy_last
         self.make_layout = decoding
         self.tap: Tap | None = None if capture is None else policy.tap(capture)
         device = policy.device
@@ -284,9 +294,13 @@ class _Wave:
         self.signals: Signals | None = None
         if self.tap is not None:
             self.signals = Signals(*(torch.zeros(shape, device=device) for _ in Signals._fields))
-        self.uniforms: Tensor | None = None  # [B, T]
+        # [B, T], and the rows that are greedy, [B]
+        self.uniforms = torch.zeros(shape, device=device)
+        self.greedy = torch.ones(rows, dtype=torch.bool, device=device)
         if key is not None:
             self.uniforms = self._draw_uniforms(key).to(device)
+            is_last = torch.arange(rows, device=device) % group_size == group_size - 1
+            self.greedy = is_last & greedy_last
         self.end_ids = torch.tensor(sorted(policy.eos_ids), dtype=torch.long, device=device)
         self.truncated = torch.ones(rows, dtype=torch.bool, device=device)
         # Of the rows that are still decoded: which row of the result each is, whether it goes on,
@@ -393,15 +407,8 @@ class _Wave:
     def _choose(self, hidden: Tensor) -> None:
         """Draw the next token of every row from hidden [R, D], and write it down."""
         logits = self.policy.next_token_logits(hidden, self.head, self.temperature)
-        if self.uniforms is None:
-            tokens, logprobs = most_likely(logits)
-        else:
-            tokens, logprobs = sample_tokens(logits, self.uniforms[self.alive, self.column])
-        if self.greedy_last:
-            is_last = self.alive % self.group_size == self.group_size - 1
-            greedy_tokens, greedy_logprobs = most_likely(logits)
-            tokens = torch.where(is_last, greedy_tokens, tokens)
-            logprobs = torch.where(is_last, greedy_logprobs, logprobs)
+        uniforms = self.uniforms[self.alive, self.column]
+        tokens, logprobs = sample_tokens(logits, uniforms, self.greedy[self.alive])
         place = (self.alive, self.column)
         self.tokens[place] = torch.where(self.going, tokens, 0)
         self.logprobs[place] = torch.where(self.going, logprobs, 0)
