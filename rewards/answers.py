@@ -12,7 +12,8 @@ A new kind of answer is one reader, one comparison, and their lines in these lis
 
 What counts as equal, where tastes differ (docs/rewards.md has the long list):
 - Integers and fractions are compared exactly. Where a decimal or a power of ten stands on either
-  side, |a − b| ≤ 1e-5·|b|, b being the reference. Expressions with variables have no tolerance.
+  side, or a root on one and a fraction on the other, |a − b| ≤ 1e-5·|b|, b being the reference.
+  Closed forms are compared to nine digits, expressions with variables without any tolerance.
 - A unit (also %, °, a currency, "apples") may be missing on one side. None is converted:
   5 cm ≠ 0.05 m, 50% ≠ 0.5.
 - (1, 2) and [1, 2) are ordered; {1, 2} and the bare "1, 2" or "1 or 2" are not. A bare list
@@ -36,7 +37,7 @@ from fractions import Fraction
 
 from rewards import prover, sentences, spelling
 from rewards.choices import LETTER, choice, same_letters
-from rewards.expressions import Parser, evaluate
+from rewards.expressions import Parser, evaluate, operations
 from rewards.forms import (
     INTERVALS,
     ROUNDING,
@@ -127,16 +128,6 @@ def rational(text: str) -> Fraction | None:
         return None
     value = evaluate(tree)
     return value if isinstance(value, Fraction) else None
-
-
-def operations(tree: tuple) -> set[str]:
-    """The names of all operations of a tree.
-
-    >>> sorted(operations(Parser("1+2!").whole()))
-    ['!', '+', 'num']
-    """
-    parts = [operations(operand) for operand in tree[1:] if isinstance(operand, tuple)]
-    return {tree[0]}.union(*parts)
 
 
 # -------------------------------------------------------------------------------------- comparisons
