@@ -47,6 +47,7 @@ from rewards.forms import (
     as_tuple,
     as_vector,
     close,
+    has_two_units,
     ratio_terms,
     same_number,
     values_said,
@@ -78,7 +79,7 @@ def equivalent(prediction: str, reference: str) -> bool:
     reference = spelling.clean(reference)
     letter = LETTER.fullmatch(reference)
     if letter:
-        chosen = choice(prediction) == letter[1].upper()
+        chosen = choice(sentences.conclusion(prediction) or prediction) == letter[1].upper()
         # A small letter may be a variable as well. Then what is no choice is compared below.
         if chosen or letter[1].isupper():
             return chosen
@@ -179,6 +180,8 @@ def compare_ratios(a: Value, b: Value, budget: Budget) -> bool | None:
     """3:2 = 6:4 = 3/2. A reference that may be a time of day, 12:30, is no ratio."""
     if ":" not in (a.kind, b.kind):
         return None
+    if has_two_units(a) != has_two_units(b):
+        return False
     first = ratio_terms(a)
     second = ratio_terms(b)
     if TIME_OF_DAY.fullmatch(b.source) or not first or not second or 0 in first + second:
@@ -243,6 +246,8 @@ def compare_sequences(a: Value, b: Value, budget: Budget) -> bool | None:
         b = as_tuple(b)
     if a.kind != b.kind and not bare_list_for(a, b) and not bare_list_for(b, a):
         return False
+    if "or" in a.signs and len({name for item in a.items for name in named(item)}) > 1:
+        return a.signs == b.signs and same_set(a.items, b.items, budget)
     if {*a.signs, *b.signs} >= {"and", "or"} and any(is_inequality(item) for item in b.items):
         return False
     if ORDERED[a.kind] or ORDERED[b.kind]:
@@ -296,6 +301,11 @@ ENCLOSED_LISTS = ("{}", "()", "[]")
 def bare_list_for(a: Value, b: Value) -> bool:
     """Whether a is "1, 2" and b such a list in brackets."""
     return a.kind == "list" and b.kind in ENCLOSED_LISTS
+
+
+def named(value: Value) -> list[str]:
+    """The name before a value, x of "x = 5"."""
+    return [value.items[0].words] if value.kind == "relation" and value.signs == ("=",) else []
 
 
 def is_inequality(value: Value) -> bool:

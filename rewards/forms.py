@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from rewards.expressions import has_root
+from rewards.sentences import REFUSED
 from rewards.values import Value, read
 
 # --------------------------------------------------------------------------------------- closeness
@@ -67,7 +68,8 @@ def same_number(a: Value, b: Value) -> bool:
 
 # What may stand left of "=" without being a statement of its own: x, f(x), A_1, \theta, \angle abc.
 NAME = re.compile(r"(?:[a-z]|\\(?!frac|sqrt|sin|cos|tan|ln|log|exp))[a-z0-9\\ _'{}(),]*")
-NEGATION = re.compile(r"\b(?:not|no|never|isn't|if|unless|when|suppose|assume)\b")
+# "the answer for x = 4" says under which condition, not what.
+CONDITION = re.compile(r"\b(?:for|with|by|at)\s+\S+$")
 
 SEGMENT = r"(?:\\(?:tri)?angle\s*)?(?:[A-Z]{1,3}|[a-zA-Z](?:_\{?\w+\}?)?)(?:_\{[^{}]*\})?"
 # A quantity is asked for as it stands, like a name; in a line of this list, and nothing else in it.
@@ -101,8 +103,8 @@ def is_name(side: Value) -> bool:
     """
     if side.kind in ("()", "{}", "list"):
         return all(NAME.fullmatch(item.words) for item in side.items)
-    if NAME.fullmatch(side.words) and not NEGATION.search(side.words):
-        return True
+    if NAME.fullmatch(side.words):
+        return not REFUSED.search(side.words) and not CONDITION.search(side.words)
     return any(quantity.fullmatch(side.source.strip()) for quantity in QUANTITIES)
 
 
@@ -310,6 +312,11 @@ def as_vector(value: Value) -> tuple[Value, ...] | None:
 # ------------------------------------------------------------------------------------------- ratios
 
 TIME_OF_DAY = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
+
+
+def has_two_units(value: Value) -> bool:
+    """Whether a ratio names two units, 3 cm : 2 m."""
+    return len({item.unit for item in value.items if item.unit}) > 1
 
 
 def ratio_terms(value: Value) -> list[Any] | None:

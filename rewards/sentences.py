@@ -20,8 +20,11 @@ REFUSED = re.compile(
          | if | unless | except | without
          | more | less | greater | fewer | than | over | under | above | below
          | twice | double | half | times | thrice | third | quarter | minus | plus | opposite
+         | fails? | otherwise
          | maybe | perhaps | possibly | might | could | guess | assume | suppose | instead | but
        ) \b | n't\b
+  | ^\s* (?: when | where | with | using | let | since | because | given | as | for | at | by
+           | is | say | consider | take | (?:check|try|test|suppos|assum)\w* ) \b
   | [不非未没或若倍约两] | 如果 | 至[少多] | 最[大小多少] | [大小多少高低]于 | 超过 | 一半 | 分之 | 平方[是为]
     """,
     re.IGNORECASE | re.VERBOSE,
@@ -35,7 +38,7 @@ SUBJECT = re.compile(
           | has | have | takes | costs | measures ) \s+
         (?: equal\ to\s+ | exactly\s+ | given\ by\s+ | simply\s+ )? :? \s*
       | [A-Za-z][A-Za-z\ ]*[a-z] : \s+                             # Area: 5
-      | [A-Za-z\u4e00-\u9fff\ ]*[\u4e00-\u9fff] (?: 是|为|等于|: ) \s*   # 面积是5
+      | [A-Za-z\u4e00-\u9fff\ ]*[\u4e00-\u9fff] (?: 是|为|等于|有|: ) \s*   # 面积是5
     )
     (?P<value> \S.* )
     """,
@@ -47,7 +50,7 @@ CONCLUSION = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-PREPOSITION = re.compile(r"\b(?:of|by|with|for|from|in|on|at|per|after|before)\s*$", re.IGNORECASE)
+PREPOSITION = re.compile(r"\b(?:of|by|with|for|from|in|on|at|per|after|before|first|last)\s*$", re.IGNORECASE)
 WORDS_AROUND = re.compile(r"(?=.*[A-Za-z]{2})[A-Za-z\s,.:'-]*", re.DOTALL)
 
 
@@ -61,11 +64,22 @@ def value_of(clean: str) -> str | None:
     """
     if len(clean) > MAX_SENTENCE or REFUSED.search(clean):
         return None
-    clauses = CONCLUSION.split(clean)
-    if len(clauses) == 2:
-        return clauses[1].strip()
     match = SUBJECT.fullmatch(clean)
-    return match["value"] if match else None
+    return conclusion(clean) or (match["value"] if match else None)
+
+
+def conclusion(clean: str) -> str | None:
+    """What stands after the one "the answer is" of a longer sentence; None for all else.
+
+    >>> conclusion("A and C are wrong, so the answer is B"), conclusion("AC = 2; the answer is B")
+    (None, 'B')
+    """
+    if len(clean) > MAX_SENTENCE or REFUSED.search(clean):
+        return None
+    before, *values = CONCLUSION.split(clean)
+    if len(values) != 1 or "answer" in before.casefold():
+        return None
+    return values[0].strip()
 
 
 def formula_of(raw: str) -> str | None:

@@ -506,13 +506,20 @@ def drop_remark(text: str) -> str:
     return REMARK.sub("", text)
 
 
+ANSWER_IS = re.compile(r"\banswer\s*(?:is\b|:)", re.IGNORECASE)
+
+
 def drop_introduction(text: str) -> str:
-    """Without "The answer is …" in front; twice, for "The answer is option B"."""
+    """Without "The answer is …" in front; twice, for "The answer is option B".
+
+    Where a second answer follows, the text stays as it is: then it says none.
+    """
+    rest = text
     for _ in range(2):
-        introduction = INTRODUCTION.match(text)
+        introduction = INTRODUCTION.match(rest)
         if introduction:
-            text = text[introduction.end() :]
-    return text
+            rest = rest[introduction.end() :]
+    return text if rest != text and ANSWER_IS.search(rest) else rest
 
 
 # In this order: Unicode comes first, since the later steps look for plain characters.
