@@ -37,7 +37,8 @@ ANOTHER_CHOICE = re.compile(
   | ^(?: (?:or|and)\b | [,;/&|+或和] )              # or …   , …
   | ^[A-E]\W*$                                      # C; a later letter may be what the option says
   | ^is \s+ (?:not|wrong|incorrect|false)\b
-  | \b (?:answer|option|choice) (?:\s+is\b)? \s* :? \s* \(? [A-Ha-h] (?![A-Za-z])   # The answer is C
+  # The answer is C
+  | \b (?:answer|option|choice) (?:\s+is\b)? \s* :? \s* \(? [A-Ha-h] (?![A-Za-z])
     """,
     re.VERBOSE,
 )

@@ -69,7 +69,7 @@ def same_number(a: Value, b: Value) -> bool:
 # What may stand left of "=" without being a statement of its own: x, f(x), A_1, \theta, \angle abc.
 NAME = re.compile(r"(?:[a-z]|\\(?!frac|sqrt|sin|cos|tan|ln|log|exp))[a-z0-9\\ _'{}(),]*")
 # "the answer for x = 4" says under which condition, not what.
-CONDITION = re.compile(r"\b(?:for|with|by|at)\s+\S+$")
+CONDITION = re.compile(r"\b(?:for|with|by|at|when|where)\s+\S+$")
 
 SEGMENT = r"(?:\\(?:tri)?angle\s*)?(?:[A-Z]{1,3}|[a-zA-Z](?:_\{?\w+\}?)?)(?:_\{[^{}]*\})?"
 # A quantity is asked for as it stands, like a name; in a line of this list, and nothing else in it.
@@ -246,7 +246,7 @@ def as_interval(value: Value) -> tuple[str | None, Value] | None:
 
 
 def _joined(value: Value) -> tuple[str | None, Value] | None:
-    """Of "x < 1 or x > 2" and "(1, 2) or (3, 4)" the union, of "x > 1 and x < 2" what is between."""
+    """Of "x < 1 or x > 2" and of "(1, 2) or (3, 4)" the union, of "x > 1 and x < 2" (1, 2)."""
     parts = [as_interval(item) for item in value.items if item.kind == "relation"]
     if not parts and "or" in value.signs:
         parts = [(None, item) for item in value.items if item.kind in INTERVALS]

@@ -25,7 +25,9 @@ REFUSED = re.compile(
        ) \b | n't\b
   | ^\s* (?: when | where | with | using | let | since | because | given | as | for | at | by
            | is | say | consider | take | (?:check|try|test|suppos|assum)\w* ) \b
-  | [不非未没或若倍约两] | 如果 | 至[少多] | 最[大小多少] | [大小多少高低]于 | 超过 | 一半 | 分之 | 平方[是为]
+  # not, or, if, times, about, two; at least, the largest, more than, half, the square is
+  | [不非未没或若倍约两] | 如果 | 至[少多] | 最[大小多少] | [大小多少高低]于 | 超过
+  | 一半 | 分之 | 平方[是为]
     """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -46,11 +48,16 @@ SUBJECT = re.compile(
 )
 # After other clauses, "AC = 12, so the answer is 12".
 CONCLUSION = re.compile(
-    r"[.,;] \s* (?:(?:so|thus|hence|therefore) ,?)? \s* the \s+ (?:final|correct)? \s* answer \s+ is \b :?",
+    r"""
+    [.,;] \s* (?: (?:so|thus|hence|therefore) ,? )? \s*
+    the \s+ (?:final|correct)? \s* answer \s+ is \b :?
+    """,
     re.IGNORECASE | re.VERBOSE,
 )
 FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-PREPOSITION = re.compile(r"\b(?:of|by|with|for|from|in|on|at|per|after|before|first|last)\s*$", re.IGNORECASE)
+PREPOSITION = re.compile(
+    r"\b(?:of|by|with|for|from|in|on|at|per|after|before|first|last|when|where)\s*$", re.IGNORECASE
+)
 WORDS_AROUND = re.compile(r"(?=.*[A-Za-z]{2})[A-Za-z\s,.:'-]*", re.DOTALL)
 
 

@@ -456,7 +456,9 @@ def collapse_spaces(text: str) -> str:
 
 
 # Emoji, headings and bullets of Markdown: ✅ 41, ### 41, * 41.
-DECORATION = re.compile(r"^(?:\*(?=\s)|[\u2600-\u27bf\U0001f300-\U0001faff\ufe0f]|#{1,6}(?=\s))+\s*(?=\S)")
+DECORATION = re.compile(
+    r"^(?:\*(?=\s)|[\u2600-\u27bf\U0001f300-\U0001faff\ufe0f]|#{1,6}(?=\s))+\s*(?=\S)"
+)
 
 
 def drop_decoration(text: str) -> str:
@@ -497,7 +499,8 @@ INTRODUCTION = re.compile(
 
 
 REMARK = re.compile(
-    r"\s*(?:\((?:approx(?:imately|\.)?|exact(?:ly)?|rounded[a-z0-9 .,]{0,40})\)|选项)$", re.IGNORECASE
+    r"\s*(?:\((?:approx(?:imately|\.)?|exact(?:ly)?|rounded[a-z0-9 .,]{0,40})\)|选项)$",
+    re.IGNORECASE,
 )
 
 
