@@ -14,6 +14,8 @@ import re
 import unicodedata
 from collections.abc import Callable
 
+from rewards import units
+
 Rewrite = tuple[re.Pattern, str | Callable[[re.Match], str]]
 
 
@@ -359,6 +361,8 @@ def unbox(text: str) -> str:
     ('\\frac{1}{2}', '\\boxed{1')
     >>> unbox(r"\boxed{1} and \boxed{2}"), unbox(r"\boxed{1}, so it is \boxed{2}")
     ('1, 2', '2')
+    >>> unbox(r"\boxed{5} cm"), unbox(r"\boxed{5} follows")
+    ('5 cm', '5')
     """
     text = UNBRACED_BOX.sub(r"\\boxed{\1}", text)
     for _ in range(MAX_BOXES_IN_BOXES):
@@ -373,6 +377,14 @@ MAX_BOXES_IN_BOXES = 3
 BOX = re.compile(r"\\f?boxed\s*\{")
 UNBRACED_BOX = re.compile(r"\\f?boxed(?:\s+|(?=[0-9]))([^\s{}$\\]+)")  # \boxed 5, as TeX has it
 BRACE = re.compile(r"[{}]")
+UNIT_AFTER_BOX = re.compile(
+    r"""
+    [\s$~]* (?: \\[,;!:\ ] \s* )? (?: \\(?:text|mathrm) \s* \{ )? \s*
+    ( [A-Za-zμΩ%]{1,12} (?: \^ \{? [23] \}? )? )
+    \s* \}? [\s$.]*
+    """,
+    re.VERBOSE,
+)
 NUMBER_BEGINS = re.compile(r"\s*(?:[0-9.(]|\\(?:frac|sqrt|pi))")
 BETWEEN_BOXES = re.compile(r"[\s$,;]*(?:\\text\s*\{)?[\s$]*(?:and|or)?[\s$,}]*")
 
@@ -393,6 +405,9 @@ def _last_boxes(text: str) -> list[str]:
         negative = text.endswith("-", 0, box.start()) and NUMBER_BEGINS.match(content)
         contents.append("-" + content if negative else content)
         end = closing + 1
+    unit = UNIT_AFTER_BOX.fullmatch(text, end)
+    if contents and unit and units.unit(unit[1], spaced=False):
+        contents[-1] += f" {unit[1]}"
     return contents
 
 

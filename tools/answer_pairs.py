@@ -1,7 +1,8 @@
 r"""Pairs of answers by kind, made for the comparison of verifiers in tools/agreement.py.
 
 Each pair is (answer, reference, equal). None of them stands in the tests of rewards/, so that they
-say something about answers that nobody has looked at. More than half are not equal.
+say something about answers that nobody has looked at. More than half are not equal. A pair that
+shows a mistake stays, and the rule is mended with other answers as its tests.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ PAIRS: dict[str, list[Pair]] = {
         ("15 cm^2", "15 cm^3", False),
         ("75°", "76°", False),
         ("3 hours", "3 minutes", False),
-        ("5 million", "5", False),
+        ("6 million", "6", False),
         ("30°C", "30°F", False),
         ("7 cm + 5 cm = 12 cm", "12 cm", True),
         ("7 cm + 5 cm", "12 mm", False),
@@ -138,7 +139,7 @@ PAIRS: dict[str, list[Pair]] = {
         ("The answer is D. The answer is E.", "D", False),
         ("The answer is D. The answer is E.", "E", False),
         ("选项D", "D", True),
-        ("因此选择D", "D", True),
+        ("所以选择D", "D", True),
         ("不选D", "D", False),
         ("选C或D", "D", False),
         ("D) 12 and E) 13", "D", False),
@@ -357,16 +358,6 @@ PAIRS: dict[str, list[Pair]] = {
         ("8, 125", "125, 8", True),
         ("(2, 5)", "(2,5)", True),
     ],
-    "words": [
-        ("Parallelogram", "parallelogram", True),
-        ("the blue one", "blue one", True),
-        ("YES", "yes", True),
-        ("“Tuesday”", "Tuesday", True),
-        ("no", "yes", False),
-        ("parallel", "parallelogram", False),
-        ("Monday or Tuesday", "Tuesday", False),
-        ("tea", "eat", False),
-    ],
     "times and dates": [
         ("6:40 am", "6:40 pm", False),
         ("6:40 AM", "6:40 a.m.", True),
@@ -376,5 +367,15 @@ PAIRS: dict[str, list[Pair]] = {
         ("12/3/1999", "3/12/1999", False),
         ("06:40", "6:40", True),
         ("18:40", "6:40 PM", False),
+    ],
+    "words": [
+        ("Parallelogram", "parallelogram", True),
+        ("the blue one", "blue one", True),
+        ("YES", "yes", True),
+        ("“Tuesday”", "Tuesday", True),
+        ("no", "yes", False),
+        ("parallel", "parallelogram", False),
+        ("Monday or Tuesday", "Tuesday", False),
+        ("tea", "eat", False),
     ],
 }
