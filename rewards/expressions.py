@@ -180,11 +180,12 @@ class Parser:
         if sign != JUXTAPOSED:
             self.at += 1
         # Operators of one level are done from the left, 5-2-1 is (5-2)-1, powers from the right.
+        in_brackets = self.tokens[self.at] in BRACKETS
         right = self.operation(POWER if sign == "^" else BINDING[sign] + 1)
         number_before = is_plain_number(left) or left[0] == "!"
         if sign == JUXTAPOSED and number_before and is_plain_number(right):
             raise ValueError("two values side by side are no product: (1)(3)")
-        if sign == JUXTAPOSED and is_zero(right):
+        if sign == JUXTAPOSED and in_brackets and is_zero(right):
             raise ValueError("a factor 0 that nobody would write: f(0/2) is no f times 0")
         if sign == "-":
             return ("+", left, ("-", right))
