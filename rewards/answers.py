@@ -12,7 +12,8 @@ A new kind of answer is one reader, one comparison, and their lines in these lis
 
 What counts as equal, where tastes differ (docs/rewards.md has the long list):
 - Integers and fractions are compared exactly. Where a decimal or a power of ten stands on either
-  side, |a − b| ≤ 1e-5·|b|, b being the reference. Expressions with variables have no tolerance.
+  side, or a root on one and a fraction on the other, |a − b| ≤ 1e-5·|b|, b being the reference.
+  Closed forms are compared to nine digits, expressions with variables without any tolerance.
 - A unit (also %, °, a currency, "apples") may be missing on one side. None is converted:
   5 cm ≠ 0.05 m, 50% ≠ 0.5.
 - (1, 2) and [1, 2) are ordered; {1, 2} and the bare "1, 2" or "1 or 2" are not. A bare list
@@ -36,7 +37,7 @@ from fractions import Fraction
 
 from rewards import prover, sentences, spelling
 from rewards.choices import LETTER, choice, same_letters
-from rewards.expressions import Parser, evaluate
+from rewards.expressions import Parser, evaluate, operations
 from rewards.forms import (
     INTERVALS,
     ROUNDING,
@@ -46,6 +47,7 @@ from rewards.forms import (
     as_tuple,
     as_vector,
     close,
+    has_two_units,
     ratio_terms,
     same_number,
     values_said,
@@ -77,7 +79,7 @@ def equivalent(prediction: str, reference: str) -> bool:
     reference = spelling.clean(reference)
     letter = LETTER.fullmatch(reference)
     if letter:
-        chosen = choice(prediction) == letter[1].upper()
+        chosen = choice(sentences.conclusion(prediction) or prediction) == letter[1].upper()
         # A small letter may be a variable as well. Then what is no choice is compared below.
         if chosen or letter[1].isupper():
             return chosen
@@ -129,16 +131,6 @@ def rational(text: str) -> Fraction | None:
     return value if isinstance(value, Fraction) else None
 
 
-def operations(tree: tuple) -> set[str]:
-    """The names of all operations of a tree.
-
-    >>> sorted(operations(Parser("1+2!").whole()))
-    ['!', '+', 'num']
-    """
-    parts = [operations(operand) for operand in tree[1:] if isinstance(operand, tuple)]
-    return {tree[0]}.union(*parts)
-
-
 # -------------------------------------------------------------------------------------- comparisons
 
 # A comparison gets the prediction, the reference and the time that is left for proofs. It returns a
@@ -188,6 +180,8 @@ def compare_ratios(a: Value, b: Value, budget: Budget) -> bool | None:
     """3:2 = 6:4 = 3/2. A reference that may be a time of day, 12:30, is no ratio."""
     if ":" not in (a.kind, b.kind):
         return None
+    if has_two_units(a) != has_two_units(b):
+        return False
     first = ratio_terms(a)
     second = ratio_terms(b)
     if TIME_OF_DAY.fullmatch(b.source) or not first or not second or 0 in first + second:
@@ -252,6 +246,8 @@ def compare_sequences(a: Value, b: Value, budget: Budget) -> bool | None:
         b = as_tuple(b)
     if a.kind != b.kind and not bare_list_for(a, b) and not bare_list_for(b, a):
         return False
+    if "or" in a.signs and len({name for item in a.items for name in named(item)}) > 1:
+        return a.signs == b.signs and same_set(a.items, b.items, budget)
     if {*a.signs, *b.signs} >= {"and", "or"} and any(is_inequality(item) for item in b.items):
         return False
     if ORDERED[a.kind] or ORDERED[b.kind]:
@@ -305,6 +301,11 @@ ENCLOSED_LISTS = ("{}", "()", "[]")
 def bare_list_for(a: Value, b: Value) -> bool:
     """Whether a is "1, 2" and b such a list in brackets."""
     return a.kind == "list" and b.kind in ENCLOSED_LISTS
+
+
+def named(value: Value) -> list[str]:
+    """The name before a value, x of "x = 5"."""
+    return [value.items[0].words] if value.kind == "relation" and value.signs == ("=",) else []
 
 
 def is_inequality(value: Value) -> bool:

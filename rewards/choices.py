@@ -19,7 +19,9 @@ CHOICE = re.compile(
       | ([A-Za-z]) (?:
             \)                      # B)
           | [.:] (?= \s | $ | [-0-9\\(] )     # B. and B: before a space or a value, not "i.e."
-          | ,?$                     # B and "B," at the end, not "Banana"
+          | ,?\}?$                  # B and "B," at the end, not "Banana"
+          | (?= \s+ is \s+ (?:the\s+)? (?:correct|right) (?:\s+(?:answer|option|choice))? \.?$ )
+          | (?= \s+ is \s+ the \s+ (?:answer|option|choice) \.?$ )
         )
     ) \}?
     [.:]? \s*
@@ -35,6 +37,8 @@ ANOTHER_CHOICE = re.compile(
   | ^(?: (?:or|and)\b | [,;/&|+或和] )              # or …   , …
   | ^[A-E]\W*$                                      # C; a later letter may be what the option says
   | ^is \s+ (?:not|wrong|incorrect|false)\b
+  # The answer is C
+  | \b (?:answer|option|choice) (?:\s+is\b)? \s* :? \s* \(? [A-Ha-h] (?![A-Za-z])
     """,
     re.VERBOSE,
 )
@@ -45,8 +49,8 @@ def choice(text: str) -> str | None:
 
     >>> choice("(b)"), choice("B) 12 cm"), choice("Banana"), choice("B) or C)")
     ('B', 'B', None, None)
-    >>> choice("(D) G"), choice("A.12"), choice("A) 12 or (b) 13")
-    ('D', 'A', None)
+    >>> choice("(D) G"), choice("A.12"), choice("B is correct."), choice("A) 12 or (b) 13")
+    ('D', 'A', 'B', None)
     """
     match = CHOICE.match(text)
     if not match or ANOTHER_CHOICE.search(text[match.end() :]):

@@ -167,8 +167,10 @@ class Parser:
         """The operator that comes next, or a token that is none."""
         token = self.tokens[self.at]
         closing = token == END or token in CLOSING_COMMANDS or (token == "|" and self.bars)
-        # Letters, commands and brackets multiply without a sign, digits do not: 5 6 is not 30.
-        if not closing and re.match(r"[A-Za-z\\({\[|]", token):
+        # Letters, commands and brackets multiply without a sign. Digits do so only after a
+        # factorial, 7!3!, for 5 6 is not 30.
+        after_factorial = self.tokens[self.at - 1] == "!" and token[0].isdigit()
+        if not closing and (after_factorial or re.match(r"[A-Za-z\\({\[|]", token)):
             return JUXTAPOSED
         return token
 
@@ -178,9 +180,13 @@ class Parser:
         if sign != JUXTAPOSED:
             self.at += 1
         # Operators of one level are done from the left, 5-2-1 is (5-2)-1, powers from the right.
+        in_brackets = self.tokens[self.at] in BRACKETS
         right = self.operation(POWER if sign == "^" else BINDING[sign] + 1)
-        if sign == JUXTAPOSED and is_plain_number(left) and is_plain_number(right):
+        number_before = is_plain_number(left) or left[0] == "!"
+        if sign == JUXTAPOSED and number_before and is_plain_number(right):
             raise ValueError("two values side by side are no product: (1)(3)")
+        if sign == JUXTAPOSED and in_brackets and is_zero(right):
+            raise ValueError("a factor 0 that nobody would write: f(0/2) is no f times 0")
         if sign == "-":
             return ("+", left, ("-", right))
         return (sign or "*", left, right)
@@ -317,6 +323,34 @@ def is_plain_number(tree: tuple) -> bool:
     if tree[0] in ("-", "/"):
         return all(is_plain_number(operand) for operand in tree[1:])
     return tree[0] == "num"
+
+
+def is_zero(tree: tuple) -> bool:
+    """Whether a tree without variables has the value 0."""
+    return "var" not in operations(tree) and evaluate(tree) == 0
+
+
+def operations(tree: tuple) -> set[str]:
+    """The names of all operations of a tree.
+
+    >>> sorted(operations(Parser("1+2!").whole()))
+    ['!', '+', 'num']
+    """
+    parts = [operations(operand) for operand in tree[1:] if isinstance(operand, tuple)]
+    return {tree[0]}.union(*parts)
+
+
+def has_root(tree: tuple) -> bool:
+    r"""Whether a root stands in a tree, as a sign or as an exponent that is a fraction.
+
+    >>> has_root(Parser(r"1+\sqrt{2}").whole()), has_root(Parser("2^{1/3}").whole())
+    (True, True)
+    >>> has_root(Parser(r"2\pi").whole()), has_root(Parser("2^{-3}").whole())
+    (False, False)
+    """
+    if tree[0] == "sqrt" or (tree[0] == "^" and "/" in operations(tree[2])):
+        return True
+    return any(has_root(operand) for operand in tree[1:] if isinstance(operand, tuple))
 
 
 # --------------------------------------------------------------------------------------- evaluation

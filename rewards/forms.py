@@ -11,11 +11,13 @@ import re
 from fractions import Fraction
 from typing import Any
 
+from rewards.expressions import has_root
+from rewards.sentences import REFUSED
 from rewards.values import Value, read
 
 # --------------------------------------------------------------------------------------- closeness
 
-TOLERANCE = Fraction(1, 10**5)  # relative, where a decimal or a power of ten stands
+TOLERANCE = Fraction(1, 10**5)  # relative, where a decimal, a power of ten or a root stands
 AT_ZERO = Fraction(1, 10**9)  # absolute, where the reference is 0
 ROUNDING = Fraction(1, 10**9)  # relative, of float arithmetic with roots and π
 
@@ -40,18 +42,25 @@ def close(a: Any, b: Any, relative: Fraction = TOLERANCE) -> bool:
 def same_number(a: Value, b: Value) -> bool:
     """Whether two numbers are equal; b is the reference.
 
-    Integers and fractions are compared exactly, roots and π as far as floats reach. Only where a
-    decimal (but 12.0) or a power of ten stands the value may be rounded.
+    Integers and fractions are compared exactly. Where a decimal (but 12.0) or a power of ten stands
+    on either side the value may be rounded, and also where a root is compared with a fraction. Two
+    closed forms, like √8 and 2√2, or 2π and 44/7, are compared as far as floats reach.
 
     >>> same_number(read("100001"), read("100000")), same_number(read("3.00002"), read("3"))
     (False, True)
+    >>> root = read(r"\\sqrt{1000001}")
+    >>> same_number(root, read("1000")), same_number(root, read(r"\\sqrt{1000000}"))
+    (True, False)
     """
     x = a.number
     y = b.number
     if a.rounded or b.rounded:
         return close(x, y)
-    if isinstance(x, Fraction) and isinstance(y, Fraction):
+    fractions = [isinstance(value, Fraction) for value in (x, y)]
+    if all(fractions):
         return x == y
+    if any(fractions) and (has_root(a.tree) or has_root(b.tree)):
+        return close(x, y)
     return close(x, y, ROUNDING)
 
 
@@ -59,7 +68,8 @@ def same_number(a: Value, b: Value) -> bool:
 
 # What may stand left of "=" without being a statement of its own: x, f(x), A_1, \theta, \angle abc.
 NAME = re.compile(r"(?:[a-z]|\\(?!frac|sqrt|sin|cos|tan|ln|log|exp))[a-z0-9\\ _'{}(),]*")
-NEGATION = re.compile(r"\b(?:not|no|never|isn't|if|unless|when|suppose|assume)\b")
+# "the answer for x = 4" says under which condition, not what.
+CONDITION = re.compile(r"\b(?:for|with|by|at|when|where)\s+\S+$")
 
 SEGMENT = r"(?:\\(?:tri)?angle\s*)?(?:[A-Z]{1,3}|[a-zA-Z](?:_\{?\w+\}?)?)(?:_\{[^{}]*\})?"
 # A quantity is asked for as it stands, like a name; in a line of this list, and nothing else in it.
@@ -73,6 +83,8 @@ QUANTITIES = [
         r"\\(?:sin|cos|tan|cot)\s*\(?(?:\\angle\s*)?(?:[A-Z]{1,3}|\\[a-z]+)\)?",  # \sin A
         r"\|?(?:[-+*\s]|\\vec\s*(?:\{[A-Za-z]{1,2}\}|[a-z]))*\\vec\s*(?:\{[A-Za-z]{1,2}\}|[a-z])\|?",
         r"(?:P|Pr|E|Var|D)\s*[(\[].*[)\]]",  # P(X > 1)
+        r"[a-zA-Z]\^\{?-1\}?\s*\([^()]*\)",  # f^{-1}(2)
+        r"\\frac\s*\{d\w?\}\s*\{d\w\}",  # \frac{dy}{dx}
     )
 ]
 
@@ -91,8 +103,8 @@ def is_name(side: Value) -> bool:
     """
     if side.kind in ("()", "{}", "list"):
         return all(NAME.fullmatch(item.words) for item in side.items)
-    if NAME.fullmatch(side.words) and not NEGATION.search(side.words):
-        return True
+    if NAME.fullmatch(side.words):
+        return not REFUSED.search(side.words) and not CONDITION.search(side.words)
     return any(quantity.fullmatch(side.source.strip()) for quantity in QUANTITIES)
 
 
@@ -195,7 +207,7 @@ PLUS_INFINITY = read(r"\infty")
 MINUS_INFINITY = read(r"-\infty")
 
 
-def as_interval(value: Value) -> tuple[str, Value] | None:
+def as_interval(value: Value) -> tuple[str | None, Value] | None:
     r"""The variable of an inequality and its interval; None for what is no inequality of a number.
 
     >>> as_interval(read("x > 3"))[1].kind, as_interval(read("-1 < x ≤ 2"))[1].kind
@@ -204,7 +216,7 @@ def as_interval(value: Value) -> tuple[str, Value] | None:
     ('∪', None)
     """
     if value.kind == "list":
-        return _union(value)
+        return _joined(value)
     if value.kind != "relation":
         return None
     if value.signs == ("=",) and value.items[0].tree[:1] == ("var",):  # x ∈ (1, 2)
@@ -233,14 +245,36 @@ def as_interval(value: Value) -> tuple[str, Value] | None:
     return variable, Value(left + right, items=(low, high))
 
 
-def _union(value: Value) -> tuple[str, Value] | None:
-    """Of "x < 1 or x > 2"."""
-    parts = [as_interval(item) if item.kind == "relation" else None for item in value.items]
-    if not parts or None in parts or not set(value.signs) <= {"or", "或"}:
+def _joined(value: Value) -> tuple[str | None, Value] | None:
+    """Of "x < 1 or x > 2" and of "(1, 2) or (3, 4)" the union, of "x > 1 and x < 2" (1, 2)."""
+    parts = [as_interval(item) for item in value.items if item.kind == "relation"]
+    if not parts and "or" in value.signs:
+        parts = [(None, item) for item in value.items if item.kind in INTERVALS]
+    if None in parts or len(parts) < len(value.items):
         return None
-    if len({variable for variable, _ in parts}) > 1:
+    variables = {variable for variable, _ in parts}
+    if len(variables) > 1:
         return None
-    return parts[0][0], Value("∪", items=tuple(interval for _, interval in parts))
+    intervals = tuple(interval for _, interval in parts)
+    if set(value.signs) <= {"or", "或"}:
+        joined = Value("∪", items=intervals)
+    elif value.signs == ("and",):
+        joined = _between(*intervals)
+    else:
+        return None
+    return (variables.pop(), joined) if joined else None
+
+
+def _between(first: Value, second: Value) -> Value | None:
+    """Of (1, ∞) and (-∞, 2) the interval (1, 2); None for all other pairs of intervals."""
+    for below, above in ((first, second), (second, first)):
+        if below.items[1:] != (PLUS_INFINITY,) or above.items[:1] != (MINUS_INFINITY,):
+            continue
+        low = below.items[0]
+        high = above.items[1]
+        if not isinstance(low.number, complex) and low.number < high.number:
+            return Value(below.kind[0] + above.kind[1], items=(low, high))
+    return None
 
 
 # ----------------------------------------------------------------------------------------- matrices
@@ -280,14 +314,22 @@ def as_vector(value: Value) -> tuple[Value, ...] | None:
 TIME_OF_DAY = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
 
 
+def has_two_units(value: Value) -> bool:
+    """Whether a ratio names two units, 3 cm : 2 m."""
+    return len({item.unit for item in value.items if item.unit}) > 1
+
+
 def ratio_terms(value: Value) -> list[Any] | None:
     """The numbers of 3:2 and of 3/2; None for what is neither.
 
     >>> ratio_terms(read("3:2")), ratio_terms(read("3/2")), ratio_terms(read("1.5"))
     ([Fraction(3, 1), Fraction(2, 1)], [Fraction(3, 2), Fraction(1, 1)], None)
+    >>> ratio_terms(read("3 cm : 2 cm")), ratio_terms(read("3:20 pm"))
+    ([Fraction(3, 1), Fraction(2, 1)], None)
     """
     if value.kind == ":" and all(item.kind == "number" for item in value.items):
-        return [item.number for item in value.items]
+        units = {item.unit for item in value.items}
+        return [item.number for item in value.items] if len(units) == 1 else None
     if value.kind == "number" and value.tree[0] == "/" and not value.unit:
         return [value.number, Fraction(1)]
     return None

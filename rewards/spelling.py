@@ -14,6 +14,8 @@ import re
 import unicodedata
 from collections.abc import Callable
 
+from rewards import units
+
 Rewrite = tuple[re.Pattern, str | Callable[[re.Match], str]]
 
 
@@ -48,8 +50,11 @@ GREEK = {
 LOOK_ALIKES = {
     "-": "−–—‐‑",
     "/": "⁄∕÷",
-    "*": "×✕·⋅∗",
+    "*": "×✕·⋅∗∙•",
     "=": "≈∈",
+    "≤": "⩽≦",
+    "≥": "⩾≧",
+    ":": "∶",
     "'": "’",
     '"': "“”",
     ".": "。",
@@ -57,6 +62,12 @@ LOOK_ALIKES = {
 }
 COMMANDS = {
     "√": r"\sqrt ",
+    "∛": r"\sqrt[3] ",
+    "Δ": r"\Delta ",
+    "∆": r"\Delta ",
+    "Φ": r"\Phi ",
+    "Ψ": r"\Psi ",
+    "Θ": r"\Theta ",
     "∞": r"\infty ",
     "±": r"\pm ",
     "∪": r"\cup ",
@@ -137,13 +148,17 @@ def _repeating(match: re.Match) -> str:
     r"""0.1\overline{6} as the fraction it is."""
     whole, before, period = match.groups()
     nines = "9" * len(period) + "0" * len(before)
-    numerator = int(whole + before + period) - int(whole + before)
+    numerator = int(whole + before + period) - int(whole + before or "0")
     return rf"\frac{{{numerator}}}{{{nines}}}"
 
 
 ROW_END = "⏎"  # of a matrix, for \\
 
 FONTS = "bf|bfseries|it|itshape|rm|sf|tt|sc|em|boldsymbol|bm|mathrm|mathbf|mathit|mathsf|mathcal"
+WITHOUT_A_POINT = re.compile(
+    r"\\mathbb\s*\{?\s*R\s*\}?\s*(?:\\setminus|\\backslash|-)\s*\\\{([^{},]*)\\\}"  # R∖{0}
+)
+SIZES = "tiny|small|normalsize|large|Large|LARGE|huge|Huge"
 
 
 # LaTeX in one spelling and without decoration.
@@ -158,19 +173,22 @@ LATEX = _compiled(
         rf"\\(?:quantity|qty|SI|unit|si){END}\s*(?:\{{([^{{}}]*)\}}\s*)?\{{([^{{}}]*)\}}",
         _siunitx,
     ),
-    # Boxes, lines and colours around a part.
-    (rf"\\(?:underline|fbox|emph|ensuremath){END}\s*\{{([^{{}}]*)\}}", r" \1 "),
-    (rf"\\(?:text)?color{END}\s*\{{[^{{}}]*\}}", " "),
+    # Boxes, lines, colours and sizes around a part, and what takes room and is not seen.
+    (rf"\\(?:underline|fbox|framebox|emph|ensuremath){END}\s*\{{([^{{}}]*)\}}", r" \1 "),
+    (rf"\\(?:(?:text)?color|colorbox|[hv]?phantom|[hv]space){END}\s*\{{[^{{}}]*\}}", " "),
+    (rf"\\(?:{SIZES}){END}", " "),
+    (r"<(b|i|em|strong|u|p)>([^<>]*)</\1>", r" \2 "),
     # Upright words: \text{cm}, \textbf{B}, \mathrm{C}, {\bf B}, \operatorname{lcm}.
     (
-        r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal)?|math(?:rm|bf|it|sf|cal)|mbox|boldsymbol|bm|operatorname)"
+        r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|math(?:rm|bf|it|sf|cal)|[mh]box|boldsymbol|bm|operatorname)"
         r"\s*\{([^{}]*)\}",
         r" \1 ",
     ),
     (rf"\{{\s*\\(?:{FONTS}){END}([^{{}}]*)\}}", r" \1 "),
     (rf"\\(?:{FONTS}){END}", " "),
     # Other names of the same sign.
-    (rf"\\[dtc]frac{END}", r"\\frac"),
+    (rf"\\(?:[dtcsx]|nice)frac{END}", r"\\frac"),
+    (rf"\{{([^{{}}]*)\\over{END}([^{{}}]*)\}}", r"\\frac{\1}{\2}"),
     (rf"\\[dt]binom{END}", r"\\binom"),
     (rf"\{{([^{{}}]*)\\choose{END}([^{{}}]*)\}}", r"\\binom{\1}{\2}"),
     (rf"\\overrightarrow{END}", r"\\vec"),
@@ -178,16 +196,26 @@ LATEX = _compiled(
     (rf"\\var(?=(?:phi|theta|epsilon|rho|sigma){END})", r"\\"),
     (rf"\\varnothing{END}", r"\\emptyset"),
     (rf"\\(?:lvert|rvert|vert|mid){END}", "|"),
-    (rf"\\langle{END}", "("),
-    (rf"\\rangle{END}", ")"),
-    # The size of brackets: \left( and \bigr], and of formulas.
+    (rf"\\mp{END}", r"\\pm"),
+    (rf"\\colon{END}", ":"),
+    # Brackets by name: the size of \left( and \bigr], invisible ones, and those of vectors.
+    (r"\\(?:left|right)\s*\.", ""),
+    (rf"\\(?:langle|lparen){END}|\\left\s*<", "("),
+    (rf"\\(?:rangle|rparen){END}|\\right\s*>", ")"),
+    (r"(?:^|(?<=[$=]))<([^<>]*,[^<>]*)>(?=[\s$.]*$)", r"(\1)"),
+    (rf"\\lbrack{END}", "["),
+    (rf"\\rbrack{END}", "]"),
+    (rf"\\lbrace{END}", r"\\{"),
+    (rf"\\rbrace{END}", r"\\}"),
     (rf"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits){END}", ""),
-    # Between thousands, 1{,}234, 1,\!234 and 1\,234; elsewhere \, is a space like the others.
+    # Between thousands, 1{,}234, 1,\!234, 1\,234 and 1'234; elsewhere \, is a space as others are.
     (r"(?<=[0-9])(?:\s*\{\s*,\s*\}\s*|,\s*\\!\s*)(?=[0-9]{3}(?![0-9]))", ""),
+    (r"(?<=[0-9])'(?=[0-9]{3}(?![0-9]))", ""),
     (r"(?<=[0-9])\{,\}(?=[0-9])", "."),
     (r"\{,\}|\\,(?=[0-9]{3})", ","),
     # A period that repeats: 0.\overline{3}, 0.1\dot{6}.
-    (r"(?<![0-9])([0-9]+)\.([0-9]*)\\(?:overline|bar|dot)\s*\{([0-9]+)\}", _repeating),
+    (r"\\bar\s*([0-9])", r"\\bar{\1}"),
+    (r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*\{([0-9]+)\}", _repeating),
     # A wide space separates values and equations; elsewhere it is a space.
     (r"(?<=[0-9)}])\s*\\q?quad(?=\s*(?:[-+]?[0-9(]|\\frac|\\sqrt|[A-Za-z]\w?\s*=))", "; "),
     (rf"\\[,;:! ]|\\q?quad{END}|~", " "),
@@ -207,9 +235,13 @@ LATEX = _compiled(
     (rf"\\gt{END}", ">"),
     (rf"\\(?:approx|in){END}", "="),
     # Sets of numbers, and the base of a number.
+    (WITHOUT_A_POINT, r"(-\\infty,\1)\\cup(\1,\\infty)"),
     (r"(?i)\\mathbb\s*\{?\s*R\s*\}?|^(?:all )?real numbers$", r"(-\\infty,\\infty)"),
     (r"\\mathbb\s*\{?\s*([A-Z])\s*\}?", r"\\mathbb{\1}"),
     (r"(?<=[0-9])_\{\(([0-9]+)\)\}", r"_{\1}"),
+    (r"(?<=[A-Za-z])\s+in\s+(?=[(\[])", " = "),
+    (r"\bRs\.?\s*(?=[0-9])", "₹"),
+    (r"^\s*\$?\\sim(?=\s*[0-9])", ""),
     # Operators.
     (rf"\\(?:times|cdot){END}", "*"),
     (rf"\\div{END}", "/"),
@@ -275,6 +307,8 @@ NOTATION = _compiled(
     (r"(?<![0-9.^_/])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9.])", r"(\1+\2/\3)"),
     (r"(?<![0-9.^_/])([0-9]+)\s*\\frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}", r"(\1+\2/\3)"),
     (r"\*\*", "^"),
+    # The letter μ, but as a prefix it stands before a unit.
+    (r"μ(?![A-Za-zΩ])", r"\\mu "),
     # A currency is a unit, and units come last: -$5.
     (r"^([+-]?)\s*(USD|[€£¥₹])\s*(.+)$", r"\1\3 \2"),
     (r"(?<=[0-9])\s*([kM]?)\s*\\Omega$", r" \1Ω"),
@@ -327,7 +361,10 @@ def unbox(text: str) -> str:
     ('\\frac{1}{2}', '\\boxed{1')
     >>> unbox(r"\boxed{1} and \boxed{2}"), unbox(r"\boxed{1}, so it is \boxed{2}")
     ('1, 2', '2')
+    >>> unbox(r"\boxed{5} cm"), unbox(r"\boxed{5} follows")
+    ('5 cm', '5')
     """
+    text = UNBRACED_BOX.sub(r"\\boxed{\1}", text)
     for _ in range(MAX_BOXES_IN_BOXES):
         contents = _last_boxes(text)
         if not contents:
@@ -338,7 +375,16 @@ def unbox(text: str) -> str:
 
 MAX_BOXES_IN_BOXES = 3
 BOX = re.compile(r"\\f?boxed\s*\{")
+UNBRACED_BOX = re.compile(r"\\f?boxed(?:\s+|(?=[0-9]))([^\s{}$\\]+)")  # \boxed 5, as TeX has it
 BRACE = re.compile(r"[{}]")
+UNIT_AFTER_BOX = re.compile(
+    r"""
+    [\s$~]* (?: \\[,;!:\ ] \s* )? (?: \\(?:text|mathrm) \s* \{ )? \s*
+    ( [A-Za-zμΩ%]{1,12} (?: \^ \{? [23] \}? )? )
+    \s* \}? [\s$.]*
+    """,
+    re.VERBOSE,
+)
 NUMBER_BEGINS = re.compile(r"\s*(?:[0-9.(]|\\(?:frac|sqrt|pi))")
 BETWEEN_BOXES = re.compile(r"[\s$,;]*(?:\\text\s*\{)?[\s$]*(?:and|or)?[\s$,}]*")
 
@@ -359,6 +405,9 @@ def _last_boxes(text: str) -> list[str]:
         negative = text.endswith("-", 0, box.start()) and NUMBER_BEGINS.match(content)
         contents.append("-" + content if negative else content)
         end = closing + 1
+    unit = UNIT_AFTER_BOX.fullmatch(text, end)
+    if contents and unit and units.unit(unit[1], spaced=False):
+        contents[-1] += f" {unit[1]}"
     return contents
 
 
@@ -380,7 +429,7 @@ def mark_rows(text: str) -> str:
     """
     if "\\begin" in text:
         return re.sub(r"\\\\(?:\s*\[[0-9.a-z]{1,9}\])?", f" {ROW_END} ", text)
-    return re.sub(r"\\\\(?=[a-zA-Z()\[\]])", lambda match: "\\", text)
+    return re.sub(r"\\\\(?=[a-zA-Z()\[\]%$])", lambda match: "\\", text)
 
 
 def clean_latex(text: str) -> str:
@@ -421,8 +470,10 @@ def collapse_spaces(text: str) -> str:
     return re.sub(r" (?=[.,;:)\]](?![0-9]))", "", text)
 
 
-# Emoji and headings of Markdown: ✅ 41, ### 41.
-DECORATION = re.compile(r"^(?:[\u2600-\u27bf\U0001f300-\U0001faff\ufe0f]|#{1,6}(?=\s))+\s*(?=\S)")
+# Emoji, headings and bullets of Markdown: ✅ 41, ### 41, * 41.
+DECORATION = re.compile(
+    r"^(?:\*(?=\s)|[\u2600-\u27bf\U0001f300-\U0001faff\ufe0f]|#{1,6}(?=\s))+\s*(?=\S)"
+)
 
 
 def drop_decoration(text: str) -> str:
@@ -440,15 +491,21 @@ def drop_emphasis(text: str) -> str:
     return re.sub(r"^(__|[\"'])(.+)\1$", r"\2", text)
 
 
+LEAD = r"(?: (?:so|thus|hence|therefore)\b | 所以|因此|故 )? ,? \s*"
 INTRODUCTION = re.compile(
-    r"""
-    (?:so|thus|hence|therefore)? ,? \s*
-    (?:the\s+)? (?:final\s+|correct\s+)?
+    rf"""
+    {LEAD} (?:the\s+)? (?:(?:final|correct|right|best)\s+)?
     (?: (?:answer|option|choice) \s* (?:is\b|:|=) \s* :?    # the answer is   answer:
-      | (?:option|choice) \s                                # option B
-      | (?:approximately|approx\.?|about) \s (?=[0-9])           # approximately 5.39
-      | 【?答案】? \s* (?: [是为] \s* :? | : | (?=[^\u4e00-\u9fff]) )   # 答案是 "the answer is"
-      | 故?选 \s* :? (?=[A-Z(])                             # 故选 "so choose"
+      | (?:option|choice|answer) \s (?= \(?[A-Za-z]\b | [-0-9$(\\] )           # option B
+      | (?:approximately|approx\.?|about|around|roughly) \s (?=[0-9])
+    )
+    \s* (?=\S)
+  | {LEAD} (?:it\ is|it's|i\ (?:choose|pick|select)|we\ (?:have|get|obtain|find)) \s+ (?=\S)
+  | (?: so|thus|hence|therefore ) (?: ,\s* | \s+ ) (?=\S)
+  | {LEAD}
+    (?: (?:正确|最终|最后)? 【?(?:正确)?答案?】? \s*
+        (?: [是为] \s* :? | : | (?=[^\u4e00-\u9fff]) )      # 答案是 "the answer is"
+      | (?:选项|选择|故?选) \s* :? (?=[A-Z(])              # 选 "choose"
     )
     \s* (?=\S)
     """,
@@ -456,13 +513,31 @@ INTRODUCTION = re.compile(
 )
 
 
+REMARK = re.compile(
+    r"\s*(?:\((?:approx(?:imately|\.)?|exact(?:ly)?|rounded[a-z0-9 .,]{0,40})\)|选项)$",
+    re.IGNORECASE,
+)
+
+
+def drop_remark(text: str) -> str:
+    """Without "(approximately)" or "(rounded to two decimals)" at the end."""
+    return REMARK.sub("", text)
+
+
+ANSWER_IS = re.compile(r"\banswer\s*(?:is\b|:)", re.IGNORECASE)
+
+
 def drop_introduction(text: str) -> str:
-    """Without "The answer is …" in front; twice, for "The answer is option B"."""
+    """Without "The answer is …" in front; twice, for "The answer is option B".
+
+    Where a second answer follows, the text stays as it is: then it says none.
+    """
+    rest = text
     for _ in range(2):
-        introduction = INTRODUCTION.match(text)
+        introduction = INTRODUCTION.match(rest)
         if introduction:
-            text = text[introduction.end() :]
-    return text
+            rest = rest[introduction.end() :]
+    return text if rest != text and ANSWER_IS.search(rest) else rest
 
 
 # In this order: Unicode comes first, since the later steps look for plain characters.
@@ -479,6 +554,7 @@ CLEANING = [
     drop_decoration,
     drop_emphasis,
     drop_introduction,
+    drop_remark,
 ]
 
 

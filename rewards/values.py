@@ -50,6 +50,7 @@ ORDERED = {
     "{}": False,
     "∪": False,
     ":": True,  # 1:2
+    "date": True,
     "()": True,
     "[]": True,
     "(]": True,
@@ -204,6 +205,25 @@ def read_plus_minus(text: str, depth: int) -> Value | None:
     return sequence("list", [text.replace(r"\pm", "+"), text.replace(r"\pm", "-")], depth)
 
 
+POINT = re.compile(r"([A-Z](?:_[0-9]|')?)\s*(\([^()]*,[^()]*\))")
+
+
+def read_point(text: str, depth: int) -> Value | None:
+    """A(1, 2), a point with its name, says what A = (1, 2) says."""
+    match = POINT.fullmatch(text)
+    if not match:
+        return None
+    return sequence("relation", list(match.groups()), depth)._replace(signs=("=",))
+
+
+DATE = re.compile(r"[0-9]{4}([-/])[0-9]{1,2}\1[0-9]{1,2}|[0-9]{1,2}([-/])[0-9]{1,2}\2[0-9]{4}")
+
+
+def read_date(text: str, depth: int) -> Value | None:
+    """2020-03-05 and 5/3/2020 are neither differences nor fractions."""
+    return sequence("date", re.split("[-/]", text), depth) if DATE.fullmatch(text) else None
+
+
 RANGE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*-\s*([0-9]+(?:\.[0-9]+)?)(?:\s+([a-z].*)|%)?")
 
 
@@ -217,7 +237,7 @@ def read_range(text: str, depth: int) -> Value | None:
 
 def read_quantity(text: str, depth: int) -> Value | None:
     """A number with its unit, 5 cm. Only a constant takes one: "2x m" is an expression."""
-    text = degrees_as_radians(text)
+    text = with_one_unit(degrees_as_radians(text))
     # The unit begins at the first letter that does not belong to a command.
     letter = re.search(r"(?<![A-Za-z\\])[A-Za-zμΩ%€£¥₹\u4e00-\u9fff]", text)
     if not letter or letter.start() == 0:
@@ -226,6 +246,26 @@ def read_quantity(text: str, depth: int) -> Value | None:
     unit = units.unit(text[letter.start() :], spaced=number.endswith(" "))
     value = expression(number) if unit else None
     return value._replace(unit=unit) if value and value.kind == "number" else None
+
+
+LAST_UNIT = re.compile(r"[0-9)}]\s*([A-Za-zμ%]+(?:\^\{?[23]\}?)?)$")
+
+
+def with_one_unit(text: str) -> str:
+    """A sum whose terms have all one unit with the unit at its end only.
+
+    >>> with_one_unit("90 deg - 5 deg"), with_one_unit("5 cm - 3 mm"), with_one_unit("2h - 3")
+    ('90 - 5 deg', '5 cm - 3 mm', '2h - 3')
+    """
+    last = LAST_UNIT.search(text)
+    terms, signs = split(text, "[-+]")
+    if not last or not signs or not all(term.strip().endswith(last[1]) for term in terms):
+        return text
+    numbers = [term.strip().removesuffix(last[1]).strip() for term in terms]
+    total = numbers[0]
+    for sign, number in zip(signs, numbers[1:], strict=True):
+        total += f" {sign} {number}"
+    return f"{total} {last[1]}"
 
 
 def read_expression(text: str, depth: int) -> Value | None:
@@ -241,7 +281,9 @@ READERS = [
     read_union,
     read_ratio,
     read_brackets,
+    read_point,
     read_plus_minus,
+    read_date,
     read_range,
     read_quantity,
     read_expression,
