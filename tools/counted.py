@@ -153,10 +153,11 @@ def settings() -> Iterator[tuple[str, list[Kernel]]]:
 
 
 def sums(kernels: list[Kernel]) -> dict:
-    """Kernels, gigabytes that they touch, those of weights among them, and 10^12 operations."""
+    """Kernels; gigabytes touched, read, and of weights among those read; 10^12 operations."""
     return {
         "kernels": len(kernels),
         "gigabytes": sum(kernel.read + kernel.written for kernel in kernels) / 1e9,
+        "read": sum(kernel.read for kernel in kernels) / 1e9,
         "weights": sum(kernel.weights for kernel in kernels) / 1e9,
         "teraflop": sum(kernel.operations for kernel in kernels) / 1e12,
     }

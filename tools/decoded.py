@@ -16,7 +16,7 @@ import torch
 
 from model import Policy
 from rollout import _Wave, generate
-from tools.counted import line, released_policy, step_of, sums, wave_of
+from tools.counted import released_policy, step_of, sums, wave_of
 from tools.counting import as_on_cuda, bytes_of, without_numbers
 from tools.measuring import GROUP, SIZES, policy_of, prompts_of, seconds
 
@@ -94,16 +94,26 @@ def decode() -> Iterator[dict]:
     print(f"bandwidth {bandwidth() / 1e9:.1f} GB/s, products {arithmetic() / 1e9:.0f} GFLOP/s")
     for size in SIZES:
         row = measured(size)
-        print(line(f"{size}, a step", row["counted"]))
-        print(
-            "  {tokens_per_second:.0f} tokens/s, bound {bound:.0f}: "
-            "{share:.0%} of it ({low:.0%} … {high:.0%})".format(**row),
-            flush=True,
-        )
+        print(line(size, row["counted"]), in_words(row), flush=True)
         yield {"row": "decode", "setting": size, **row}
     with without_numbers():
         policy = released_policy("3B")
     with as_on_cuda():
         counted = sums(step_of(wave_in_the_middle(policy, length=VISUAL + 20)))
-    print(line("3B, a step on a GPU", counted))
+    print(line("3B, on a GPU", counted))
     yield {"row": "decode", "setting": "3B", "counted": counted}
+
+
+def line(setting: str, counted: dict) -> str:
+    """What a step of all rows launches and reads."""
+    read = 1000 * counted["read"]
+    weights = 1000 * counted["weights"]
+    kernels = counted["kernels"]
+    return f"{setting:<13} {kernels:5d} kernels, {read:6.0f} MB read, {weights:6.0f} of weights"
+
+
+def in_words(row: dict) -> str:
+    return (
+        "{tokens_per_second:8.0f} tokens/s, bound {bound:6.0f}: "
+        "{share:.0%} of it ({low:.0%} … {high:.0%})"
+    ).format(**row)
