@@ -224,3 +224,39 @@ def test_keyed_generators_depend_on_the_whole_key():
     assert draw(0, 1, 2) == draw(0, 1, 2)
     keys = [(0, 1, 2), (0, 1, 3), (0, 2, 2), (1, 1, 2), (0, 12), (0, "1", 2)]
     assert len({draw(*key) for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize("capture", [None, DYCO])
+def test_a_step_is_one_graph(make_policy, prompts, monkeypatch, capture):
+    """A compiler takes a whole step without a break, and the rollout stays what it was.
+
+    So nothing in a step depends on data, and a CUDA graph can hold it. It holds before and after
+    rows have left, of each prompt another number.
+    """
+    policy = eager_to_end(make_policy())
+    monkeypatch.setattr(attention, "ON_CPU", Pace(look=8, own_keys=32, leave=0.7))
+    eager = generate(policy, prompts, 4, 25, (0, 1), capture)
+    grids = []  # of each step: how many rows, and whether all prompts have as many of them
+
+    class Compiled(rollout.StepGraphs):
+        def __init__(self, step, wanted):
+            torch.compiler.reset()
+            wave = step.__self__
+            compiled = torch.compile(step, fullgraph=True, backend="eager", dynamic=False)
+
+            def watched():
+                grids.append((len(wave.alive), wave.layout.full))
+                compiled()
+
+            super().__init__(watched, wanted)
+
+    monkeypatch.setattr(rollout, "StepGraphs", Compiled)
+    compiled = generate(policy, prompts, 4, 25, (0, 1), capture)
+    assert grids[0] == (12, True)
+    assert not grids[-1][1]
+    assert torch.equal(compiled.tokens, eager.tokens)
+    assert torch.equal(compiled.mask, eager.mask)
+    torch.testing.assert_close(compiled.logprobs, eager.logprobs, rtol=0, atol=1e-5)
+    if capture is not None:
+        for a, b in zip(compiled.signals, eager.signals, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)

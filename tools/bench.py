@@ -3,6 +3,8 @@
     python -m tools.bench                  # every row; prints lines and writes bench.json
     python -m tools.bench update rollout   # some rows; bench.json then has these alone
     python -m tools.bench estimate         # memory and time of the released models, on paper
+    python -m tools.bench count            # kernels and bytes of the released models, on paper
+    python -m tools.bench decode           # tokens per second beside what the machine could do
 
 Two ways are timed by turns. The ratio is the median over these rounds, with the smallest and the
 largest. Peak memory is that of a process of its own. Run nothing else meanwhile.
@@ -32,7 +34,7 @@ from config import DEFAULTS, load_config
 from distributed import ALONE
 from model import Policy, TokenLogprobs
 from rollout import generate
-from tools import estimate
+from tools import counted, decoded, estimate
 from tools.command import command
 from tools.measuring import (
     GROUP,
@@ -593,6 +595,8 @@ ROWS = {
     "signals": signals,
     "growth": growth,
     "estimate": estimated,
+    "count": counted.count,
+    "decode": decoded.decode,
 }
 
 
@@ -619,7 +623,8 @@ def measure(names: list[str]) -> list[dict]:
     measurements = []
     for name in names:
         for measured in ROWS[name]():
-            print(line(measured), flush=True)
+            if "ratio" in measured:  # the others have printed a table of their own
+                print(line(measured), flush=True)
             measurements.append(measured)
     return measurements
 
