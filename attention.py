@@ -161,6 +161,8 @@ class PackedGroups:
     another one, not even to be masked.
     """
 
+    hooks = True  # of the layers, see decoder.run
+
     def __init__(
         self,
         prompts: list[Prompt],
@@ -422,6 +424,9 @@ class Decoding:
 
     # A layout whose steps must not be replayed, because they ask the host, says False.
     static = True
+    # The weights of a rollout are gathered beforehand. The hooks of sharded layers would have the
+    # streams that gather wait for a step, and a step that is recorded must not have that.
+    hooks = False
 
     def __init__(
         self,

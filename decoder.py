@@ -108,10 +108,12 @@ def take_layouts(layers: nn.ModuleList) -> None:
 def run(model: nn.Module, embedded: Tensor, positions: Tensor, layout, arithmetic: Arithmetic):
     """The last hidden states [R, N, D] of embedded tokens [R, N, D] at positions [3, R, N].
 
-    model: the language model, whose layers were given to `take_layouts`.
+    model: the language model, whose layers were given to `take_layouts`. layout.hooks: whether the
+    layers' hooks run, which gather sharded weights and start checkpoints.
     """
     turns = rotary(model, positions)
     hidden = embedded
     for layer in model.layers:
-        hidden = layer(hidden, layout=layout, rotary=turns, arithmetic=arithmetic)
+        run_layer = layer if layout.hooks else layer.forward
+        hidden = run_layer(hidden, layout=layout, rotary=turns, arithmetic=arithmetic)
     return rms_norm(model.norm, hidden)

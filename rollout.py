@@ -227,16 +227,18 @@ class StepGraphs:
     of what it reads and writes, which stay the same until rows leave; then it is forgotten.
     """
 
-    def __init__(self, step: Callable[[], None], wanted: bool):
+    def __init__(self, step: Callable[[], None], enabled: bool):
+        """enabled: the step runs on a GPU, and may be recorded."""
         self.step = step
-        self.enabled = wanted and torch.cuda.is_available()
-        self.pool = torch.cuda.graph_pool_handle() if self.enabled else None
-        self.prepared: set[int] = set()  # shapes of which a step has run as it is
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.enabled = enabled
+        self.forget()
 
     def forget(self) -> None:
-        self.prepared.clear()
-        self.graphs.clear()
+        self.prepared: set[int] = set()  # shapes of which a step has run as it is
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # One pool of memory for all graphs, of which one runs at a time. A new one after each
+        # forgetting: an old pool in which a library has kept its workspace cannot be opened again.
+        self.pool = torch.cuda.graph_pool_handle() if self.enabled else None
 
     def run(self, shape: int) -> None:
         """One step; `shape` names what shapes it has."""
@@ -252,11 +254,14 @@ class StepGraphs:
     def _capture(self, shape: int) -> None:
         """Record the step. Nothing of it runs yet."""
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            # Other threads go on meanwhile, such as the one that watches over NCCL.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.step()
         except RuntimeError as error:
             self.enabled = False
+            torch.cuda.set_stream(stream)  # a capture that fails can leave its own stream behind
             first_line = str(error).splitlines()[0]
             warnings.warn(f"decoding goes on without CUDA graphs: {first_line}", stacklevel=2)
         else:
@@ -324,7 +329,9 @@ class _Wave:
         with self.policy.autocast():
             self._choose(self._prefill())
             pace = self.layout.pace
-            graphs = StepGraphs(self._step, wanted=self.policy.graphs and self.layout.static)
+            on_gpu = self.policy.device.type == "cuda"
+            recorded = on_gpu and self.policy.graphs and self.layout.static
+            graphs = StepGraphs(self._step, enabled=recorded)
             length = 1
             while length < self.max_new_tokens:
                 count = int(self.going.sum())  # waits for the device

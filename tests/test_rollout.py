@@ -3,7 +3,9 @@
 These are transformers' generate, the packed forward, and the rollout itself in other batches.
 """
 
+import contextlib
 import doctest
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -260,3 +262,78 @@ def test_a_step_is_one_graph(make_policy, prompts, monkeypatch, capture):
     if capture is not None:
         for a, b in zip(compiled.signals, eager.signals, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- CUDA graphs
+
+
+class FakeGraph:
+    """What of torch.cuda a StepGraphs asks for, without a GPU."""
+
+    def __init__(self, monkeypatch, capture):
+        self.log = []
+        handles = itertools.count()
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "usual")
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda s: self.log.append(f"to {s}"))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", capture)
+
+    def replay(self):
+        self.log.append("replay")
+
+
+def test_a_shape_is_run_then_recorded_then_replayed(monkeypatch):
+    pools = []
+
+    @contextlib.contextmanager
+    def capture(graph, pool, capture_error_mode):
+        pools.append(pool)
+        yield
+
+    fake = FakeGraph(monkeypatch, capture)
+    graphs = rollout.StepGraphs(lambda: fake.log.append("step"), enabled=True)
+    for _ in range(3):
+        graphs.run(shape=16)
+    assert fake.log == ["step", "step", "replay", "replay"]  # the second is recorded alone
+    graphs.run(shape=32)
+    graphs.run(shape=32)
+    graphs.forget()
+    fake.log.clear()
+    graphs.run(shape=16)
+    assert fake.log == ["step"]
+    graphs.run(shape=16)
+    # What was forgotten may not be opened again, as long as anything of it is in use.
+    assert pools == [0, 0, 1]
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(monkeypatch):
+    @contextlib.contextmanager
+    def capture(graph, pool, capture_error_mode):
+        raise RuntimeError("operation not permitted\nand more")
+        yield
+
+    fake = FakeGraph(monkeypatch, capture)
+    graphs = rollout.StepGraphs(lambda: fake.log.append("step"), enabled=True)
+    graphs.run(shape=16)
+    with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted$"):
+        graphs.run(shape=16)
+    graphs.run(shape=16)
+    assert fake.log == ["step", "to usual", "step", "step"]
+
+
+def test_a_policy_on_the_cpu_has_no_graphs_where_there_is_a_gpu(make_policy, prompts, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: pytest.fail("a graph on a CPU"))
+    generate(make_policy(), prompts, 1, 3, (0, 0))
+
+
+def test_decoding_steps_run_no_hooks_of_layers(make_policy, prompts):
+    """With sharded weights they would bring other streams into a step that is recorded."""
+    policy = make_policy()
+    calls = []
+    policy.hf.model.language_model.layers[0].register_forward_pre_hook(
+        lambda layer, arguments: calls.append(arguments)
+    )
+    generate(policy, prompts, 1, 6, (0, 0))
+    assert len(calls) == 1  # the prefill

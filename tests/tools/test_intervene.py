@@ -185,6 +185,8 @@ class Reference:
     `natural` and `moved`.
     """
 
+    hooks = True
+
     def __init__(self, chosen: list[int], members, factor: float, layers=(0, 1)):
         """chosen: the positions of the chosen tokens' queries; members [K] bool."""
         self.chosen = chosen
