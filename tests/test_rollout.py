@@ -241,7 +241,7 @@ def test_a_step_is_one_graph(make_policy, prompts, monkeypatch, capture):
     grids = []  # of each step: how many rows, and whether all prompts have as many of them
 
     class Compiled(rollout.StepGraphs):
-        def __init__(self, step, wanted):
+        def __init__(self, step, enabled):
             torch.compiler.reset()
             wave = step.__self__
             compiled = torch.compile(step, fullgraph=True, backend="eager", dynamic=False)
@@ -250,7 +250,7 @@ def test_a_step_is_one_graph(make_policy, prompts, monkeypatch, capture):
                 grids.append((len(wave.alive), wave.layout.full))
                 compiled()
 
-            super().__init__(watched, wanted)
+            super().__init__(watched, enabled)
 
     monkeypatch.setattr(rollout, "StepGraphs", Compiled)
     compiled = generate(policy, prompts, 4, 25, (0, 1), capture)
