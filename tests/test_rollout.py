@@ -232,8 +232,8 @@ def test_keyed_generators_depend_on_the_whole_key():
 def test_a_step_is_one_graph(make_policy, prompts, monkeypatch, capture):
     """A compiler takes a whole step without a break, and the rollout stays what it was.
 
-    So nothing in a step depends on data, and a CUDA graph can hold it. It holds before and after
-    rows have left, of each prompt another number.
+    So neither its shapes nor its branches depend on data, before and after rows have left, of each
+    prompt another number. That it reads no number either is a test of tests/tools/test_count.py.
     """
     policy = eager_to_end(make_policy())
     monkeypatch.setattr(attention, "ON_CPU", Pace(look=8, own_keys=32, leave=0.7))

@@ -164,6 +164,7 @@ def sums(kernels: list[Kernel]) -> dict:
 
 
 def grouped(kernels: list[Kernel], key: Callable[[Kernel], str]) -> dict[str, list[Kernel]]:
+    """The kernels under the name that `key` gives them."""
     groups = defaultdict(list)
     for kernel in kernels:
         groups[key(kernel)].append(kernel)
@@ -172,6 +173,14 @@ def grouped(kernels: list[Kernel], key: Callable[[Kernel], str]) -> dict[str, li
 
 def place_and_name(kernel: Kernel) -> str:
     return f"{kernel.name} in {kernel.place}"
+
+
+def largest_places(kernels: list[Kernel]) -> list[tuple[str, dict]]:
+    """The calls without operations that touch most bytes, each with who asks for it."""
+    others = [kernel for kernel in kernels if not kernel.operations]
+    counted = [(place, sums(group)) for place, group in grouped(others, place_and_name).items()]
+    counted.sort(key=lambda pair: pair[1]["gigabytes"], reverse=True)
+    return counted[:PLACES]
 
 
 def count() -> Iterator[dict]:
@@ -183,11 +192,9 @@ def count() -> Iterator[dict]:
         counted["together"] = sums(kernels)
         for part, numbers in counted.items():
             print("  " + line(part, numbers))
-        places = {k: sums(v) for k, v in grouped(kernels, place_and_name).items()}
-        largest = sorted(places, key=lambda place: -places[place]["gigabytes"])
-        print("  the largest, products and attention apart:")
-        for place in [x for x in largest if "mm" not in x.split()[0]][:PLACES]:
-            print("    " + line(place, places[place]))
+        print("  the largest traffic that is neither products nor attention kernels:")
+        for place, numbers in largest_places(kernels):
+            print("    " + line(place, numbers))
         yield {"row": "count", "setting": setting, "counted": counted}
 
 

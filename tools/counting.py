@@ -79,7 +79,7 @@ WRITES_AT_INDICES = {"index_copy_", "index_fill_", "index_put_", "scatter_add_"}
 # What a kernel belongs to, by the innermost of these functions that called it. What the host
 # computes for itself is not counted.
 HOST = "host"
-PARTS = {
+PART_OF_FUNCTION = {
     "Policy._pack": HOST,
     "PackedGroups._places": HOST,
     "_Wave._choose": "sampling",
@@ -95,7 +95,7 @@ class Kernel:
     """One call. Bytes are those of the memory of the device."""
 
     name: str  # of the call in aten
-    part: str  # a value of PARTS, or else "products", "casts" or "element-wise"
+    part: str  # as in PART_OF_FUNCTION, or else "products", "casts" or "element-wise"
     place: str  # "file.py: function" of ours which asked for it, or the gradient of what it is
     read: int  # bytes
     written: int  # bytes
@@ -210,7 +210,7 @@ def _asked_by(frame: FrameType | None) -> tuple[str | None, str]:
         code = frame.f_code
         if code.co_filename.startswith(ROOT) and f"{ROOT}/tools" not in code.co_filename:
             place = place or f"{Path(code.co_filename).name}: {code.co_qualname}"
-            part = PARTS.get(code.co_qualname)
+            part = PART_OF_FUNCTION.get(code.co_qualname)
         frame = frame.f_back
     if place is None:
         # Gradients are not asked for by a function of ours.

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from types import SimpleNamespace
+from functools import partial
 
 import torch
 
 from model import Policy
 from rollout import _Wave, generate
-from tools.counted import released_policy, step_of, sums, wave_of
+from tools.counted import CAPTURE, released_policy, step_of, sums, wave_of
 from tools.counting import as_on_cuda, bytes_of, without_numbers
 from tools.measuring import GROUP, SIZES, policy_of, prompts_of, seconds
 
@@ -24,7 +24,6 @@ PROMPTS = 4
 VISUAL = 100
 NEW = 64  # tokens of a response
 ROUNDS = 3
-CAPTURE = SimpleNamespace(layers=[-1], shift="fisher_rao", text_scope="after_image")
 
 
 def bandwidth() -> float:
@@ -37,7 +36,7 @@ def arithmetic() -> float:
     """Operations per second of a large product, two for each multiply-add."""
     size = 1024
     matrix = torch.ones(size, size)
-    return 2 * size**3 / min(seconds(lambda: matrix @ matrix) for _ in range(3))
+    return 2 * size**3 / min(seconds(partial(torch.matmul, matrix, matrix)) for _ in range(3))
 
 
 def wave_in_the_middle(policy: Policy, length: int) -> _Wave:
@@ -55,7 +54,8 @@ def seconds_of_a_step(policy: Policy, prompts: list) -> float:
     """The mean over the steps of a rollout, without its prefill."""
 
     def rollout(new: int) -> float:
-        return seconds(lambda: generate(policy, prompts, GROUP, new, key=(0, 0), capture=CAPTURE))
+        settings = {"key": (0, 0), "capture": CAPTURE}
+        return seconds(partial(generate, policy, prompts, GROUP, new, **settings))
 
     # With one token there is a prefill and no step.
     return (rollout(NEW) - rollout(1)) / (NEW - 1)

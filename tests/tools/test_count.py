@@ -11,7 +11,7 @@ from tools import bench, counted, decoded, measuring
 from tools.counting import Counting, as_on_cuda, without_numbers
 
 # A layer of a decoding step: 7 products, 6 casts, 12 element-wise kernels with its two norms, and
-# 15 for attention.
+# 15 for attention. A cast or a norm in pieces would be seen in each layer.
 KERNELS_OF_A_LAYER = 40
 # Once a step: the look-up, the rotary embedding, the last norm, and what the tap keeps.
 KERNELS_OF_NO_LAYER = 21
