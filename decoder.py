@@ -33,7 +33,8 @@ class Rotary(NamedTuple):
 
     def turn(self, x: Tensor) -> Tensor:
         """[R, heads, N, W], turned by the angles of its positions."""
-        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, dims=-1), self.sin)
+        # In place: autocast would cast what an addcmul out of place is given.
+        return (x * self.cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), self.sin)
 
 
 def rotary(model: nn.Module, positions: Tensor) -> Rotary:
