@@ -261,8 +261,12 @@ class StepGraphs:
                 self.step()
         except RuntimeError as error:
             self.enabled = False
+            self.forget()  # a library's workspace can go with this graph, and others may use it
             torch.cuda.set_stream(stream)  # a capture that fails can leave its own stream behind
-            first_line = str(error).splitlines()[0]
+            # The end of a failed capture complains, too. What went wrong is the error before it.
+            before = error.__context__
+            cause = before if isinstance(before, RuntimeError) else error
+            first_line = str(cause).splitlines()[0]
             warnings.warn(f"decoding goes on without CUDA graphs: {first_line}", stacklevel=2)
         else:
             self.graphs[shape] = graph

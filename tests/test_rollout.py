@@ -308,13 +308,24 @@ def test_a_shape_is_run_then_recorded_then_replayed(monkeypatch):
 
 
 def test_a_step_that_cannot_be_recorded_runs_as_it_is(monkeypatch):
+    capturing = []
+
     @contextlib.contextmanager
     def capture(graph, pool, capture_error_mode):
-        raise RuntimeError("operation not permitted\nand more")
-        yield
+        capturing.append(True)
+        try:
+            yield
+        finally:
+            capturing.clear()
+            raise RuntimeError("failed due to a previous error")
+
+    def step():
+        if capturing:
+            raise RuntimeError("operation not permitted\nand more")
+        fake.log.append("step")
 
     fake = FakeGraph(monkeypatch, capture)
-    graphs = rollout.StepGraphs(lambda: fake.log.append("step"), enabled=True)
+    graphs = rollout.StepGraphs(step, enabled=True)
     graphs.run(shape=16)
     with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted$"):
         graphs.run(shape=16)
