@@ -166,6 +166,7 @@ def sample_tokens(
     # Both sums of the block are rounded: stay within it, where some id has a probability.
     threshold = torch.minimum(threshold, of_block * (1 - 2**-52))
     ids = block * size + torch.searchsorted(inside, threshold, right=True)
+    ids.clamp_(max=logits.shape[-1] - 1)  # logits that are not numbers give an id, too
     if greedy is not None:
         ids = torch.where(greedy[:, None], likeliest, ids)
     logprobs = logits.gather(-1, ids) - highest - total.log().float()

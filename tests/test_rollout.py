@@ -194,6 +194,28 @@ def test_sampling_at_the_ends_of_the_unit_interval():
     assert ids.tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("vocabulary", [361, 512])
+def test_logits_that_are_not_numbers_give_an_id(vocabulary):
+    """The run says elsewhere that the policy is broken; an id out of range would end a GPU."""
+    logits = torch.full((2, vocabulary), torch.nan)
+    ids, _ = sample_tokens(logits, torch.tensor([0.0, 0.99]))
+    assert (ids >= 0).all()
+    assert (ids < vocabulary).all()
+
+
+@pytest.mark.parametrize("vocabulary", [361, 512, 32000])
+def test_blocks_of_the_vocabulary_draw_what_one_sum_would(vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(200, vocabulary, generator=generator)
+    uniforms = torch.rand(200, generator=generator)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniforms.double()[:, None], right=True)[:, 0]
+    ids, logprobs = sample_tokens(logits, uniforms)
+    assert torch.equal(ids, expected)
+    exact = logits.double().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), exact, rtol=0, atol=1e-5)
+
+
 def test_placeholders_are_never_sampled(make_policy, prompts):
     """A policy that wants nothing but image placeholders cannot have them."""
     policy = make_policy()
