@@ -73,6 +73,9 @@ LearningRate = Annotated[
     float,
     Range("0 or more", least=0, most=10, why="AdamW moves each weight by about as much a step"),
 ]
+Share = Annotated[
+    float, Range("a share of 0 to 1", least=0, most=1, why="it is a share of optim.lr")
+]
 FLOAT32 = "its products must be float32 numbers"
 Weight = Annotated[float, Range("0 or more", least=0, most=1e6, why=FLOAT32)]
 SignedWeight = Annotated[float, Range("-1e6 or more", least=-1e6, most=1e6, why=FLOAT32)]
@@ -129,7 +132,8 @@ class Toy:
 class Algo:
     """`name`, `max_refills`, and the recipe of that name.
 
-    With max_new_tokens they are the `settings` of rl_algos.policy_loss.
+    With max_new_tokens they are the `settings` of rl_algos.policy_loss, but for kl_cap, which is
+    an argument of its own.
     """
 
     name: Literal[tuple(rl_algos.ALGORITHMS)]
@@ -137,6 +141,7 @@ class Algo:
     clip_low: NotNegative
     clip_high: NotNegative
     kl: Weight
+    kl_cap: Weight
     scale: Literal["std", "none"]
     mask_truncated: bool
     dynamic_sampling: bool
@@ -195,6 +200,8 @@ class Optim:
     lr: LearningRate
     weight_decay: Weight
     warmup_steps: WholeNumber
+    schedule: Literal["constant", "linear", "cosine"]
+    floor: Share
     grad_clip: Positive
 
 

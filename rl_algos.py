@@ -10,6 +10,7 @@ config.yaml.
 Shapes: P prompts, G responses per prompt, B = P·G responses, T response tokens.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -173,6 +174,16 @@ def loss_normalizer(algorithm: str, mask: Tensor) -> Tensor:
     return torch.tensor(mask.shape[0], device=mask.device)
 
 
+def _k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k3 = exp(d) − d − 1 of each token, with d = ref − logp.
+
+    d stops at MAX_LOG_RATIO, in both terms: with the exponential alone held constant, the gradient
+    of −d would push the policy further away.
+    """
+    difference = (ref_logprobs - logprobs).clamp(max=MAX_LOG_RATIO)
+    return difference.exp() - difference - 1
+
+
 def policy_loss(
     algorithm: str,
     logprobs: Tensor,
@@ -182,6 +193,7 @@ def policy_loss(
     settings,
     ref_logprobs: Tensor | None = None,
     normalizer=None,
+    kl_cap: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of some responses, and what to log of it.
 
@@ -194,11 +206,13 @@ def policy_loss(
     average is "token", the number of its loss-mask tokens. With it, the losses of micro-batches add
     up to the loss of the whole, and so do the metrics. None takes the number of this call.
 
-    With β > 0, β·k3 per token joins the loss under the same normaliser, where k3 = exp(ref − logp)
-    − (ref − logp) − 1.
+    With β > 0, β·min(k3, kl_cap) per token joins the loss under the same normaliser, where k3 =
+    exp(ref − logp) − (ref − logp) − 1. A token above the cap has no KL gradient. A kl_cap of 0
+    takes the cap off.
 
-    Returns the scalar to minimise, and detached scalars to log: kl, clip_fraction and
-    ratio_deviation (the mean of |r − 1|). Raises ValueError for an unknown algorithm, and for β > 0
+    Returns the scalar to minimise, and detached scalars to log: clip_fraction, ratio_deviation (the
+    mean of |r − 1|), and with ref_logprobs also kl (the mean k3, without the cap) and kl_capped
+    (the share of tokens above the cap). Raises ValueError for an unknown algorithm, and for β > 0
     without ref_logprobs.
     """
     if algorithm not in ALGORITHMS:
@@ -242,10 +256,12 @@ def policy_loss(
 
     metrics = {}
     if ref_logprobs is not None:
-        log_ref_ratio = clean(ref_logprobs).detach() - logprobs
-        k3 = _ratio(log_ref_ratio) - log_ref_ratio - 1
-        loss = loss + settings.kl * reduce(k3, chosen.average)
+        k3 = _k3(logprobs, clean(ref_logprobs).detach())
+        cap = kl_cap if kl_cap > 0 else math.inf
+        loss = loss + settings.kl * reduce(k3.clamp(max=cap), chosen.average)
+        # Without the cap, which would hide how far the policy has gone.
         metrics["kl"] = mean_to_log(k3)
+        metrics["kl_capped"] = mean_to_log((k3 > cap).to(k3.dtype))
     metrics["clip_fraction"] = mean_to_log(clipped.to(ratio.dtype))
     metrics["ratio_deviation"] = mean_to_log((ratio - 1).abs())
     return loss, metrics

@@ -15,7 +15,7 @@ One step, top to bottom (`train_step`):
     6. update     a few optimizer steps, each on its own groups: packed forward, loss,
                   backward, clip, step
 
-What it leaves out: a learning-rate decay, a value model, asynchronous rollouts. Everything that a
+What it leaves out: a value model, asynchronous rollouts. Everything that a
 run writes is under run.dir, but for the toy's cached warm start. The same command resumes it.
 
 Shapes: P prompts of this process, G responses per prompt, B = P·G, T response tokens.
@@ -429,6 +429,7 @@ def backward_of(
             settings=settings,
             ref_logprobs=cut(batch.ref_logprobs),
             normalizer=normalizer,
+            kl_cap=config.algo.kl_cap,
         )
         loss.backward()
     entropy, tokens = output.entropy.sum(), part.mask.sum()
@@ -439,7 +440,7 @@ def sums_over_processes(sums: dict[str, Tensor], with_kl: bool, world: World) ->
     """The figures of an update over all processes; the entropy per token."""
     names = ["loss", "clip_fraction", "ratio_deviation", "entropy", "tokens"]
     if with_kl:
-        names.append("kl")
+        names += ["kl", "kl_capped"]
     # A process without groups of this mini-batch adds nothing.
     mine = [float(sums[name]) if sums else 0.0 for name in names]
     totals = world.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
@@ -448,14 +449,37 @@ def sums_over_processes(sums: dict[str, Tensor], with_kl: bool, world: World) ->
     return values
 
 
-def set_learning_rate(config: Config, optimizer) -> None:
-    """The learning rate of the next optimizer step: linear warm-up, then constant."""
+def learning_rate(config: Config, updates_taken: int) -> float:
+    """The learning rate of the update that follows `updates_taken` others.
+
+    The warm-up rises linearly, and its last update has the full rate, optim.lr. The update after it
+    has the full rate, too. From there optim.schedule takes the rate down to its floor, which it
+    would reach one update after the last of the run: so the last one still moves the weights.
+    """
+    settings, warmup = config.optim, config.optim.warmup_steps
+    if updates_taken < warmup:
+        return settings.lr * ((updates_taken + 1) / warmup)
+    if settings.schedule == "constant":
+        return settings.lr
+    updates_of_run = config.train.steps * config.train.updates_per_rollout
+    # More than all of them have been taken where a resumed run has fewer updates per rollout.
+    progress = min(1.0, (updates_taken - warmup) / max(updates_of_run - warmup, 1))
+    if settings.schedule == "linear":
+        height = 1 - progress
+    else:
+        height = (1 + math.cos(math.pi * progress)) / 2
+    return settings.lr * (settings.floor + (1 - settings.floor) * height)
+
+
+def set_learning_rate(config: Config, optimizer) -> float:
+    """Set the learning rate of the next optimizer step, and return it."""
     state = next(iter(optimizer.state.values()), None)
     # Counts those of earlier processes of a resumed run; skipped updates are none.
-    steps_taken = int(state["step"]) if state else 0
-    share = min(1.0, (steps_taken + 1) / max(config.optim.warmup_steps, 1))
+    updates_taken = int(state["step"]) if state else 0
+    rate = learning_rate(config, updates_taken)
     for group in optimizer.param_groups:
-        group["lr"] = config.optim.lr * share
+        group["lr"] = rate
+    return rate
 
 
 # ---------- the step
@@ -493,10 +517,11 @@ def train_step(training: Training, step: int) -> tuple[dict, Batch | None]:
     # 6. update
     updates = []
     for groups in minibatches:
-        set_learning_rate(config, training.optimizer)
+        rate = set_learning_rate(config, training.optimizer)
         updates.append(update(training, batch, groups))
     clock.lap("update")
     row |= metrics.describe_updates(updates)
+    row["optim/lr"] = rate  # of the last update
     row |= clock.seconds
     tokens = sum(int(b.rollout.mask.sum()) for b in collected)
     row["time/tokens_per_second"] = sum(world.gather(tokens)) / sum(clock.seconds.values())

@@ -39,6 +39,7 @@ def test_recipe_follows_the_name(name, low, high, kl):
     assert (algo.clip_low, algo.clip_high, algo.kl) == (low, high, kl)
     assert algo.dynamic_sampling == algo.mask_truncated == (name == "dapo")
     assert (algo.temperature_pos, algo.temperature_neg) == (1.0, 1.05)
+    assert algo.kl_cap == 10
 
 
 def test_a_key_under_algo_wins_over_the_recipe(tmp_path):

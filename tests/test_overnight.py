@@ -273,6 +273,7 @@ def test_a_poisoned_update_is_skipped_and_named(start, monkeypatch, capsys):
     assert [tensors["optimizer"]["param_groups"][0]["lr"] for tensors in saved] == pytest.approx(
         [2e-3 / 8, 3e-3 / 8, 4e-3 / 8]
     )  # of the last update tried
+    assert [row["optim/lr"] for row in rows[1:]] == pytest.approx([2e-3 / 8, 3e-3 / 8, 4e-3 / 8])
     first, second, third = (tensors["policy"] for tensors in saved)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], third[name]) for name in first)

@@ -60,7 +60,7 @@ def make_case(seed, lengths=(6, 1, 9, 0, 4), spread=0.3, dtype=torch.float64):
     return logprobs.to(dtype), old.to(dtype), advantages.to(dtype), mask, ref.to(dtype)
 
 
-def run(name, case, settings, normalizer=None, with_ref=True):
+def run(name, case, settings, normalizer=None, with_ref=True, **options):
     """-> loss (detached), gradient with respect to logprobs, metrics."""
     logprobs, old, advantages, mask, ref = case
     leaf = logprobs.detach().clone().requires_grad_()
@@ -73,6 +73,7 @@ def run(name, case, settings, normalizer=None, with_ref=True):
         settings,
         ref_logprobs=ref if with_ref else None,
         normalizer=normalizer,
+        **options,
     )
     assert loss.dim() == 0
     loss.backward()
@@ -362,6 +363,71 @@ def test_kl_is_k3_added_to_the_loss_unscaled_by_ratio_and_advantage(name):
     loss, gradient, _ = run(name, far, make_settings(kl=0.5))
     close(loss, 0.5 * 29 / share)
     close(gradient, [[0.5 / share], [0.0]])
+
+
+@each_algorithm
+def test_kl_is_capped_per_token(name):
+    """One response of four tokens, d = ref - logp = (ln 2, 3, -20, 0), A = 0.
+
+    k3 is 0.306853, e^3 - 4 = 16.0855, e^-20 + 19 and 0. A cap of 10 holds the second and the third,
+    and takes their gradients, e^3 - 1 and 1 - e^-20, away. The logged mean is that of k3 itself.
+    """
+    zero = torch.zeros(1, 4, dtype=torch.float64)
+    difference = tensor([[math.log(2), 3.0, -20.0, 0.0]])
+    case = zero - 1, zero - 1, zero, torch.ones(1, 4, dtype=torch.bool), difference - 1
+    share = {"response": 4, "token": 4, "budget": BUDGET}[reference(name)[1]]
+    k3 = [0.306852819440055, math.exp(3) - 4, 19 + math.exp(-20), 0.0]
+
+    loss, gradient, metrics = run(name, case, make_settings(kl=0.5), kl_cap=10.0)
+    close(loss, 0.5 * (k3[0] + 10 + 10) / share)
+    close(gradient, [[-0.5 / share, 0.0, 0.0, 0.0]])
+    close(metrics["kl"], sum(k3) / 4)
+    close(metrics["kl_capped"], 2 / 4)
+
+    loss, gradient, metrics = run(name, case, make_settings(kl=0.5))  # as with kl_cap=0: no cap
+    close(loss, 0.5 * sum(k3) / share)
+    slopes = [-1.0, 1 - math.exp(3), 1 - math.exp(-20), 0.0]
+    close(gradient, [[0.5 * slope / share for slope in slopes]])
+    close(metrics["kl"], sum(k3) / 4)
+    assert metrics["kl_capped"] == 0
+
+
+def share_of_squared_gradient(difference, **options):
+    """What the first of 8 x 400 tokens has of it, with ref - logp = difference there alone.
+
+    The weight of KL is grpo's own, 0.04. The ratios are 1, the advantages 1 and -1.
+    """
+    zero = torch.zeros(8, 400, dtype=torch.float64)
+    advantages = torch.ones_like(zero)
+    advantages[4:] = -1
+    ref = zero.clone()
+    ref[0, 0] = difference
+    case = zero, zero, advantages, zero == 0, ref
+    _, gradient, _ = run("grpo", case, make_settings(kl=0.04), **options)
+    return float(gradient[0, 0] ** 2 / gradient.square().sum())
+
+
+def test_why_kl_is_capped():
+    """Without the cap one token outweighs the others: (1 + 0.04 (e^8 - 1))^2 against 3199."""
+    assert share_of_squared_gradient(8.0) == pytest.approx(0.82, abs=0.005)
+    assert share_of_squared_gradient(12.0) > 0.9999
+    for difference in (8.0, 12.0):
+        share = share_of_squared_gradient(difference, kl_cap=10.0)
+        assert share == pytest.approx(1 / 3200)
+
+
+@pytest.mark.parametrize("kl_cap", [0.0, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("difference", [25.0, 100.0, 800.0, math.inf])
+def test_a_token_far_below_the_reference_has_no_kl_gradient(difference, dtype, kl_cap):
+    """exp(800) overflows; and the gradient of -d alone would push the policy further away."""
+    zero = torch.zeros(1, 2, dtype=dtype)
+    ref = tensor([[difference, 1.0]], dtype)
+    case = zero, zero, zero, torch.ones(1, 2, dtype=torch.bool), ref
+    loss, gradient, metrics = run("grpo", case, make_settings(kl=0.5), kl_cap=kl_cap)
+    assert torch.isfinite(loss)
+    close(gradient, [[0.0, 0.25 * (1 - math.e)]], rtol=1e-6, atol=1e-7)
+    assert all(math.isfinite(float(m)) for m in metrics.values())
 
 
 @each_algorithm

@@ -221,6 +221,100 @@ def test_a_run_repeats_and_resumes_exactly(start):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def rates(*overrides, taken):
+    """The learning rates of a run of 5 · 4 = 20 updates, after so many were taken; lr is 2."""
+    settings = ["train.steps=5", "train.updates_per_rollout=4", "optim.lr=2", *overrides]
+    config = load_config(config_module.DEFAULTS, settings)
+    return [train.learning_rate(config, updates) for updates in taken]
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [2, 2, 2, 2]),
+        # Of the 16 updates after the warm-up: none, a quarter, half of them, and all but the last.
+        ("linear", [2, 1.5, 1, 2 / 16]),
+        ("cosine", [2, 1 + math.sqrt(0.5), 1, 1 + math.cos(math.pi * 15 / 16)]),
+    ],
+)
+def test_learning_rates_by_hand(schedule, expected):
+    keys = [f"optim.schedule={schedule}", "optim.warmup_steps=4"]
+    assert rates(*keys, taken=(0, 1, 2, 3)) == [0.5, 1, 1.5, 2]
+    falling = (4, 8, 12, 19)
+    assert rates(*keys, taken=falling) == pytest.approx(expected)
+    # The floor is a share of the rate, and the rest of it falls. It has no say in the warm-up.
+    floored = rates(*keys, "optim.floor=0.2", taken=falling)
+    if schedule == "constant":
+        assert floored == expected
+    else:
+        assert floored == pytest.approx([0.2 * 2 + 0.8 * rate for rate in expected])
+    assert rates(*keys, "optim.floor=0.2", taken=(0, 3)) == [0.5, 2]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_learning_rates_at_the_edges(schedule):
+    key = f"optim.schedule={schedule}"
+    assert rates(key, "optim.warmup_steps=0", taken=(0, 10, 20)) == pytest.approx([2, 1, 0])
+    # A resumed run with fewer updates per rollout may have taken more than it now has.
+    assert rates(key, "optim.floor=0.5", taken=(20, 99)) == pytest.approx([1, 1])
+    assert rates(key, "optim.floor=1", taken=(5, 12, 19)) == pytest.approx([2, 2, 2])
+    # A warm-up as long as the run leaves nothing to fall.
+    assert rates(key, "optim.warmup_steps=20", taken=(9, 19, 20)) == pytest.approx([1, 2, 2])
+
+
+def test_a_skipped_update_does_not_move_the_schedule():
+    config = load_config(
+        config_module.DEFAULTS,
+        ["train.steps=2", "optim.schedule=linear", "optim.lr=1", "optim.warmup_steps=0"],
+    )
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight])
+    seen = []
+    for is_skipped in (False, False, True, False):
+        seen.append(train.set_learning_rate(config, optimizer))
+        assert optimizer.param_groups[0]["lr"] == seen[-1]
+        weight.grad = torch.ones(1)
+        if not is_skipped:
+            optimizer.step()
+    assert seen == pytest.approx([1, 0.75, 0.5, 0.5])
+
+
+def test_the_schedule_goes_on_after_a_resume(start, tmp_path):
+    """Six updates, the first of them a warm-up; cut after the second of three steps."""
+    settings = ["train.steps=3", "optim.schedule=cosine", "optim.floor=0.1"]
+    settings += ["optim.warmup_steps=1", "eval.every=9", "checkpoint.every=1"]
+    whole = start(*settings, "checkpoint.keep_last=3", folder="whole")
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step-00000003")
+    shutil.rmtree(cut / "final")
+    start(*settings, "checkpoint.keep_last=3", folder="cut")
+    assert rows_of(cut) == rows_of(whole)
+    a, b = weights_of(whole), weights_of(cut)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    # Logged is the rate of a step's last update: none, two and four of the five have gone before.
+    heights = [(1 + math.cos(math.pi * gone / 5)) / 2 for gone in (0, 2, 4)]
+    logged = [row["optim/lr"] for row in rows_of(whole)[1:]]
+    assert logged == pytest.approx([1e-3 * (0.1 + 0.9 * height) for height in heights])
+
+
+def test_a_cap_that_no_token_reaches_changes_nothing(start):
+    plain = start("algo.name=sapo", "train.steps=3", "algo.kl_cap=0", folder="plain")
+    capped = start("algo.name=sapo", "train.steps=3", folder="capped")
+    assert rows_of(plain) == rows_of(capped)
+    assert all(row["policy/kl_capped"] == 0 for row in rows_of(capped)[1:])
+    a, b = weights_of(plain), weights_of(capped)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_cap_reaches_the_loss(start):
+    """A cap far below the k3 of the second step takes away what KL adds to loss and gradient."""
+    settings = ["algo.kl=0.5", "train.updates_per_rollout=1", "eval.every=9"]
+    row = rows_of(start(*settings, "algo.kl_cap=1e-12"))[2]
+    assert row["policy/kl_capped"] > 0.9
+    assert row["policy/kl"] > 1e-6  # the mean is logged without the cap
+
+
 def test_a_finished_run_adds_nothing(start, capsys):
     folder = start()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
