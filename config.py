@@ -132,8 +132,7 @@ class Toy:
 class Algo:
     """`name`, `max_refills`, and the recipe of that name.
 
-    With max_new_tokens they are the `settings` of rl_algos.policy_loss, but for kl_cap, which is
-    an argument of its own.
+    With max_new_tokens they are the `settings` of rl_algos.policy_loss.
     """
 
     name: Literal[tuple(rl_algos.ALGORITHMS)]

@@ -193,7 +193,6 @@ def policy_loss(
     settings,
     ref_logprobs: Tensor | None = None,
     normalizer=None,
-    kl_cap: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of some responses, and what to log of it.
 
@@ -206,9 +205,9 @@ def policy_loss(
     average is "token", the number of its loss-mask tokens. With it, the losses of micro-batches add
     up to the loss of the whole, and so do the metrics. None takes the number of this call.
 
-    With β > 0, β·min(k3, kl_cap) per token joins the loss under the same normaliser, where k3 =
-    exp(ref − logp) − (ref − logp) − 1. A token above the cap has no KL gradient. A kl_cap of 0
-    takes the cap off.
+    With β > 0, β·min(k3, settings.kl_cap) per token joins the loss under the same normaliser, where
+    k3 = exp(ref − logp) − (ref − logp) − 1. A token above the cap has no KL gradient. There is no
+    cap where settings have none, or 0.
 
     Returns the scalar to minimise, and detached scalars to log: clip_fraction, ratio_deviation (the
     mean of |r − 1|), and with ref_logprobs also kl (the mean k3, without the cap) and kl_capped
@@ -257,7 +256,7 @@ def policy_loss(
     metrics = {}
     if ref_logprobs is not None:
         k3 = _k3(logprobs, clean(ref_logprobs).detach())
-        cap = kl_cap if kl_cap > 0 else math.inf
+        cap = getattr(settings, "kl_cap", 0.0) or math.inf
         loss = loss + settings.kl * reduce(k3.clamp(max=cap), chosen.average)
         # Without the cap, which would hide how far the policy has gone.
         metrics["kl"] = mean_to_log(k3)

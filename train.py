@@ -429,7 +429,6 @@ def backward_of(
             settings=settings,
             ref_logprobs=cut(batch.ref_logprobs),
             normalizer=normalizer,
-            kl_cap=config.algo.kl_cap,
         )
         loss.backward()
     entropy, tokens = output.entropy.sum(), part.mask.sum()
