@@ -241,9 +241,15 @@ def _as_problem(reason: str) -> Iterator[None]:
 def _read_id(value: Any) -> str | None:
     if value is None or value == "":
         return None
+    value = _whole(value)
     if isinstance(value, bool) or not isinstance(value, str | int) or len(str(value)) > MOST_EXTRA:
         raise RowProblem("the id cannot be used", f"found {show(value)}; expected text or a number")
     return str(value)
+
+
+def _whole(value: Any) -> Any:
+    """7 for 7.0: pandas writes whole numbers as fractions where some are missing."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _extra_values(cells: dict[str, Any], columns: Columns) -> dict[str, Any]:
@@ -311,8 +317,7 @@ def read_answer(value: Any) -> str | int | float:
     """The reference, out of the tags or the box that a solution ends with; a number stays one."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # as pandas writes whole numbers where some are missing
+    value = _whole(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and math.isfinite(value):
         return value
@@ -394,6 +399,7 @@ def _without_letters(options: dict[str, str]) -> dict[str, str]:
 
 def has_options(question: str, options: dict[str, str]) -> bool:
     """Whether a question already lists the options, each behind its letter."""
+    # Sets differ in the space around letters: "A:145°", "(A) 145°".
     squeezed = "".join(question.split())
     return all(
         any(f"{letter}{mark}{''.join(text.split())}" in squeezed for mark in ".):")
@@ -412,6 +418,7 @@ def letter_of(answer: str | int | float, options: dict[str, str]) -> str:
 
     Raises RowProblem where it names none, or one option by one reading and another by another.
     """
+    # All three readings are tried: options such as "B", "A" or 2, 3, 1 make them disagree.
     text = str(answer).strip()
     letters = {letter for letter, option in options.items() if option == text}
     if isinstance(answer, int) and 0 <= answer < len(options):

@@ -211,6 +211,7 @@ def write_parts(
 
     Returns their lines in the order of the files, with the file of each row and its place in that.
     """
+    # A part is a row group, so what an interruption costs is at most one of those.
     parts = folder / "parts"
     for inner in (parts, folder / "images"):
         inner.mkdir(exist_ok=True)
@@ -244,9 +245,9 @@ def _counted(rows: Iterable, bar: tqdm) -> Iterator:
 
 def tell_ids_apart(rows: list[dict]) -> None:
     """Give each row an id of its own: its number where it has none, "7#2" to the second "7"."""
-    given = {row["id"] for row in rows}
+    given = {row["id"] for row in rows}  # "7#2" may be the id of a row of the set
     taken = set()
-    copies = Counter()
+    copies = Counter()  # how many ids were tried for each name, so that many copies cost no more
     for number, row in enumerate(rows, start=1):
         name = str(number) if row["id"] is None else row["id"]
         unique = name
@@ -268,6 +269,7 @@ def split(rows: list[dict], validation: int) -> tuple[list[dict], list[dict]]:
         about = row["images"][0] if row["images"] else row["question"]
         groups.setdefault(hashlib.sha256(about.encode()).hexdigest(), []).append(place)
     held_out: set[int] = set()
+    # In the order of the hashes, which is a random one that every machine and every call agrees on.
     for _, places in sorted(groups.items()):
         if len(held_out) + len(places) <= validation:
             held_out.update(places)
@@ -283,6 +285,7 @@ def finish(folder: Path, lines: list[dict], validation: int) -> dict[str, Any]:
     made = [line for line in lines if "made" in line]
     skipped = [line for line in lines if "made" not in line]
     if not made:
+        # Most likely a column is the wrong one. Another command may then use the same folder.
         remove_folder(folder / "parts")
         (folder / "images").rmdir()
         (folder / RECORD).unlink()
@@ -304,7 +307,9 @@ def finish(folder: Path, lines: list[dict], validation: int) -> dict[str, Any]:
     return {
         "train": len(train_rows),
         "validation": len(validation_rows),
-        "skipped": summary_of(skipped),
+        "validation_asked": validation,
+        "skipped": len(skipped),
+        "reasons": summary_of(skipped),
         **measure(made),
     }
 
@@ -343,14 +348,16 @@ def model_config() -> Config:
     return load_config(DEFAULTS.with_name("config_3b.yaml"))
 
 
-def say(folder: Path, result: dict[str, Any]) -> None:
+def describe(folder: Path, result: dict[str, Any]) -> None:
     """Print what the folder holds and how to train on it."""
     print(f"{result['train']} rows in {folder / 'train.jsonl'}, with {result['pictures']} pictures")
     if result["validation"]:
         print(f"{result['validation']} rows in {folder / 'validation.jsonl'}")
+    if result["validation"] < result["validation_asked"]:
+        print(f"not {result['validation_asked']}, since rows about one picture stay together")
     if result["skipped"]:
-        print(f"rows that cannot be used, all of them in {folder / 'skipped.jsonl'}:")
-        print("\n".join(result["skipped"]))
+        print(f"{result['skipped']} rows cannot be used, see {folder / 'skipped.jsonl'}:")
+        print("\n".join(result["reasons"]))
     config = model_config()
     if result["large_pictures"]:
         print(
@@ -426,7 +433,7 @@ def import_files(options: argparse.Namespace) -> dict[str, Any]:
             check_pictures(source, columns)
     record = {
         "files": [source.facts for source in sources],
-        "columns": json.loads(json.dumps(asdict(columns))),
+        "columns": json.loads(json.dumps(asdict(columns))),  # with lists, as it will be read again
         "images": None if options.images is None else str(options.images.resolve()),
     }
     if before is not None:
@@ -439,6 +446,7 @@ def import_files(options: argparse.Namespace) -> dict[str, Any]:
         write_record(options.out, record)
         lines = write_parts(options.out, sources, columns, root=options.images)
         result = finish(options.out, lines, options.validation)
+        # Only now is the folder finished: before, the same command would make these files again.
         record |= {"validation": options.validation, "result": result}
         write_record(options.out, record)
         remove_folder(options.out / "parts")
@@ -463,7 +471,9 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.import_dataset",
         description="Turn Parquet files of a public data set into a file to train on. The same "
-        "command goes on where it was interrupted.",
+        "command goes on where it was interrupted. COLUMN may be a part of a struct, as in "
+        "reward_model.ground_truth; for --image it may be several with commas between them, and "
+        "for --image, --options and --id it may be none.",
     )
     option = parser.add_argument
     option("files", nargs="+", type=Path, metavar="FILE.parquet")
@@ -481,7 +491,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     usual = {"question": QUESTION_COLUMNS, "answer": ANSWER_COLUMNS, "image": IMAGE_COLUMNS}
     usual |= {"options": OPTIONS_COLUMNS, "id": ID_COLUMNS}
     for name, columns in usual.items():
-        option(f"--{name}", metavar="COLUMN", help=f"by default {', '.join(columns)}; or none")
+        option(f"--{name}", metavar="COLUMN", help=f"by default the first of {', '.join(columns)}")
     option(
         "--keep",
         metavar="COLUMN,…",
@@ -495,7 +505,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = read_options(arguments)
     if options.images is not None and not options.images.is_dir():
         raise ValueError(f"--images {options.images} is not a folder")
-    say(options.out, import_files(options))
+    describe(options.out, import_files(options))
 
 
 if __name__ == "__main__":

@@ -370,12 +370,12 @@ def test_the_letter_of_an_answer(answer, options, letter):
 def test_whole_numbers_among_missing_ones_stay_places(tmp_path):
     """pandas writes them as fractions."""
     rows = [
-        {"question": "?", "choices": ["one", "two"], "answer": 1.0},
+        {"id": 8.0, "question": "?", "choices": ["one", "two"], "answer": 1.0},
         {"question": "?", "choices": [], "answer": 2.5},
         {"question": "?", "choices": [], "answer": float("nan")},
     ]
     rows = run_tool(tmp_path / "out", write_table(tmp_path / "train.parquet", rows))
-    assert [row["answer"] for row in rows] == ["B", "2.5"]
+    assert [(row["id"], row["answer"]) for row in rows] == [("8", "B"), ("2", "2.5")]
 
 
 # ------------------------------------------------------------------------------------ hostile input
@@ -525,6 +525,14 @@ def test_held_out_rows_do_not_depend_on_the_order(tmp_path):
     out = ["--out", str(tmp_path / "3")]
     assert "expected fewer" in refusal(forth, "--validation", "12", *out)
     assert len(run_tool(tmp_path / "3", forth, "--validation", "2")) == 10
+
+
+def test_rows_about_one_picture_are_never_split(tmp_path, capsys):
+    rows = [{"image": picture(), "problem": f"{n}?", "answer": "1"} for n in range(3)]
+    source = write_table(tmp_path / "a.parquet", rows)
+    assert len(run_tool(tmp_path / "out", source, "--validation", "2")) == 3
+    assert "not 2, since rows about one picture stay together" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "validation.jsonl").exists()
 
 
 def test_columns_can_be_named(tmp_path):
