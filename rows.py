@@ -66,7 +66,7 @@ ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 # How a file begins that is no JSONL file, what it is then, and what to do.
 FILE_SIGNATURES = (
-    (b"PAR1", "a Parquet file", "write its pictures to files and its rows to a JSONL file"),
+    (b"PAR1", "a Parquet file", "make one of it: python -m tools.import_dataset"),
     (b"ARROW1", "an Arrow file", "write its pictures to files and its rows to a JSONL file"),
     (b"\x1f\x8b", "a gzip file", "unpack it first (gunzip -k)"),
     (b"BZh", "a bzip2 file", "unpack it first (bunzip2 -k)"),
