@@ -308,7 +308,7 @@ def test_a_cap_that_no_token_reaches_changes_nothing(start):
 
 
 def test_the_cap_reaches_the_loss(start):
-    """A cap far below the k3 of the second step takes away what KL adds to loss and gradient."""
+    """A cap far below the k3 of the second step holds nearly every token of it."""
     settings = ["algo.kl=0.5", "train.updates_per_rollout=1", "eval.every=9"]
     row = rows_of(start(*settings, "algo.kl_cap=1e-12"))[2]
     assert row["policy/kl_capped"] > 0.9
