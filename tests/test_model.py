@@ -16,7 +16,7 @@ import attention
 import dyco
 import model
 from attention import Tap
-from model import TokenLogprobs, load_policy, save_policy
+from model import FAMILIES, TokenLogprobs, load_policy, save_policy
 
 DYCO = SimpleNamespace(layers=[-1], shift="fisher_rao", text_scope="after_image")
 
@@ -77,6 +77,7 @@ def gradients(policy, logprobs, weights):
     return result
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chosen", [[0], [1], [2], [0, 1, 2]])
 def test_packed_equals_one_row_at_a_time(make_policy, prompts, chosen):
     """Log-probabilities, entropies and gradients, with 1, 0 and 2 images and different lengths.
@@ -101,6 +102,7 @@ def test_packed_equals_one_row_at_a_time(make_policy, prompts, chosen):
         assert (packed_gradients[name] - gradient).abs().max() < tolerance, name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_micro_batches_add_up(make_policy, prompts):
     """Any split into groups gives the same numbers and gradients as one packed forward of all."""
     policy = make_policy()
@@ -150,6 +152,7 @@ def test_empty_response_is_scored_as_nothing(make_policy, prompts):
 # ---------------------------------------------------------------- the tap
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scope", ["after_image", "all"])
 @pytest.mark.parametrize("layers", [[-1], [0, -1]])
 def test_tap_equals_the_attention_that_transformers_returns(make_policy, prompts, layers, scope):
@@ -276,6 +279,7 @@ def test_suppressed_tokens_have_no_probability(make_policy):
 # ---------------------------------------------------------------- dtype, compile, folders
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_arithmetic_over_float32_weights(make_policy, prompts):
     """bf16 has 8 bits: log-probabilities of order 6 agree to about 6 · 2⁻⁷."""
     tokens, mask = random_responses(prompts, 2, 6, 300)
@@ -343,6 +347,7 @@ def test_products_into_float32_take_no_gradient(make_policy, prompts, monkeypatc
     assert not any(wants_gradient)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_nothing(make_policy, prompts):
     tokens, mask = random_responses(prompts, 2, 6, 300)
     plain, saving = make_policy(), make_policy()
@@ -354,6 +359,7 @@ def test_gradient_checkpointing_changes_nothing(make_policy, prompts):
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_vision_tower_gets_no_gradient(make_policy, prompts):
     policy = make_policy()
     policy.hf.model.visual.requires_grad_(False)
@@ -377,6 +383,7 @@ def test_compiled_scoring_equals_eager(make_policy, prompts):
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_saved_folder_is_a_normal_hugging_face_directory(make_policy, prompts, tmp_path):
     """Stock classes load it, give the same logits, and generate; so does load_policy."""
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
