@@ -34,7 +34,7 @@ SMALL_RUN = [
 ]
 
 
-# What a tiny Qwen2.5-VL, the toy's, has of its own where another family is not like it.
+# Where the tiny models of other families are not like the toy's, a Qwen2.5-VL.
 TEXT = {
     "qwen2_vl": {},
     # Heads that are wider than their share of the model, and three axes that take turns.

@@ -232,7 +232,9 @@ def test_keyed_generators_depend_on_the_whole_key():
     assert len({draw(*key) for key in keys}) == len(keys)
 
 
-@pytest.mark.parametrize("capture", [None, DYCO])
+@pytest.mark.parametrize(
+    "family, capture", [("qwen2_5_vl", None), ("qwen2_5_vl", DYCO), ("qwen3_vl", DYCO)]
+)
 def test_a_step_is_one_graph(make_policy, prompts, monkeypatch, capture):
     """A compiler takes a whole step without a break, and the rollout stays what it was.
 
