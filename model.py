@@ -616,6 +616,7 @@ def _check_hub_id(name: str) -> None:
 
 
 def _check_family(path: str | Path) -> Family:
+    """Which family a model is of. Raises ModelError where it is of none."""
     from transformers import AutoConfig
 
     try:
@@ -640,7 +641,7 @@ def _check_family(path: str | Path) -> Family:
 
 
 def _check_patches(path: str | Path, image_processor, vision) -> None:
-    """The image processor cuts images as the vision tower, of that configuration, expects it."""
+    """Images are cut as the vision tower expects it. vision: the tower's configuration."""
     cut = (image_processor.patch_size, image_processor.temporal_patch_size)
     expected = (vision.patch_size, vision.temporal_patch_size)
     if cut != expected or image_processor.merge_size != vision.spatial_merge_size:

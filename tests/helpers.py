@@ -34,7 +34,21 @@ SMALL_RUN = [
 ]
 
 
-# Where the tiny models of other families are not like the toy's, a Qwen2.5-VL.
+# The settings of the decoder that tiny models of all families share with the toy's, a Qwen2.5-VL,
+# and those that they have of their own.
+SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rope_parameters",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+)
 TEXT = {
     "qwen2_vl": {},
     # Heads that are wider than their share of the model, and three axes that take turns.
@@ -70,38 +84,29 @@ def tiny_model(family: str, tokenizer, seed: int = 0):
     """
     import transformers
 
-    hf = toy.build_model(tokenizer, hidden=128, layers=2, seed=seed)
+    of_toy = toy.build_model(tokenizer, hidden=128, layers=2, seed=seed)
     if family == "qwen2_5_vl":
-        return hf
+        return of_toy
     loader = getattr(transformers, FAMILIES[family].loader)
-    settings = hf.config.to_dict()
-    of_text = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "rope_parameters",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "initializer_range",
-    )
-    of_tokens = [name for name in settings if name.endswith("_token_id")]
-    text = {name: settings["text_config"][name] for name in of_text}
-    config = loader.config_class(
+    config = _like_the_toy(of_toy.config.to_dict(), loader.config_class, family)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        hf = loader._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        _shake_norms(hf)
+    hf.generation_config = of_toy.generation_config
+    return hf
+
+
+def _like_the_toy(settings: dict, config_class, family: str):
+    """The configuration of a family, with the settings of the toy's model where it shares them."""
+    text = {key: settings["text_config"][key] for key in SHARED}
+    tokens = {key: value for key, value in settings.items() if key.endswith("_token_id")}
+    return config_class(
         text_config=text | TEXT[family],
         vision_config=VISION[family] | {"initializer_range": text["initializer_range"]},
         tie_word_embeddings=True,
-        **{name: settings[name] for name in of_tokens},
+        **tokens,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        other = loader._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-        _shake_norms(other)
-    other.generation_config = hf.generation_config
-    return other
 
 
 def _shake_norms(hf) -> None:
