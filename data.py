@@ -467,7 +467,7 @@ def _image_token_id(tokenizer: Any) -> int:
     token_id = tokenizer.convert_tokens_to_ids(token)
     # For a token that it does not know, a tokenizer gives the id of another one.
     if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != token:
-        raise DataError(f"the tokenizer has no token {token}; expected that of a Qwen2.5-VL model")
+        raise DataError(f"the tokenizer has no token {token}; expected that of a Qwen-VL model")
     return token_id
 
 

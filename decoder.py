@@ -8,18 +8,29 @@ layers. On a GPU a layer of a decoding step launches half as many kernels.
 Attention is left to a *layout* (attention.py), which knows what a query may see. A layer that is
 called without one runs as it came, so `generate` and `forward` of transformers stay what they are.
 
+Two things are Qwen3-VL's alone, and are done where the model has them: norms of queries and keys
+(`project`), and features of images that are added behind the first layers (`Embedded.deep`).
+
 Shapes: R rows, N tokens of a row, D hidden width, H heads, H_kv heads of keys and values, W width
 of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Embedded(NamedTuple):
+    """What the decoder reads."""
+
+    tokens: Tensor  # [R, N, D] float32, images included
+    places: Tensor | None = None  # [n] of the image tokens in the row; of one row only
+    deep: Sequence[Tensor] = ()  # what is added at these places behind the first layers, [n, D]
 
 
 class Rotary(NamedTuple):
@@ -63,9 +74,12 @@ def project(layer: nn.Module, hidden: Tensor, rotary: Rotary, dtype: torch.dtype
     def heads(projection: nn.Module) -> Tensor:
         return projection(normalised).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
-    query = rotary.turn(heads(attention.q_proj)).to(dtype)
-    key = rotary.turn(heads(attention.k_proj)).to(dtype)
-    return query, key, heads(attention.v_proj)
+    query, key = heads(attention.q_proj), heads(attention.k_proj)
+    if hasattr(attention, "q_norm"):
+        # In float32, as the rotary embedding that follows.
+        query = rms_norm(attention.q_norm, query.float())
+        key = rms_norm(attention.k_norm, key.float())
+    return rotary.turn(query).to(dtype), rotary.turn(key).to(dtype), heads(attention.v_proj)
 
 
 def finish(layer: nn.Module, hidden: Tensor, attended: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,15 +120,17 @@ def take_layouts(layers: nn.ModuleList) -> None:
             layer.__class__ = type(f"Packed{own.__name__}", (PackedLayer, own), {})
 
 
-def run(model: nn.Module, embedded: Tensor, positions: Tensor, layout, arithmetic: Arithmetic):
-    """The last hidden states [R, N, D] of embedded tokens [R, N, D] at positions [3, R, N].
+def run(model: nn.Module, embedded: Embedded, positions: Tensor, layout, arithmetic: Arithmetic):
+    """The last hidden states [R, N, D] of embedded tokens at positions [3, R, N].
 
     model: the language model, whose layers were given to `take_layouts`. layout.hooks: whether the
     layers' hooks run, which gather sharded weights and start checkpoints.
     """
     turns = rotary(model, positions)
-    hidden = embedded
-    for layer in model.layers:
+    hidden = embedded.tokens
+    for number, layer in enumerate(model.layers):
         run_layer = layer if layout.hooks else layer.forward
         hidden = run_layer(hidden, layout=layout, rotary=turns, arithmetic=arithmetic)
+        if number < len(embedded.deep):
+            hidden = hidden.index_add(1, embedded.places, embedded.deep[number][None])
     return rms_norm(model.norm, hidden)

@@ -1,4 +1,4 @@
-"""model.py: the policy: Qwen2.5-VL through transformers, and its log-probabilities.
+"""model.py: the policy: a Qwen-VL through transformers, and its log-probabilities.
 
 `Policy.forward` is the packed group forward: the responses of a group stand behind one copy of
 their prompt (attention.py, PackedGroups), so vision tower, linear layers and norms see the prompt
@@ -26,6 +26,7 @@ import decoder
 import dyco
 from attention import WINDOWS, PackedGroups, Tap, float32_product, register_windows
 from data import Prompt, Sample, encode_prompt
+from decoder import Embedded
 from dyco import Signals
 
 # -------------------------------------------------------------------------------- log-probabilities
@@ -155,7 +156,7 @@ class PackedOutput(NamedTuple):
 
 
 class Policy(nn.Module):
-    """Qwen2.5-VL as a policy over responses. `forward` is the packed group forward."""
+    """A Qwen-VL as a policy over responses. `forward` is the packed group forward."""
 
     # Predicted tokens whose logits are alive at once: 300 MB for Qwen's vocabulary.
     CHUNK = 512
@@ -170,9 +171,9 @@ class Policy(nn.Module):
         compiled: bool = False,
         graphs: bool = True,
     ):
-        """hf: a Qwen2_5_VLForConditionalGeneration. dtype: of the arithmetic. compiled: the two
-        scoring functions, log-probabilities and signals, go through torch.compile. graphs: on a GPU
-        decoding is replayed as CUDA graphs.
+        """hf: a model of FAMILIES. dtype: of the arithmetic. compiled: the two scoring functions,
+        log-probabilities and signals, go through torch.compile. graphs: on a GPU decoding is
+        replayed as CUDA graphs.
         """
         super().__init__()
         register_windows()
@@ -249,9 +250,8 @@ class Policy(nn.Module):
         bits."""
         return self.hf.get_input_embeddings()(ids).float()
 
-    def embed(self, prompts: list[Prompt], responses: list[list[Tensor]] | None = None) -> Tensor:
-        """Input embeddings of packed groups, [N, D], with the images where their placeholders
-        stand.
+    def embed(self, prompts: list[Prompt], responses: list[list[Tensor]] | None = None) -> Embedded:
+        """Packed groups embedded as one row, with the images where their placeholders stand.
 
         responses: [prompts][G] input ids [tokens] of each response. Without them the row holds the
         prompts alone.
@@ -266,10 +266,10 @@ class Policy(nn.Module):
         embedded = self.look_up(torch.cat(ids))
         with_images = [prompt for prompt in prompts if prompt.pixel_values is not None]
         if not with_images:
-            return self._touch_vision_tower(embedded)
-        images = self._image_features(with_images).to(embedded.dtype)
-        places = torch.cat(is_image).to(self.device)
-        return embedded.masked_scatter(places[:, None], images)
+            return Embedded(self._touch_vision_tower(embedded)[None])
+        images, *deep = self._image_features(with_images)
+        places = torch.cat(is_image).nonzero().squeeze(-1).to(self.device)
+        return Embedded(embedded.index_copy(0, places, images)[None], places, deep)
 
     def _trained_vision_weights(self) -> list[nn.Parameter]:
         return [p for p in self.hf.model.visual.parameters() if p.requires_grad]
@@ -283,15 +283,24 @@ class Policy(nn.Module):
             return embedded
         return embedded + 0 * sum(weight.sum() for weight in self._trained_vision_weights())
 
-    def _image_features(self, prompts: list[Prompt]) -> Tensor:
-        """Features of all images of some prompts, [visual tokens, D]."""
+    def _image_features(self, prompts: list[Prompt]) -> list[Tensor]:
+        """Features of all images of some prompts, [visual tokens, D] float32 each.
+
+        The first are the input embeddings of the images. All others are what Qwen3-VL takes from
+        deeper layers of its vision tower, for the first layers of the decoder.
+        """
         visual = self.hf.model.visual
         pixels = torch.cat([p.pixel_values for p in prompts]).to(self.device, visual.dtype)
         grid = torch.cat([p.image_grid_thw for p in prompts]).to(self.device)
         trained = bool(self._trained_vision_weights())
         with contextlib.nullcontext() if trained else torch.no_grad():
             features = self.hf.model.get_image_features(pixels, grid, return_dict=True)
-            return torch.cat(tuple(features.pooler_output))
+        deep = getattr(features, "deepstack_features", None) or []
+        # Older versions of transformers do not cut the deeper ones by images.
+        whole = [
+            x if isinstance(x, Tensor) else torch.cat(x) for x in (features.pooler_output, *deep)
+        ]
+        return [x.float() for x in whole]
 
     def prompt_positions(self, prompt: Prompt) -> Tensor:
         """M-RoPE positions of a prompt, [3, P].
@@ -307,8 +316,8 @@ class Policy(nn.Module):
         )
         return positions[:, 0]
 
-    def decoder(self, embedded: Tensor, positions: Tensor, layout) -> Tensor:
-        """The decoder's last hidden states: embedded [rows, N, D], positions [3, rows, N]."""
+    def decoder(self, embedded: Embedded, positions: Tensor, layout) -> Tensor:
+        """The decoder's last hidden states [rows, N, D], at positions [3, rows, N]."""
         model = self.hf.model.language_model
         positions = positions.to(self.device)
         return decoder.run(model, embedded, positions, layout, arithmetic=self.arithmetic)
@@ -342,7 +351,7 @@ class Policy(nn.Module):
         positions, predictors, responses = self._pack(prompts, tokens, lengths, branches=branches)
         with self.autocast():
             embedded = self.embed(prompts, responses)
-            hidden = self.decoder(embedded[None], positions[:, None], layout)[0]
+            hidden = self.decoder(embedded, positions[:, None], layout)[0]
             hidden = hidden[torch.tensor(predictors, dtype=torch.long, device=self.device)]
         mask = mask.to(self.device)
         logprobs, entropy = TokenLogprobs.apply(
@@ -432,6 +441,22 @@ class ModelError(ValueError):
     expected."""
 
 
+class Family(NamedTuple):
+    """Models that this project runs."""
+
+    name: str
+    loader: str  # the class of transformers
+
+
+# By the model_type of config.json. Sizes, patches and the positions of images are read off the
+# model itself; decoder.py says what else is different.
+FAMILIES = {
+    "qwen2_5_vl": Family("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration"),
+    "qwen3_vl": Family("Qwen3-VL", "Qwen3VLForConditionalGeneration"),
+    "qwen2_vl": Family("Qwen2-VL", "Qwen2VLForConditionalGeneration"),
+}
+
+
 def load_policy(
     path: str | Path,
     device: torch.device,
@@ -444,23 +469,24 @@ def load_policy(
     gradient_checkpointing: bool = False,
     max_pixels: int | None = None,
 ) -> Policy:
-    """A Policy from a Qwen2.5-VL directory or hub id.
+    """A Policy from the directory or hub id of a model of FAMILIES.
 
     dtype ("auto", "float32", "bfloat16") is what arithmetic runs in. The weights of a trainable
     policy are float32 all the same; those of another one have that dtype.
     compile: "auto" (on a GPU), "on" or "off". graphs: "auto" (on a GPU) or "off".
     max_pixels: larger images are shrunk to this area.
 
-    Raises ModelError where the path is no Qwen2.5-VL, or a file of it is missing or damaged.
+    Raises ModelError where the path is no such model, or a file of it is missing or damaged.
     """
-    check_model(path)
+    family = check_model(path)
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, dtype)
     choose_kernels(device)
     tokenizer = _load_tokenizer(path)
     image_processor = _load_image_processor(path, max_pixels)
-    hf = _load_weights(path, dtype="auto" if trainable else dtype)
+    hf = _load_weights(path, family, dtype="auto" if trainable else dtype)
+    _check_patches(path, image_processor, hf.config.vision_config)
     rows = hf.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ModelError(
@@ -503,9 +529,11 @@ def choose_kernels(device: torch.device) -> None:
         torch.backends.cudnn.allow_tf32 = False
 
 
-def check_model(path: str | Path) -> None:
-    """Find in a second what is wrong with a model directory, or with a hub id. Raises
-    ModelError."""
+def check_model(path: str | Path) -> Family:
+    """Find in a second what is wrong with a model directory, or with a hub id.
+
+    Returns what kind of model it is. Raises ModelError.
+    """
     folder = Path(path)
     if folder.is_dir():
         _check_directory(folder)
@@ -513,7 +541,7 @@ def check_model(path: str | Path) -> None:
         raise ModelError(f"model.path: {str(path)!r} is no folder; expected a model directory")
     else:
         _check_hub_id(str(path))
-    _check_family(path)
+    return _check_family(path)
 
 
 def _check_directory(folder: Path) -> None:
@@ -592,32 +620,54 @@ def _check_hub_id(name: str) -> None:
         ) from None
 
 
-def _check_family(path: str | Path) -> None:
+def _check_family(path: str | Path) -> Family:
+    """Which family a model is of. Raises ModelError where it is of none."""
     from transformers import AutoConfig
 
     try:
-        family = AutoConfig.from_pretrained(path).model_type
+        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ModelError(
             f"model.path: the config.json of {str(path)!r} cannot be used ({first_line})"
         ) from None
-    if family != "qwen2_5_vl":
+    kind = config.model_type
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    what = ""
+    if "moe" in kind:
+        what = "mixture of experts, "
+    elif not hasattr(config, "vision_config"):
+        what = "text-only model, "
+    known = [f"a {family.name} ({name!r})" for name, family in FAMILIES.items()]
+    raise ModelError(
+        f"model.path: {str(path)!r} is a {what}{kind!r}; expected {' or '.join(known)}"
+    )
+
+
+def _check_patches(path: str | Path, image_processor, vision) -> None:
+    """Images are cut as the vision tower expects it. vision: the tower's configuration."""
+    cut = (image_processor.patch_size, image_processor.temporal_patch_size)
+    expected = (vision.patch_size, vision.temporal_patch_size)
+    if cut != expected or image_processor.merge_size != vision.spatial_merge_size:
         raise ModelError(
-            f"model.path: {str(path)!r} is a {family!r}; expected a Qwen2.5-VL "
-            "(model_type 'qwen2_5_vl')"
+            f"model.path: the preprocessor_config.json of {str(path)!r} has patches of {cut[0]} "
+            f"pixels, {cut[1]} frames, merged by {image_processor.merge_size}; its config.json "
+            f"expects {expected[0]}, {expected[1]} and {vision.spatial_merge_size}; "
+            "take it from the model that this one was trained from"
         )
 
 
-def _load_weights(path: str | Path, dtype):
+def _load_weights(path: str | Path, family: Family, dtype):
     """The Hugging Face model, if the files hold exactly its weights, and finite ones."""
-    from transformers import Qwen2_5_VLForConditionalGeneration, logging
+    import transformers
+    from transformers import logging
 
     logging.disable_progress_bar()  # it would stand between the lines of a run
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what its report says, the errors below say
     try:
-        hf, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        hf, report = getattr(transformers, family.loader).from_pretrained(
             path,
             dtype=dtype,
             attn_implementation="sdpa",
@@ -647,7 +697,7 @@ def _load_weights(path: str | Path, dtype):
     if described:
         raise ModelError(
             f"model.path: the weights of {str(path)!r} are not those of its config.json: "
-            f"{'; '.join(described)}; expected exactly the weights of a Qwen2.5-VL, all finite"
+            f"{'; '.join(described)}; expected exactly the weights of a {family.name}, all finite"
         )
     return hf
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from attention import Decoding, PackedGroups, Tap, pace_on, round_up
 from data import Prompt
+from decoder import Embedded
 from dyco import Signals
 from model import Policy
 
@@ -375,7 +376,7 @@ class _Wave:
                 prompts, no_responses, tap=tap, keep_keys=True, first_group=run[0]
             )
             row_positions = torch.cat([positions[i] for i in run], dim=1)[:, None]
-            row = policy.decoder(policy.embed(prompts)[None], row_positions, layout)[0]
+            row = policy.decoder(policy.embed(prompts), row_positions, layout)[0]
             last = torch.tensor([len(p.input_ids) for p in prompts]).cumsum(0) - 1
             hidden.append(row[last.to(policy.device)])
             for layer, pairs in layout.kept.items():
@@ -407,7 +408,7 @@ class _Wave:
         No shape in here depends on what is sampled, and nothing waits for the device. All that is
         kept is written into tensors that are there already. So a graph can hold it.
         """
-        embedded = self.policy.look_up(self.newest)[:, None]
+        embedded = Embedded(self.policy.look_up(self.newest)[:, None])
         position = self.following + self.layout.position
 
         def compute() -> Tensor:

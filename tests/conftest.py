@@ -1,6 +1,7 @@
-"""What the tests work on: tiny real Qwen2.5-VL policies with random weights, prompts, and runs.
+"""What the tests work on: tiny real policies with random weights, prompts, and runs.
 
-The tokenizer and the image processor are the toy's. All of it takes seconds on a CPU.
+They are Qwen2.5-VL's, as the toy, but where a test names another family of models. The tokenizer is
+the toy's. All of it takes seconds on a CPU.
 """
 
 import os
@@ -38,20 +39,29 @@ def tokenizer():
     return toy.build_tokenizer(toy.LEVELS[1], TEMPLATE)
 
 
-@pytest.fixture(scope="session")
-def image_processor():
-    return toy.build_image_processor()
+@pytest.fixture
+def family():
+    """A model_type of model.FAMILIES: a test that is parametrised by it has other models."""
+    return "qwen2_5_vl"
 
 
 @pytest.fixture
-def make_policy(tokenizer, image_processor):
+def image_processor(family):
+    processor = toy.build_image_processor()
+    if family == "qwen3_vl":
+        processor.patch_size = 16
+    return processor
+
+
+@pytest.fixture
+def make_policy(family, tokenizer, image_processor):
     """make_policy(seed=0, **options of Policy) -> a fresh Policy.
 
-    It has two decoder layers, with two query heads per key head.
+    It has two decoder layers, with two query heads per key head; a Qwen3-VL has three.
     """
 
     def make(seed: int = 0, **options) -> Policy:
-        hf = toy.build_model(tokenizer, hidden=128, layers=2, seed=seed)
+        hf = helpers.tiny_model(family, tokenizer, seed)
         return Policy(hf, tokenizer, image_processor, **options)
 
     return make
@@ -77,7 +87,7 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def prompts(tokenizer, image_processor):
     """Prompts of different lengths: with one image, with none, with two, one amid the text."""
     one = (picture(112, 84, seed=0),)

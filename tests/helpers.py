@@ -1,4 +1,4 @@
-"""What several test files share: how a test runs train.py, and how it reads what the run left."""
+"""What several test files share: tiny models, how a test runs train.py, and what the run left."""
 
 import json
 import os
@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+
+import toy
+from model import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +32,88 @@ SMALL_RUN = [
     "checkpoint.every=2",
     "optim.lr=1e-3",
 ]
+
+
+# The settings of the decoder that tiny models of all families share with the toy's, a Qwen2.5-VL,
+# and those that they have of their own.
+SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rope_parameters",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+)
+TEXT = {
+    "qwen2_vl": {},
+    # Heads that are wider than their share of the model, and three axes that take turns.
+    "qwen3_vl": {
+        "head_dim": 48,
+        "num_hidden_layers": 3,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [8, 8, 8],
+            "mrope_interleaved": True,
+        },
+    },
+}
+VISION = {
+    "qwen2_vl": {"depth": 2, "embed_dim": 96, "mlp_ratio": 2, "num_heads": 3, "hidden_size": 128},
+    "qwen3_vl": {
+        "depth": 3,
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_heads": 3,
+        "out_hidden_size": 128,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    },
+}
+
+
+def tiny_model(family: str, tokenizer, seed: int = 0):
+    """A model of model.FAMILIES with random weights, two query heads per key head.
+
+    It has two decoder layers. A Qwen3-VL has three, and image features for the first two of them.
+    """
+    import transformers
+
+    of_toy = toy.build_model(tokenizer, hidden=128, layers=2, seed=seed)
+    if family == "qwen2_5_vl":
+        return of_toy
+    loader = getattr(transformers, FAMILIES[family].loader)
+    config = _like_the_toy(of_toy.config.to_dict(), loader.config_class, family)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        hf = loader._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        _shake_norms(hf)
+    hf.generation_config = of_toy.generation_config
+    return hf
+
+
+def _like_the_toy(settings: dict, config_class, family: str):
+    """The configuration of a family, with the settings of the toy's model where it shares them."""
+    text = {key: settings["text_config"][key] for key in SHARED}
+    tokens = {key: value for key, value in settings.items() if key.endswith("_token_id")}
+    return config_class(
+        text_config=text | TEXT[family],
+        vision_config=VISION[family] | {"initializer_range": text["initializer_range"]},
+        tie_word_embeddings=True,
+        **tokens,
+    )
+
+
+def _shake_norms(hf) -> None:
+    """Give the norms of queries and keys other weights than ones."""
+    for name, weight in hf.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            weight.data.add_(torch.randn_like(weight), alpha=0.3)
 
 
 def small_run(tmp_path: Path, folder: str, *overrides: str) -> list[str]:

@@ -291,6 +291,8 @@ def test_the_factor_comes_from_the_processor(tokenizer):
     prompt = encode_prompt(sample_of("<image>x", (2, 20)), 0, tokenizer, processor, TEMPLATE)
     assert prompt.image_grid_thw.tolist() == [[1, 20, 2]]  # 32 x 320 pixels
     assert int(prompt.visual_mask.sum()) == 10
+    counted = data.count_prompt_tokens("<image>x", [(2, 20)], tokenizer, processor, TEMPLATE)
+    assert counted == len(prompt.input_ids)
 
 
 def test_enlarged_size():

@@ -24,6 +24,15 @@ def test_two_processes_do_what_one_does(start, tmp_path, extra):
     same_run(tmp_path, one, tmp_path / "two")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl"])
+def test_another_family_on_two_processes(start, tmp_path):
+    """Norms of queries and keys are sharded, and the deeper layers' features pass by the units."""
+    one = start("optim.warmup_steps=1", folder="one")
+    torchrun(tmp_path, "two", "optim.warmup_steps=1")
+    same_run(tmp_path, one, tmp_path / "two")
+
+
 # Every other answer of the first process is right, and none of the second one's.
 ONE_SIDED = f"""
 import os, sys

@@ -28,7 +28,7 @@ CORE = {
     "attention": {"data", "dyco"},
     "decoder": set(),
     "model": {"attention", "data", "decoder", "dyco"},
-    "rollout": {"attention", "model", "data", "dyco"},
+    "rollout": {"attention", "data", "decoder", "dyco", "model"},
     "evaluate": {"rewards"},
     "metrics": {"distributed"},
     "run_folder": {"distributed", "dyco", "config", "model", "rows"},

@@ -16,7 +16,8 @@ import attention
 import dyco
 import model
 from attention import Tap
-from model import TokenLogprobs, load_policy, save_policy
+from data import Sample
+from model import FAMILIES, TokenLogprobs, load_policy, save_policy
 
 DYCO = SimpleNamespace(layers=[-1], shift="fisher_rao", text_scope="after_image")
 
@@ -77,6 +78,7 @@ def gradients(policy, logprobs, weights):
     return result
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chosen", [[0], [1], [2], [0, 1, 2]])
 def test_packed_equals_one_row_at_a_time(make_policy, prompts, chosen):
     """Log-probabilities, entropies and gradients, with 1, 0 and 2 images and different lengths.
@@ -101,6 +103,7 @@ def test_packed_equals_one_row_at_a_time(make_policy, prompts, chosen):
         assert (packed_gradients[name] - gradient).abs().max() < tolerance, name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_micro_batches_add_up(make_policy, prompts):
     """Any split into groups gives the same numbers and gradients as one packed forward of all."""
     policy = make_policy()
@@ -150,6 +153,7 @@ def test_empty_response_is_scored_as_nothing(make_policy, prompts):
 # ---------------------------------------------------------------- the tap
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scope", ["after_image", "all"])
 @pytest.mark.parametrize("layers", [[-1], [0, -1]])
 def test_tap_equals_the_attention_that_transformers_returns(make_policy, prompts, layers, scope):
@@ -276,6 +280,7 @@ def test_suppressed_tokens_have_no_probability(make_policy):
 # ---------------------------------------------------------------- dtype, compile, folders
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_arithmetic_over_float32_weights(make_policy, prompts):
     """bf16 has 8 bits: log-probabilities of order 6 agree to about 6 · 2⁻⁷."""
     tokens, mask = random_responses(prompts, 2, 6, 300)
@@ -325,6 +330,32 @@ def test_windows_of_the_vision_tower_in_one_call(make_policy, prompts, monkeypat
     assert many == 15 + 3
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_vl"])
+def test_whole_images_in_the_vision_tower(make_policy, image_processor):
+    """Two pictures of one size and a third: what the stock tower makes of them, and its gradients.
+
+    With Qwen3-VL that is also what deeper layers have for the decoder.
+    """
+    hf = make_policy().hf
+    visual = hf.model.visual
+    pictures = [picture(128, 64, seed=0), picture(128, 64, seed=1), picture(96, 160, seed=2)]
+    images = image_processor(images=pictures, return_tensors="pt")
+
+    def run(implementation):
+        visual.config._attn_implementation = implementation
+        visual.zero_grad()
+        output = visual(images["pixel_values"], images["image_grid_thw"])
+        features = torch.stack([output.pooler_output, *getattr(output, "deepstack_features", [])])
+        features.square().sum().backward()
+        return features, [p.grad.clone() for p in visual.parameters()]
+
+    ours, our_gradients = run(attention.WINDOWS)
+    plain, plain_gradients = run("sdpa")
+    assert len(ours) == (3 if hf.config.model_type == "qwen3_vl" else 1)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(our_gradients, plain_gradients, rtol=1e-4, atol=1e-4)
+
+
 def test_products_into_float32_take_no_gradient(make_policy, prompts, monkeypatch):
     """CUDA's 16-bit product with a float32 result has no derivative: none may be wanted."""
     policy = make_policy(dtype=torch.bfloat16)
@@ -343,6 +374,7 @@ def test_products_into_float32_take_no_gradient(make_policy, prompts, monkeypatc
     assert not any(wants_gradient)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_nothing(make_policy, prompts):
     tokens, mask = random_responses(prompts, 2, 6, 300)
     plain, saving = make_policy(), make_policy()
@@ -354,6 +386,7 @@ def test_gradient_checkpointing_changes_nothing(make_policy, prompts):
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_vision_tower_gets_no_gradient(make_policy, prompts):
     policy = make_policy()
     policy.hf.model.visual.requires_grad_(False)
@@ -377,13 +410,15 @@ def test_compiled_scoring_equals_eager(make_policy, prompts):
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
-def test_saved_folder_is_a_normal_hugging_face_directory(make_policy, prompts, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_folder_is_a_normal_hugging_face_directory(family, make_policy, prompts, tmp_path):
     """Stock classes load it, give the same logits, and generate; so does load_policy."""
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
     policy = make_policy(seed=3)
     save_policy(policy, tmp_path)
     hf = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(hf).__name__ == FAMILIES[family].loader
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert AutoImageProcessor.from_pretrained(tmp_path).size == policy.image_processor.size
     assert tokenizer.chat_template == policy.tokenizer.chat_template
@@ -427,6 +462,61 @@ def test_max_pixels_holds_for_the_layout_of_released_checkpoints(make_policy, tm
     save_policy(policy, tmp_path / "again")
     again = load_policy(tmp_path / "again", torch.device("cpu"))
     assert again.image_processor.size["longest_edge"] == 100352
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl"])
+def test_a_released_qwen3_vl_folder(make_policy, prompts, tmp_path):
+    """Patches of 16 pixels, sizes under other names, and a smallest image of 256 × 256."""
+    save_policy(make_policy(), tmp_path)
+    released = {
+        "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "processor_class": "Qwen3VLProcessor",
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(released))
+    policy = load_policy(tmp_path, torch.device("cpu"), max_pixels=102400)
+    sample = Sample("one", (picture(900, 600, 0),), "<image>Sum circle.", answer="3")
+    prompt = policy.encode(sample, 0, "{question}")
+    assert prompt.image_grid_thw.tolist() == [[1, 16, 24]]  # 384 × 256 pixels
+    assert int(prompt.visual_mask.sum()) == 8 * 12
+    tokens, mask = random_responses([prompt], 2, 6, 300)
+    assert policy([prompt], tokens, mask).logprobs.isfinite().all()
+    with pytest.raises(ValueError, match="data.max_pixels: expected at least 65536"):
+        load_policy(tmp_path, torch.device("cpu"), max_pixels=50176)
+
+
+def test_an_image_processor_of_another_family_is_refused(make_policy, tmp_path):
+    policy = make_policy()
+    policy.image_processor.patch_size = 16
+    save_policy(policy, tmp_path)
+    message = "patches of 16 pixels, 2 frames, merged by 2; its config.json expects 14, 2 and 2"
+    with pytest.raises(ValueError, match=message):
+        load_policy(tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "kind, what",
+    [
+        ("qwen3", "a text-only model, 'qwen3'"),
+        ("qwen2", "a text-only model, 'qwen2'"),
+        ("qwen3_moe", "a mixture of experts, 'qwen3_moe'"),
+        ("qwen3_vl_moe", "a mixture of experts, 'qwen3_vl_moe'"),
+        ("llava", "a 'llava'"),
+    ],
+)
+def test_other_families_are_refused(make_policy, tmp_path, kind, what):
+    """The message says what the model is, and names all families that would do."""
+    save_policy(make_policy(), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ValueError, match=f"is {what}; expected a Qwen2.5-VL") as caught:
+        load_policy(tmp_path, torch.device("cpu"))
+    for name, family in FAMILIES.items():
+        assert f"{family.name} ('{name}')" in str(caught.value)
 
 
 def test_what_is_not_a_qwen_is_refused(make_policy, tmp_path):

@@ -14,6 +14,7 @@ import torch
 import attention
 import rollout
 from attention import Pace
+from model import FAMILIES
 from rollout import generate, join, keyed_generator, sample_tokens
 
 DYCO = SimpleNamespace(layers=[0, -1], shift="fisher_rao", text_scope="after_image")
@@ -29,6 +30,7 @@ def test_examples():
     assert doctest.testmod(rollout).failed == 0 < doctest.testmod(rollout).attempted
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_generate_of_transformers(make_policy, prompts):
     """Token for token, one prompt at a time, with the placeholder ids suppressed there too."""
     policy = make_policy(seed=5)
@@ -66,6 +68,7 @@ def test_one_prefill_serves_sampled_and_greedy_responses(make_policy, prompts):
     assert both.texts[2] not in both.texts[:2]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scope", ["after_image", "all"])
 def test_decoding_equals_scoring(make_policy, prompts, scope):
     """Log-probabilities and signals recorded while decoding are those of the packed forward.
@@ -87,6 +90,7 @@ def test_decoding_equals_scoring(make_policy, prompts, scope):
     assert decoded.signals.text_shift[0, 1 : int(lengths[0])].ne(0).any()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_decoding_is_close_to_scoring(make_policy, prompts):
     """Two kernels round differently, and keys are cached in 16 bits.
 
@@ -250,7 +254,9 @@ def test_keyed_generators_depend_on_the_whole_key():
     assert len({draw(*key) for key in keys}) == len(keys)
 
 
-@pytest.mark.parametrize("capture", [None, DYCO])
+@pytest.mark.parametrize(
+    "family, capture", [("qwen2_5_vl", None), ("qwen2_5_vl", DYCO), ("qwen3_vl", DYCO)]
+)
 def test_a_step_is_one_graph(make_policy, prompts, monkeypatch, capture):
     """A compiler takes a whole step without a break, and the rollout stays what it was.
 

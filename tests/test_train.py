@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers import REWARD, rows_of, weights_of
 from safetensors.torch import load_file
 
@@ -23,7 +24,7 @@ import train
 from config import load_config
 from data import Sample, count_prompt_tokens
 from distributed import ALONE
-from model import load_policy
+from model import FAMILIES, load_policy
 from rollout import generate, keyed_generator
 
 
@@ -313,6 +314,29 @@ def test_the_cap_reaches_the_loss(start):
     row = rows_of(start(*settings, "algo.kl_cap=1e-12"))[2]
     assert row["policy/kl_capped"] > 0.9
     assert row["policy/kl"] > 1e-6  # the mean is logged without the cap
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_vl"])
+def test_another_family_trains_and_resumes(start, tmp_path, family):
+    """All of a Qwen3-VL learns, what its deeper vision layers feed to the decoder too.
+
+    The stock class loads what the run leaves.
+    """
+    whole = start(folder="whole")
+    start("train.steps=1", folder="cut")
+    cut = start(folder="cut")
+    assert rows_of(cut)[-1] == rows_of(whole)[-1]
+    a, b = weights_of(whole), weights_of(cut)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    still = {name for name in a if torch.equal(a[name], before[name])}
+    assert not still
+    assert any("deepstack" in name for name in a) == (family == "qwen3_vl")
+    loader = getattr(transformers, FAMILIES[family].loader)
+    loaded, report = loader.from_pretrained(whole / "final", output_loading_info=True)
+    assert not any(report.values())
+    (embeddings,) = (a[name] for name in a if name.endswith("embed_tokens.weight"))
+    assert torch.equal(loaded.lm_head.weight, embeddings)
 
 
 def test_a_finished_run_adds_nothing(start, capsys):
