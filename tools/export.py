@@ -14,7 +14,7 @@ import torch
 import run_folder
 import toy
 from config import load_config
-from model import load_policy, save_policy
+from model import load_policy
 from tools.command import command
 
 
@@ -29,8 +29,14 @@ def export(checkpoint: Path, target: Path) -> None:
     if path == "toy":
         path = toy.warm_start_folder(config)
     policy = load_policy(path, torch.device("cpu"), trainable=True)
-    weights = run_folder.read_tensors(checkpoint)["policy"]
-    run_folder.write_folder(target, lambda folder: save_policy(policy, folder, weights))
+    # With LoRA a checkpoint holds the adapter alone.
+    saved = run_folder.read_tensors(checkpoint)["policy"]
+    weights = dict(policy.hf.named_parameters()) | saved
+
+    def fill(folder: Path) -> None:
+        run_folder.save_final(policy, folder, weights, config=config)
+
+    run_folder.write_folder(target, fill)
 
 
 @command(ValueError, OSError, run_folder.RunError)
