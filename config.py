@@ -486,7 +486,7 @@ def _parse(text: str, wanted: Any) -> Any:
     """
     if wanted is str:
         return text
-    may_be_text = str in get_args(wanted)  # text or null
+    may_be_text = str in get_args(wanted) and get_origin(wanted) is not list  # text or null
     try:
         value = yaml.load(text, Loader=_Loader)
     except _UnclearNumber as error:

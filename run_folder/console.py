@@ -101,7 +101,7 @@ def header(training) -> str:
     part = "all trained" if trained == size else f"{trained / size:.0%} of them trained"
     if config.lora.rank:
         size -= trained
-        part = f"frozen, LoRA of rank {config.lora.rank}: {trained / 1e6:,.1f} M trained"
+        part = f"frozen, LoRA of rank {config.lora.rank}: {trained:,} numbers trained"
     d = config.dyco
     rule = "DyCo off"
     if d.enabled:

@@ -28,6 +28,7 @@ from types import SimpleNamespace
 import torch
 
 import dyco
+import lora
 import model
 import train
 from config import DEFAULTS, load_config
@@ -397,9 +398,20 @@ def trl_seconds(size: str, visual: int, accumulate: int, steps: int) -> list[flo
 # ---------------------------------------------------------------------------------- memory on paper
 
 
-def one_memory(size: str, visual: int, checkpointing: bool) -> Way:
+WAYS_TO_HOLD = {
+    "full": {"checkpointing": False, "rank": 0},
+    "full, checkpointed": {"checkpointing": True, "rank": 0},
+    "LoRA": {"checkpointing": False, "rank": 16},
+    "LoRA, checkpointed": {"checkpointing": True, "rank": 16},
+}
+
+
+def one_memory(size: str, visual: int, checkpointing: bool, rank: int) -> Way:
     """The function of one_update, run once so that the weights' gradients are there already."""
     policy = policy_of(size)
+    if rank:
+        settings = SimpleNamespace(rank=rank, alpha=32, targets=lora.TARGETS)
+        lora.add(policy, settings, seed=0)
     if checkpointing:
         policy.hf.gradient_checkpointing_enable({"use_reentrant": False})
     run = one_update(size, visual, "packed")
@@ -412,7 +424,7 @@ def one_memory(size: str, visual: int, checkpointing: bool) -> Way:
     return run
 
 
-def memory_on_paper(size: str, visual: int, checkpointing: bool) -> float:
+def memory_on_paper(size: str, visual: int, checkpointing: bool, rank: int) -> float:
     """Megabytes that the formula gives for one_memory."""
     policy = policy_of(size)
     kept, working = estimate.update_bytes(
@@ -423,18 +435,19 @@ def memory_on_paper(size: str, visual: int, checkpointing: bool) -> float:
         new=NEW,
         width=4,
         checkpointing=checkpointing,
+        rank=rank,
     )
     return (kept + working) / 2**20
 
 
 def estimated() -> Iterator[dict]:
     """The memory formula against measured peaks; then what it says of the released models."""
-    for size, visual, checkpointing in itertools.product(SIZES, PIXELS, (False, True)):
-        paper = memory_on_paper(size, visual, checkpointing)
-        peak = peak_megabytes("memory", size, visual, int(checkpointing))
+    for size, visual, way in itertools.product(SIZES, PIXELS, WAYS_TO_HOLD):
+        paper = memory_on_paper(size, visual, **WAYS_TO_HOLD[way])
+        peak = peak_megabytes("memory", size, visual, way)
         yield measurement(
             "estimate",
-            setting_of(size, visual) + (", checkpointed" if checkpointing else ""),
+            f"{setting_of(size, visual)}, {way}",
             ours=paper,
             theirs=peak,
             ratio=peak / paper,
@@ -611,7 +624,7 @@ def job_of(name: str, arguments: list[str]) -> Way:
     if name == "rollout":
         return one_rollout(size, int(visual), way)
     if name == "memory":
-        return one_memory(size, int(visual), checkpointing=way == "1")
+        return one_memory(size, int(visual), **WAYS_TO_HOLD[way])
     if name == "step":
         return one_step(size, int(visual), with_dyco=way == "on")
     raise ValueError(f"no job {name!r}")

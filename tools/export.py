@@ -3,7 +3,8 @@
     python -m tools.export RUN_DIR/checkpoints/step-00000040 FOLDER
 
 The folder is a normal Hugging Face directory, as RUN_DIR/final is after the last step: evaluate.py,
-train.py and other programs load it.
+train.py and other programs load it. An adapter (LoRA) is added to the model that the run began with,
+and stands in FOLDER/adapter, too.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import evaluate
 import run_folder
 import toy
 from config import load_config
@@ -28,6 +30,11 @@ def export(checkpoint: Path, target: Path) -> None:
     path = config.model.path
     if path == "toy":
         path = toy.warm_start_folder(config)
+    facts = run_folder.read_facts(checkpoint)
+    if config.lora.rank and evaluate.weights_of(str(path)) != facts["inputs"]["model.path"]:
+        raise ValueError(
+            f"model.path: what is there is not what {checkpoint} was made with; restore {path}"
+        )
     policy = load_policy(path, torch.device("cpu"), trainable=True)
     # With LoRA a checkpoint holds the adapter alone.
     saved = run_folder.read_tensors(checkpoint)["policy"]
