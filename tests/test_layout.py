@@ -69,8 +69,8 @@ LATE = {
 }
 # A tool imports no other tool that is a command, but for this one, which bench.py compares with.
 SHARED_COMMANDS = {"tools.estimate"}
-# The first takes numbers instead of options, and needs TRL. The second takes nothing.
-WITHOUT_HELP = {"tools.trl_peer", "tools.estimate"}
+# It takes numbers instead of options, and needs TRL.
+WITHOUT_HELP = {"tools.trl_peer"}
 
 
 def files() -> dict[str, Path]:

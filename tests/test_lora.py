@@ -238,7 +238,9 @@ def test_a_run_with_adapters(start, tmp_path, capsys):
     """Two steps against the frozen base: what is said, trained, saved and written."""
     folder = start(*ADAPTED)
     said = capsys.readouterr().out
-    assert re.search(r"weights, frozen, LoRA of rank 4: \d\d,\d{3} numbers trained; float32 on CPU", said)
+    assert re.search(
+        r"weights, frozen, LoRA of rank 4: \d\d,\d{3} numbers trained; float32 on CPU", said
+    )
     rows = rows_of(folder)
     assert all(row["policy/grad_norm"] > 0 for row in rows[1:])
     # The base is the reference: the KL is 0 before the first update, and not after it.
@@ -266,6 +268,17 @@ def test_the_reference_is_the_base(start):
     """One update a step: the KL is 0 at the first, where B is 0, and not at the second."""
     rows = rows_of(start("train.updates_per_rollout=1", "algo.kl=0.04", *ADAPTED))
     assert rows[1]["policy/kl"] == 0 < 1e-6 < rows[2]["policy/kl"]
+
+
+@pytest.mark.parametrize("algorithm", ["dapo", "gspo", "sapo"])
+def test_every_host_trains_adapters(start, algorithm):
+    extra = []
+    if algorithm == "dapo":  # which would find nothing to learn from here
+        extra = ["algo.dynamic_sampling=false", "algo.mask_truncated=false"]
+    rows = rows_of(start(f"algo.name={algorithm}", *extra, *ADAPTED))
+    assert all(row["policy/grad_norm"] > 0 for row in rows[1:])
+    assert ("policy/kl" in rows[2]) == (algorithm != "dapo")
+    assert rows[1]["policy/ratio_deviation"] > 0  # the second update of a step is off policy
 
 
 def test_a_run_with_adapters_resumes_exactly(start):
@@ -429,18 +442,18 @@ def test_a_checkpoint_of_adapters_becomes_a_model_folder(start, tmp_path):
 # ---------------------------------------------------------------- two processes
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_two_processes_train_the_adapters_that_one_trains(start, tmp_path, dtype):
-    """From the same seeds, on a base that is sharded with them, and back on one process."""
-    overrides = [*ADAPTED, f"model.dtype={dtype}"]
-    one = start(*overrides, folder="one")
-    torchrun(tmp_path, "two", *overrides)
+    """Adapters are sharded with a base of another dtype; from one process to two, and back."""
+    overrides = [*ADAPTED, "eval.every=1", f"model.dtype={dtype}"]
+    one = start("train.steps=3", *overrides, folder="one")
+    start("train.steps=1", *overrides, folder="two")
+    torchrun(tmp_path, "two", "train.steps=2", *overrides)
+    two = start("train.steps=3", *overrides, folder="two")
     if dtype == "float32":
-        same_run(tmp_path, one, tmp_path / "two")
-    else:
-        # Rounding can change a draw: the same shapes, and no NaN.
-        a, b = adapter_of(one), adapter_of(tmp_path / "two")
-        assert a.keys() == b.keys()
-        assert all(bool(weight.isfinite().all()) for weight in b.values())
-    start("train.steps=3", *overrides, folder="two")
-    assert [row["step"] for row in rows_of(tmp_path / "two")] == [0, 1, 2, 3]
+        same_run(tmp_path, one, two)
+        return
+    # Sums in another order are rounded to 8 bits, which changes a draw now and then.
+    for a, b in zip(rows_of(one)[1:], rows_of(two)[1:], strict=True):
+        assert a["reward/mean"] == pytest.approx(b["reward/mean"], abs=0.1)
+        assert a["policy/grad_norm"] == pytest.approx(b["policy/grad_norm"], rel=0.2)

@@ -187,11 +187,12 @@ def pixel_bytes(vision, patches: int, width: int) -> float:
 def head_bytes(text, tokens: int, frozen: bool) -> float:
     """The logits of a chunk in float32, and the gradient of the head's weight twice.
 
-    A frozen head has no gradient, and so the chunk counts that makes logits and exponentials.
+    A frozen head has no gradient. Then most is held in the forward pass: logits, exponentials, and
+    the products of both.
     """
     logits = 4 * min(tokens, Policy.CHUNK) * text.vocab_size
     if frozen:
-        return 2 * logits
+        return 3 * logits
     return logits + 8 * text.vocab_size * text.hidden_size
 
 

@@ -3,8 +3,8 @@
     python -m tools.export RUN_DIR/checkpoints/step-00000040 FOLDER
 
 The folder is a normal Hugging Face directory, as RUN_DIR/final is after the last step: evaluate.py,
-train.py and other programs load it. An adapter (LoRA) is added to the model that the run began with,
-and stands in FOLDER/adapter, too.
+train.py and other programs load it. With LoRA the adapter is added to the model that the run began
+with, and stands in FOLDER/adapter, too.
 """
 
 import argparse
