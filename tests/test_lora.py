@@ -386,7 +386,7 @@ def resumed(start, tmp_path):
     return folder, training.policy.eval()
 
 
-def test_final_is_the_policy_in_transformers_and_in_peft(resumed, tmp_path, prompts):
+def test_final_is_the_policy_in_transformers(resumed, tmp_path, prompts):
     """1e-5: sums of order 1 in float32, in another order."""
     folder, policy = resumed
     ours = stock_logits(policy.hf, prompts[0])
@@ -395,13 +395,17 @@ def test_final_is_the_policy_in_transformers_and_in_peft(resumed, tmp_path, prom
     merged = stock_logits(stock_model(folder / "final"), prompts[0])
     torch.testing.assert_close(merged, ours, rtol=1e-5, atol=1e-5)
 
+
+def test_final_adapter_is_the_policy_in_peft(resumed, tmp_path, prompts):
+    """Beside the model that training began with, and under the names that PEFT writes itself."""
+    folder, policy = resumed
+    ours = stock_logits(policy.hf, prompts[0])
     peft = pytest.importorskip("peft", reason="peft is not installed (requirements-dev.txt)")
     adapter = folder / "final" / "adapter"
     beside = peft.PeftModel.from_pretrained(stock_model(tmp_path / "model"), adapter).eval()
     torch.testing.assert_close(stock_logits(beside, prompts[0]), ours, rtol=1e-5, atol=1e-5)
     written = json.loads((adapter / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(tmp_path / "model")
-    # PEFT itself writes the same names and shapes.
     beside.save_pretrained(tmp_path / "by_peft")
     theirs = load_file(tmp_path / "by_peft" / "adapter_model.safetensors")
     for name, weight in load_file(adapter / "adapter_model.safetensors").items():

@@ -186,7 +186,7 @@ def test_what_an_update_holds_beside_frozen_weights(fresh_policy):
     config = fresh_policy("40M").hf.config
 
     def held(**changes) -> float:
-        usual = {"group": 8, "new": 64, "width": 4, "checkpointing": True, "rank": 16}
+        usual = {"group": 4, "new": 64, "width": 4, "checkpointing": True, "rank": 16}
         return sum(estimate.update_bytes(config, 120, 100, **usual | changes))
 
     assert held() == held(frozen=True) < held(rank=0, frozen=True) < held(rank=0)
