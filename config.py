@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 
 import dyco
+import lora
 import rl_algos
 from rows import nearest
 
@@ -82,6 +83,10 @@ SignedWeight = Annotated[float, Range("-1e6 or more", least=-1e6, most=1e6, why=
 Alpha = Annotated[
     float, Range("0 or more", least=0, most=1000, why="it multiplies every advantage")
 ]
+Rank = Annotated[
+    int, Range("0 or more", least=0, most=1024, why="adapters are meant to be of low rank")
+]
+LoraAlpha = Annotated[float, Range("more than 0", above=0, most=1e6, why=FLOAT32)]
 Temperature = Annotated[
     float,
     Range(
@@ -105,6 +110,15 @@ class Model:
     gradient_checkpointing: bool
     freeze_vision: bool
     compile: Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The `settings` of lora.add."""
+
+    rank: Rank
+    alpha: LoraAlpha
+    targets: list[str]
 
 
 @dataclass(frozen=True)
@@ -226,6 +240,7 @@ class Log:
 class Config:
     run: Run
     model: Model
+    lora: Lora
     data: Data
     toy: Toy
     algo: Algo
@@ -477,7 +492,7 @@ def _parse(text: str, wanted: Any) -> Any:
     """
     if wanted is str:
         return text
-    may_be_text = str in get_args(wanted)  # text or null
+    may_be_text = str in get_args(wanted) and get_origin(wanted) is not list  # text or null
     try:
         value = yaml.load(text, Loader=_Loader)
     except _UnclearNumber as error:
@@ -739,6 +754,12 @@ def _contradictions(c: Config, sections: Sections, sources: list[str]) -> list[s
         "a folder of its own, not this repository, your home folder or one above the current one",
     )
     need(bool(c.dyco.layers), "dyco.layers", "at least one decoder layer")
+    need(bool(c.lora.targets), "lora.targets", "at least one linear layer")
+    for name in c.lora.targets:
+        if name not in lora.TARGETS:
+            source = sections["lora"]["targets"].source
+            hint = nearest(_name(name), lora.TARGETS)
+            problems.append(f"{source}: lora.targets: unknown layer {_show(name)}; {hint}")
     return problems
 
 

@@ -242,7 +242,8 @@ def shard(policy, world: World) -> None:
     Each decoder layer is a unit of its own, gathered while it runs. Embeddings, head, last norm and
     vision tower are one more unit, gathered for a whole forward and again for the backward, so that
     passes with and without images gather the same. Gradients are summed and not averaged, because
-    losses are divided by normalisers of all processes.
+    losses are divided by normalisers of all processes. Only the trained weights of a unit must have
+    one dtype: with LoRA the frozen ones beside them have 16 bits, and all are gathered in 16.
     """
     if world.size == 1:
         return

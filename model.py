@@ -63,13 +63,12 @@ def _chunk_forward(hidden, weight, targets, temperature, suppressed):
 def _chunk_slope(hidden, weight, targets, temperature, suppressed, log_total, gradient):
     """The gradient of the logits, before the temperature: ∂logp / ∂logit = 1[target] − softmax.
 
-    Returns it as [M, V] in the weight's dtype, and with it the gradient of `hidden` [M, D].
+    [M, V] in the weight's dtype.
     """
     logits = scaled_logits(hidden, weight, temperature, suppressed)
     gradient = gradient[:, None] / temperature
     slope = logits.sub_(log_total[:, None]).exp_().mul_(-gradient)
-    slope = slope.scatter_add_(1, targets[:, None], gradient).to(weight.dtype)
-    return slope, slope @ weight
+    return slope.scatter_add_(1, targets[:, None], gradient).to(weight.dtype)
 
 
 def _slices(length: int, size: int, together: int) -> list[list[slice]]:
@@ -121,15 +120,17 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx, gradient, _):
         hidden, weight, targets, suppressed, log_total = ctx.saved_tensors
         rounded = weight.to(hidden.dtype)
-        total = torch.zeros_like(weight, dtype=torch.float32)
+        # A frozen head has no gradient, and neither have the states below the first trained weight.
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        hidden_gradient = torch.empty_like(hidden) if for_hidden else None
+        total = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
         # In 16 bits a product cannot be added in place, and the sum over the whole vocabulary is
         # what costs: so there one product serves several chunks.
         together = 1 if rounded.dtype == torch.float32 else PRODUCT_CHUNKS
-        hidden_gradient = torch.empty_like(hidden)
         for chunks in _slices(len(hidden), ctx.chunk, together):
             slopes = []
             for chunk in chunks:
-                slope, hidden_gradient[chunk] = ctx.slope_chunk(
+                slope = ctx.slope_chunk(
                     hidden[chunk],
                     rounded,
                     targets[chunk],
@@ -138,10 +139,15 @@ class TokenLogprobs(torch.autograd.Function):
                     log_total[chunk],
                     gradient[chunk],
                 )
-                slopes.append(slope)
-            _add_product(total, slopes, hidden[chunks[0].start : chunks[-1].stop])
+                if for_hidden:
+                    hidden_gradient[chunk] = slope @ rounded
+                if for_weight:
+                    slopes.append(slope)
+            if for_weight:
+                _add_product(total, slopes, hidden[chunks[0].start : chunks[-1].stop])
+        weight_gradient = total.to(weight.dtype) if for_weight else None
         none_for_the_rest = [None] * 6
-        return hidden_gradient, total.to(weight.dtype), *none_for_the_rest
+        return hidden_gradient, weight_gradient, *none_for_the_rest
 
 
 # --------------------------------------------------------------------------------------- the policy
@@ -777,6 +783,10 @@ def save_policy(policy: Policy, folder: Path, weights: dict[str, Tensor] | None 
 
     weights: name -> tensor, by default the policy's own.
     """
+    dtype = policy.hf.dtype if weights is None else next(iter(weights.values())).dtype
     policy.hf.save_pretrained(folder, state_dict=weights)
+    # It has noted the dtype of the model here, and the weights may have another one.
+    policy.hf.config.dtype = dtype
+    policy.hf.config.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     policy.image_processor.save_pretrained(folder)

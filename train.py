@@ -41,6 +41,7 @@ from tqdm import tqdm
 import distributed
 import dyco
 import evaluate
+import lora
 import metrics
 import rewards
 import rl_algos
@@ -76,7 +77,7 @@ class Training(NamedTuple):
     config: Config
     world: World
     policy: Policy
-    reference: Policy | None = None  # only where algo.kl > 0
+    reference: Policy | None = None  # only where algo.kl > 0; with LoRA the policy itself
     optimizer: torch.optim.Optimizer | None = None
     dataset: Sequence = ()  # of Sample
     sampler: Sampler | None = None
@@ -331,9 +332,10 @@ def add_logprobs(training: Training, batch: Batch, minibatches: list[list[int]])
         if again:
             batch.old_logprobs = logprobs
     if reference is not None:
-        batch.ref_logprobs, _ = compute_logprobs(
-            training, reference, rollout, minibatches=minibatches
-        )
+        with lora.off(reference):
+            batch.ref_logprobs, _ = compute_logprobs(
+                training, reference, rollout, minibatches=minibatches
+            )
     return logged
 
 
@@ -571,7 +573,7 @@ def describe_packed_row(config: Config, rollout: Rollout, groups: list[int]) -> 
 def describe_optimizer() -> str:
     return (
         "the optimizer step (AdamW keeps 8 bytes a trained weight from the first one on); use more "
-        "processes or model.freeze_vision=true"
+        "processes, model.freeze_vision=true or lora.rank=16"
     )
 
 
@@ -591,15 +593,17 @@ def build(config: Config, world: World) -> Training:
             config,
             path,
             world.device,
+            trainable=not config.lora.rank,
             freeze_vision=config.model.freeze_vision,
             gradient_checkpointing=config.model.gradient_checkpointing,
         )
         policy.tap(config.dyco)  # raises where dyco.layers names a layer that the model lacks
+        if config.lora.rank:
+            lora.add(policy, config.lora, config.train.seed)
         distributed.shard(policy, world)
         reference = None
         if config.algo.kl > 0:
-            reference = policy_from_config(config, path, world.device, trainable=False)
-            distributed.shard(reference, world)
+            reference = reference_policy(config, policy, path, world=world)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     check_prompts(config, policy, dataset)
@@ -608,7 +612,8 @@ def build(config: Config, world: World) -> Training:
     inputs = {"data.path": dataset.fingerprint}
     if held_out is not None:
         inputs["data.eval_path"] = held_out.fingerprint
-    if reference is not None:  # the policy goes on from the checkpoint, the reference from here
+    # What goes on from here when a run is resumed, and not from its checkpoint.
+    if reference is not None or config.lora.rank:
         inputs["model.path"] = evaluate.weights_of(str(path))
     if custom_reward is not None:
         file = Path(config.reward.custom.rpartition(":")[0])
@@ -631,6 +636,15 @@ def build(config: Config, world: World) -> Training:
         custom_reward=custom_reward,
         inputs=inputs,
     )
+
+
+def reference_policy(config: Config, policy: Policy, path: str | Path, world: World) -> Policy:
+    """What the policy is held near to: the model that training begins with. Collective."""
+    if config.lora.rank:
+        return policy  # whose frozen weights are that model, see lora.off
+    reference = policy_from_config(config, path, world.device, trainable=False)
+    distributed.shard(reference, world)
+    return reference
 
 
 def read_custom_reward(config: Config) -> Callable | None:

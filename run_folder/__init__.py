@@ -10,6 +10,7 @@ A run's folder (run.dir) holds
     report.html            curves and token view
     checkpoints/step-N/    tensors.pt (weights, optimizer), facts.json, checksums.json
     final/                 a Hugging Face directory
+    final/adapter/         with LoRA, the adapter alone, as PEFT writes it
 
 Files and folders are whole or absent, also after a kill or a loss of power. Rows of steps that are
 computed again after a resume move to NAME.superseded.jsonl.
@@ -26,9 +27,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import distributed
+import lora
 from config import Config, ConfigError, load_config
 from distributed import World
-from model import save_policy
 from rows import RowError, append_jsonl
 from run_folder.console import (
     LEGEND,
@@ -63,6 +64,7 @@ from run_folder.saving import (
     read_facts,
     read_tensors,
     save_checkpoint,
+    save_final,
     write_checksums,
 )
 
@@ -83,6 +85,7 @@ __all__ = [
     "remove_partial",
     "save_checkpoint",
     "save_examples",
+    "save_final",
     "supersede",
     "sync",
     "write_checksums",
@@ -94,6 +97,7 @@ __all__ = [
 FIXED_ON_RESUME = (
     "model.path",
     "model.freeze_vision",
+    "lora",
     "data.path",
     "data.image_root",
     "data.prompt_template",
@@ -220,7 +224,9 @@ class RunFolder:
                 for key, value in keys.items()
             }
 
-        before, after = flat(old), flat(asdict(self.config))
+        after = flat(asdict(self.config))
+        # Runs that know of no adapters have trained the weights themselves.
+        before = {"lora.rank": 0, **flat(old)}
         for key, value in after.items():
             if key not in before:  # an option that the code has got since then
                 self.say(f"new since the checkpoint: {key} {value!r}")
@@ -282,9 +288,10 @@ class RunFolder:
         weights = list(training.policy.parameters())
         count = sum(p.numel() for p in weights)
         trained = sum(p.numel() for p in weights if p.requires_grad)
+        saved = sum(p.numel() for p in lora.state(training.policy).values())
         # float32 weights, and of AdamW two numbers for each that is trained. One checkpoint more
         # than are kept exists while it is written; final/ holds the weights alone.
-        a_checkpoint = 4 * count + 8 * trained
+        a_checkpoint = 4 * saved + 8 * trained
         needed = a_checkpoint * (self.config.checkpoint.keep_last + 1) + 4 * count
         kept = len(checkpoints(self.path / "checkpoints")) * a_checkpoint
         free = shutil.disk_usage(self.path).free
@@ -310,7 +317,7 @@ class RunFolder:
         """Write a checkpoint of a train.Training. Collective."""
         tensors = distributed.whole(
             {
-                "policy": dict(training.policy.hf.named_parameters()),
+                "policy": lora.state(training.policy),
                 "optimizer": training.optimizer.state_dict(),
             },
             keep=self.world.is_main,
@@ -349,7 +356,9 @@ class RunFolder:
         policy = training.policy
         weights = distributed.whole(dict(policy.hf.named_parameters()), keep=self.world.is_main)
         if self.world.is_main:
-            write_folder(self.final, lambda path: save_policy(policy, path, weights))
+            write_folder(
+                self.final, lambda path: save_final(policy, path, weights, config=self.config)
+            )
             if training.held_out is not None:
                 self.say(held_out_curve(self.metrics))
             self.say(

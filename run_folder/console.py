@@ -99,6 +99,9 @@ def header(training) -> str:
     size = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     part = "all trained" if trained == size else f"{trained / size:.0%} of them trained"
+    if config.lora.rank:
+        size -= trained
+        part = f"frozen, LoRA of rank {config.lora.rank}: {trained:,} numbers trained"
     d = config.dyco
     rule = "DyCo off"
     if d.enabled:

@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import distributed
-from model import Policy
+import lora
+from config import Config
+from model import Policy, save_policy
 from run_folder.files import RunError, remove_folder, write_folder
 
 
@@ -78,7 +81,7 @@ def read_tensors(checkpoint: Path) -> dict:
 @torch.no_grad()
 def load_tensors(policy: Policy, optimizer, tensors: dict) -> None:
     """Continue from the whole tensors of a checkpoint, whatever number of processes wrote them."""
-    parameters = dict(policy.hf.named_parameters())
+    parameters = lora.state(policy)
     for name, parameter in parameters.items():
         parameter.copy_(distributed.share(tensors["policy"][name], parameter))
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
@@ -89,3 +92,16 @@ def load_tensors(policy: Policy, optimizer, tensors: dict) -> None:
             for name, value in state.items()
         }
     optimizer.load_state_dict(tensors["optimizer"])
+
+
+def save_final(policy: Policy, folder: Path, weights: dict[str, Tensor], config: Config) -> None:
+    """Write a policy as a Hugging Face directory; with LoRA merged, and the adapter in adapter/.
+
+    weights: of the policy by name, those of its adapters among them, whole and on the CPU.
+    """
+    if not config.lora.rank:
+        save_policy(policy, folder, weights)
+        return
+    save_policy(policy, folder, lora.merged(weights, config.lora))
+    base = policy.hf.name_or_path
+    lora.save_adapter(folder / "adapter", weights, config.lora, base=base)

@@ -476,11 +476,11 @@ def test_an_extended_run_has_no_old_final(start, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def killed(*_):
+    def killed(*_, **__):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run_folder, "save_policy", killed)
+        patch.setattr(run_folder, "save_final", killed)
         start("train.steps=2", "checkpoint.every=1")
     assert not (folder / "final").exists()
     start("train.steps=2", "checkpoint.every=1")

@@ -29,6 +29,7 @@ from types import SimpleNamespace
 import torch
 
 import dyco
+import lora
 import model
 from attention import ON_CPU
 from config import DEFAULTS, load_config
@@ -334,9 +335,20 @@ def trl_seconds(size: str, visual: int, accumulate: int, steps: int) -> list[flo
 # ---------------------------------------------------------------------------------- memory on paper
 
 
-def one_memory(size: str, visual: int, checkpointing: bool) -> Way:
+WAYS_TO_HOLD = {
+    "full": {"checkpointing": False, "rank": 0},
+    "full, checkpointed": {"checkpointing": True, "rank": 0},
+    "LoRA": {"checkpointing": False, "rank": 16},
+    "LoRA, checkpointed": {"checkpointing": True, "rank": 16},
+}
+
+
+def one_memory(size: str, visual: int, checkpointing: bool, rank: int) -> Way:
     """The function of one_update, run once so that the weights' gradients are there already."""
     policy = policy_of(size)
+    if rank:
+        settings = SimpleNamespace(rank=rank, alpha=32, targets=lora.TARGETS)
+        lora.add(policy, settings, seed=0)
     if checkpointing:
         policy.hf.gradient_checkpointing_enable({"use_reentrant": False})
     run = one_update(size, visual, "packed")
@@ -371,7 +383,7 @@ def rollout_on_paper(size: str, visual: int, new: int) -> float:
     return (wave.cache_bytes() + wave.row_bytes() + wave.sampling_bytes()) / 2**20
 
 
-def memory_on_paper(size: str, visual: int, checkpointing: bool) -> float:
+def memory_on_paper(size: str, visual: int, checkpointing: bool, rank: int) -> float:
     """Megabytes that the formula gives for one_memory."""
     policy = policy_of(size)
     kept, working = estimate.update_bytes(
@@ -382,6 +394,7 @@ def memory_on_paper(size: str, visual: int, checkpointing: bool) -> float:
         new=NEW,
         width=4,
         checkpointing=checkpointing,
+        rank=rank,
     )
     return (kept + working) / 2**20
 
@@ -403,10 +416,10 @@ def on_paper(setting: str, paper: float, peak: float) -> dict:
 
 def estimated() -> Iterator[dict]:
     """The memory formulas against measured peaks; then what they say of the released models."""
-    for size, visual, checkpointing in itertools.product(SIZES, PIXELS, (False, True)):
-        setting = setting_of(size, visual) + (", checkpointed" if checkpointing else "")
-        peak = peak_megabytes("memory", size, visual, int(checkpointing))
-        yield on_paper(setting, memory_on_paper(size, visual, checkpointing), peak)
+    for size, visual, way in itertools.product(SIZES, PIXELS, WAYS_TO_HOLD):
+        peak = peak_megabytes("memory", size, visual, way)
+        paper = memory_on_paper(size, visual, **WAYS_TO_HOLD[way])
+        yield on_paper(f"{setting_of(size, visual)}, {way}", paper, peak)
     # Responses so long that decoding holds more than the prefill before it.
     for size, new in itertools.product(SIZES, (256, 512)):
         peak = peak_megabytes("decoding", size, 100, new)
@@ -582,7 +595,7 @@ def job_of(name: str, arguments: list[str]) -> Way:
     if name == "decoding":
         return one_decoding(size, int(visual), new=int(way))
     if name == "memory":
-        return one_memory(size, int(visual), checkpointing=way == "1")
+        return one_memory(size, int(visual), **WAYS_TO_HOLD[way])
     if name == "step":
         return one_step(size, int(visual), with_dyco=way == "on")
     raise ValueError(f"no job {name!r}")

@@ -18,7 +18,7 @@ from data import Prompt
 from model import Policy
 from rollout import _Wave
 from tools.counting import Counting, Kernel, as_on_cuda, without_numbers
-from tools.estimate import SETUPS, VISION
+from tools.estimate import MODELS, VISION
 
 PROMPTS = 16
 PROMPT = 700  # tokens of a prompt
@@ -35,7 +35,7 @@ def released_policy(name: str, dtype: torch.dtype = torch.bfloat16) -> Policy:
     """A released model, "3B" or "7B". To be called in `without_numbers()`."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    setup = next(setup for key, setup in SETUPS.items() if key.startswith(f"Qwen2.5-VL-{name}"))
+    setup = MODELS[name]
     text = setup["text"]
     vision = VISION | {"out_hidden_size": text["hidden_size"]}
     config = Qwen2_5_VLConfig(

@@ -1,29 +1,35 @@
 """Memory and time of the released models, on paper: nothing here is measured.
 
-    python -m tools.estimate          # the plans
+    python -m tools.estimate          # the plans of docs/training.md
+    python -m tools.estimate --model 3B --memory 24 --lora-rank 16 --response 1024 …
     python -m tools.bench estimate    # the memory formula against measured peaks, then the plans
 
-The settings are those of config_3b.yaml, the prompts those of SCENARIO below. A decoding step as a
-CUDA graph is as long as its weights, keys and values take to read at 70 % of the bandwidth; nothing
-else that it reads or writes is counted.
+The second prints the plan of your own figures, and what fits on your GPU. What you leave out is as
+in config_3b.yaml, or with --lora-rank as in config_lora.yaml. Neither says how long prompts and
+responses are: 600 image tokens and 100 of text, and 400 tokens of a response on average.
+
+A decoding step as a CUDA graph is as long as its weights, keys and values take to read at 70 % of
+the bandwidth; nothing else that it reads or writes is counted.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
+import lora
 from attention import ON_GPU, Pace, Tap, round_up
 from config import DEFAULTS, load_config
 from model import PRODUCT_CHUNKS, Policy
 from rollout import waves_within
 from tools.command import command
 
-SETUPS = {
-    "Qwen2.5-VL-3B on one GPU of 80 GB": {
-        "gpus": 1,
+MODELS = {
+    "3B": {
         "text": {
             "hidden_size": 2048,
             "intermediate_size": 11008,
@@ -34,8 +40,7 @@ SETUPS = {
         },
         "tied": True,
     },
-    "Qwen2.5-VL-7B on eight": {
-        "gpus": 8,
+    "7B": {
         "text": {
             "hidden_size": 3584,
             "intermediate_size": 18944,
@@ -48,19 +53,19 @@ SETUPS = {
     },
 }
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+FULL = "config_3b.yaml"
+LORA = "config_lora.yaml"
+SETUPS = {
+    "Qwen2.5-VL-3B on one GPU of 80 GB": {"gpus": 1, **MODELS["3B"]},
+    "Qwen2.5-VL-7B on eight": {"gpus": 8, **MODELS["7B"]},
+    "Qwen2.5-VL-3B on one GPU of 24 GB, by LoRA": {"gpus": 1, **MODELS["3B"], "file": LORA},
+}
 
-# The scenario: what is asked in a step, and how long the responses are.
-PROMPTS = 16  # per GPU and step
+# What no file of settings says.
 VISUAL = 600  # image tokens of a prompt
 PROMPT = 700  # all tokens of a prompt
-GROUP = 8  # responses of a prompt
 MEAN = 400  # tokens of a response
-LONGEST = 2048  # tokens of a response, at worst
 EPOCH = 11000  # prompts of the data
-SCENARIO = (
-    f"{PROMPTS} prompts per GPU and step, prompts of {VISUAL} image and {PROMPT - VISUAL} text "
-    f"tokens, {GROUP} responses of {MEAN} tokens, {LONGEST} at worst"
-)
 
 # The GPU: an A100.
 FLOPS = 312e12  # in bfloat16
@@ -70,11 +75,46 @@ REACHED = 0.7  # the share of it that a decoding step reaches as a CUDA graph: a
 DECODE_STEP = 0.030  # seconds of a decoding step without graphs, which the start of kernels bounds
 DECODE_STEPS = 1000  # until most rows of a wave have ended
 
+RESERVE = 1.5e9  # bytes of a GPU that CUDA itself takes, and the gaps between tensors
+
 BFLOAT16 = 2  # bytes
 FLOAT32 = 4  # bytes
 ADAMW = 16  # bytes a trained weight: weight, gradient and two moments in float32
 
 Line = tuple[str, float, str]  # what it is, how much, the unit
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is asked in a step, and how long prompts and responses are, in tokens."""
+
+    prompts: int  # per GPU and step
+    group: int  # responses of a prompt
+    longest: int  # of a response, at worst
+    cached: int  # prompts and responses, in the cache at once
+    rank: int  # of LoRA's adapters; 0: all weights of the decoder are trained
+    visual: int = VISUAL  # of a prompt, those of its image
+    prompt: int = PROMPT  # of a prompt, all
+    mean: int = MEAN  # of a response
+
+    def __str__(self) -> str:
+        return (
+            f"{self.prompts} prompts per GPU and step, prompts of {self.visual} image and "
+            f"{self.prompt - self.visual} text tokens, {self.group} responses of {self.mean} "
+            f"tokens, {self.longest} at worst"
+        )
+
+
+def scenario_of(file: str) -> Scenario:
+    """What a file of settings asks for."""
+    config = load_config(DEFAULTS.with_name(file))
+    return Scenario(
+        prompts=config.rollout.prompts_per_step,
+        group=config.rollout.group_size,
+        longest=config.rollout.max_new_tokens,
+        cached=config.rollout.max_cache_tokens,
+        rank=config.lora.rank,
+    )
 
 
 # ----------------------------------------------------------------------------- what an update holds
@@ -90,13 +130,15 @@ def update_bytes(
     width: int,
     checkpointing: bool,
     frozen: bool = False,
+    rank: int = 0,
 ) -> tuple[float, float]:
     """What one group's forward and backward hold beyond weights and their gradients, in bytes.
 
     The first number is kept from forward to backward, the second is at work in the backward pass.
     prompt and visual: tokens of the prompt, and those of them that are the image's. group and new:
     responses, and tokens of each. width: bytes of a number in the arithmetic's dtype; the residual
-    stream and the norms are float32 in any case. frozen: the vision tower is not trained.
+    stream and the norms are float32 in any case. frozen: the vision tower is not trained. rank: of
+    LoRA's adapters, beside which all else is frozen.
     """
     text = config.text_config
     vision = config.vision_config
@@ -104,13 +146,15 @@ def update_bytes(
     patches = 4 * visual
 
     layer = layer_bytes(text, prompt, group=group, new=new, width=width)
+    layer += tokens * width * rank * len(lora.TARGETS)  # the narrow rows between A and B
     block = block_bytes(vision, patches, width)
     pixels = pixel_bytes(vision, patches, width)
-    head = head_bytes(text, group * new, width)
+    head = head_bytes(text, group * new, width, frozen=rank > 0)
     if checkpointing:
         # The inputs of all layers are kept, and at any one time one layer or the head is at work.
         # The gradient of a head that is the embedding, too, waits for that of the embedding.
-        waiting = FLOAT32 * text.vocab_size * text.hidden_size if config.tie_word_embeddings else 0
+        is_waiting = config.tie_word_embeddings and not rank
+        waiting = FLOAT32 * text.vocab_size * text.hidden_size if is_waiting else 0
         inputs = text.num_hidden_layers * tokens * 4 * text.hidden_size
         image = pixels + vision.depth * patches * 4 * vision.hidden_size
         working = max(layer + waiting, block + waiting, head)
@@ -118,7 +162,7 @@ def update_bytes(
         inputs = text.num_hidden_layers * layer
         image = pixels + vision.depth * block
         working = head
-    return inputs + (0 if frozen else image), working
+    return inputs + (0 if frozen or rank else image), working
 
 
 def layer_bytes(text, prompt: int, *, group: int, new: int, width: int) -> float:
@@ -150,13 +194,17 @@ def pixel_bytes(vision, patches: int, width: int) -> float:
     return patches * (width * pixels + 8 * width * vision.hidden_size)
 
 
-def head_bytes(text, tokens: int, width: int) -> float:
+def head_bytes(text, tokens: int, width: int, frozen: bool = False) -> float:
     """What the head's backward holds: logits, their slopes, and the gradient of the head's weight.
 
     The gradient is float32 and there twice. In float32 a slope takes the place of its logits. In 16
-    bits the slopes of several chunks are kept, and laid side by side for one product.
+    bits the slopes of several chunks are kept, and laid side by side for one product. A frozen head
+    has no gradient. Then most is held in the forward pass: logits, exponentials, and the products
+    of both.
     """
     logits = FLOAT32 * min(tokens, Policy.CHUNK) * text.vocab_size
+    if frozen:
+        return 3 * logits
     gradient = FLOAT32 * text.vocab_size * text.hidden_size
     if width == FLOAT32:
         return logits + 2 * gradient
@@ -233,18 +281,19 @@ class Weights:
     tower: int  # of the vision tower, which is frozen
     layer: int  # of one decoder layer
     looked_up: int  # of embeddings that are not the head's, too
+    adapters: int = 0  # of LoRA, beside them
 
     @property
     def trained(self) -> int:
-        return self.whole - self.tower
+        return self.adapters or self.whole - self.tower
 
     @property
     def multiplied(self) -> int:
         """Those that a token is multiplied by; embeddings are looked up."""
-        return self.trained - self.looked_up
+        return self.whole - self.tower - self.looked_up
 
 
-def released_model(text: dict, tied: bool):
+def released_model(text: dict, tied: bool, rank: int = 0):
     """The configuration of a released model and its numbers of weights, without its memory."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -252,10 +301,13 @@ def released_model(text: dict, tied: bool):
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
     with torch.device("meta"):
         hf = Qwen2_5_VLForConditionalGeneration(config)
-    return config, weights_of(hf)
+    return config, weights_of(hf, rank)
 
 
-def weights_of(hf) -> Weights:
+def weights_of(hf, rank: int = 0) -> Weights:
+    layers = hf.model.language_model.layers
+    layer = layers[0]
+
     def count(module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
@@ -263,35 +315,52 @@ def weights_of(hf) -> Weights:
     return Weights(
         whole=count(hf),
         tower=count(hf.model.visual),
-        layer=count(hf.model.language_model.layers[0]),
+        layer=count(layer),
         looked_up=0 if hf.config.tie_word_embeddings else count(embeddings),
+        adapters=len(layers) * adapter_size(layer, rank),
     )
+
+
+def adapter_size(layer: torch.nn.Module, rank: int) -> int:
+    """The numbers in the adapters of one decoder layer, A [r, in] and B [out, r] each."""
+    linear = [part for part in layer.modules() if isinstance(part, torch.nn.Linear)]
+    return sum(rank * (part.in_features + part.out_features) for part in linear)
 
 
 def billions(number: float) -> str:
     return f"{number / 1e9:.2f} B"
 
 
-def group_bytes(config, checkpointing: bool) -> tuple[float, float]:
+def group_bytes(config, scenario: Scenario, checkpointing: bool) -> tuple[float, float]:
     """update_bytes of a group at worst, in bfloat16, with the vision tower frozen."""
     return update_bytes(
         config,
-        PROMPT,
-        VISUAL,
-        group=GROUP,
-        new=LONGEST,
+        scenario.prompt,
+        scenario.visual,
+        group=scenario.group,
+        new=scenario.longest,
         width=BFLOAT16,
         checkpointing=checkpointing,
         frozen=True,
+        rank=scenario.rank,
     )
 
 
-def update_memory(config, weights: Weights, gpus: int) -> list[tuple[str, float]]:
-    """What a GPU holds at the update, in bytes."""
+def weights_memory(weights: Weights, gpus: int) -> list[tuple[str, float]]:
+    """What a GPU holds all the time but in the rollout, in bytes."""
     shared = f" / {gpus}" if gpus > 1 else ""
-    kept, working = group_bytes(config, checkpointing=True)
-    copies, copied = bfloat16_copies(config, weights, gpus)
-    lines = [
+    if weights.adapters:
+        return [
+            (
+                f"frozen weights, bfloat16, reference, too: 2 · {billions(weights.whole)}{shared}",
+                BFLOAT16 * weights.whole / gpus,
+            ),
+            (
+                f"adapters, gradients, AdamW in float32: 16 · {billions(weights.trained)}{shared}",
+                ADAMW * weights.trained / gpus,
+            ),
+        ]
+    return [
         (
             f"weights, gradients, AdamW in float32: 16 · {billions(weights.trained)}{shared}",
             ADAMW * weights.trained / gpus,
@@ -304,20 +373,30 @@ def update_memory(config, weights: Weights, gpus: int) -> list[tuple[str, float]
             f"reference policy, bfloat16 (algo.kl > 0): 2 · {billions(weights.whole)}{shared}",
             BFLOAT16 * weights.whole / gpus,
         ),
-        (f"bfloat16 copies of the weights in use: {copied}", copies),
     ]
-    if gpus > 1:
+
+
+def update_memory(
+    config, weights: Weights, gpus: int, scenario: Scenario
+) -> list[tuple[str, float]]:
+    """What a GPU holds at the update, in bytes."""
+    kept, working = group_bytes(config, scenario, checkpointing=True)
+    copies, copied = bfloat16_copies(config, weights, gpus)
+    lines = weights_memory(weights, gpus)
+    lines.append((f"bfloat16 copies of the weights in use: {copied}", copies))
+    if gpus > 1 and not weights.adapters:
         # Both for the weights in use that are trained: 2 bytes of bfloat16 and 4 of float32, where
         # `copies` counts 2 a weight.
         gradients = 3 * (copies - BFLOAT16 * weights.tower)
         lines.append(("their gradients before they are scattered, bfloat16 and float32", gradients))
+    head = "" if weights.adapters else " and the gradient of the head"
     lines += [
-        (f"activations, checkpointed, one group of {GROUP} responses of {LONGEST} tokens", kept),
         (
-            "one layer while it is computed again, "
-            "or slopes of logits and the gradient of the head",
-            working,
+            f"activations, checkpointed, one group of {scenario.group} responses of "
+            f"{scenario.longest} tokens",
+            kept,
         ),
+        (f"one layer while it is computed again, or slopes of logits{head}", working),
     ]
     return lines
 
@@ -332,36 +411,36 @@ def bfloat16_copies(config, weights: Weights, gpus: int) -> tuple[float, str]:
     return in_use, "two layers, embeddings, head, vision tower"
 
 
-def waves_of(config) -> list[Decoding]:
-    """The waves of the scenario's rollout, with the cache of config_3b.yaml."""
-    settings = load_config(DEFAULTS.with_name("config_3b.yaml"))
-    own = GROUP * round_up(LONGEST, ON_GPU.own_keys)
+def waves_of(config, scenario: Scenario) -> list[Decoding]:
+    """The waves of the scenario's rollout."""
+    own = scenario.group * round_up(scenario.longest, ON_GPU.own_keys)
+    lengths = [scenario.prompt] * scenario.prompts
     return [
         Decoding(
             config.text_config,
             prompts=len(wave),
-            prompt=PROMPT,
-            group=GROUP,
-            new=LONGEST,
+            prompt=scenario.prompt,
+            group=scenario.group,
+            new=scenario.longest,
             width=BFLOAT16,
-            captured=len(settings.dyco.layers),
         )
-        for wave in waves_within([PROMPT] * PROMPTS, own, settings.rollout.max_cache_tokens)
+        for wave in waves_within(lengths, own, scenario.cached)
     ]
 
 
 def rollout_memory(
-    config, weights: Weights, gpus: int, waves: list[Decoding]
+    config, weights: Weights, gpus: int, scenario: Scenario
 ) -> list[tuple[str, float]]:
     """What a GPU holds in the rollout, in bytes."""
     # There are no gradients in the rollout, which are 4 of AdamW's 16 bytes.
-    states = (ADAMW - FLOAT32) * weights.trained / gpus + FLOAT32 * weights.tower / gpus
-    reference = BFLOAT16 * weights.whole / gpus
+    states = sum(amount for _, amount in weights_memory(weights, gpus))
+    states -= FLOAT32 * weights.trained / gpus
     copies = BFLOAT16 * (weights.trained if gpus == 1 else weights.whole)
-    wave = max(waves, key=Decoding.cache_bytes)
+    wave = max(waves_of(config, scenario), key=Decoding.cache_bytes)
     a_token = cached_token_bytes(config.text_config, BFLOAT16)
+    reference = "" if weights.adapters else ", reference"
     return [
-        ("in the rollout: states, reference, weights in bfloat16", states + reference + copies),
+        (f"in the rollout: states{reference}, weights in bfloat16", states + copies),
         (f"caches of {wave.cached} tokens of {a_token} bytes", wave.cache_bytes()),
         (
             f"attention rows, and sampling of {wave.rows} rows from the vocabulary",
@@ -391,9 +470,11 @@ def rollout_seconds(weights: Weights, waves: list[Decoding]) -> list[tuple[str, 
     ]
 
 
-def learning_seconds(weights: Weights) -> list[tuple[str, float]]:
+def learning_seconds(weights: Weights, scenario: Scenario) -> list[tuple[str, float]]:
     """How long what follows the rollout takes."""
-    tokens = PROMPTS * (PROMPT + GROUP * MEAN)
+    tokens = scenario.prompts * (scenario.prompt + scenario.group * scenario.mean)
+    # Frozen weights have no gradient, which takes as long as a forward.
+    of_update = 6 if weights.adapters else 8
     operations = tokens * weights.multiplied / (FLOPS * USED)
     return [
         (
@@ -402,33 +483,36 @@ def learning_seconds(weights: Weights) -> list[tuple[str, float]]:
             4 * operations,
         ),
         (
-            f"update, forward, again, backward: 8 · {tokens} tokens · "
+            f"update, forward, again, backward: {of_update} · {tokens} tokens · "
             f"{billions(weights.multiplied)}",
-            8 * operations,
+            of_update * operations,
         ),
     ]
 
 
-def plan(gpus: int, text: dict, tied: bool) -> list[Line]:
-    """Memory per GPU and time of a step, on paper."""
-    config, weights = released_model(text, tied)
-    waves = waves_of(config)
+def plan(gpus: int, text: dict, tied: bool, file: str = FULL, **changes) -> list[Line]:
+    """Memory per GPU and time of a step, on paper.
 
-    at_update = update_memory(config, weights, gpus)
-    in_rollout = rollout_memory(config, weights, gpus, waves)
+    The scenario is that of a file of settings, with `changes` of its fields.
+    """
+    scenario = replace(scenario_of(file), **changes)
+    config, weights = released_model(text, tied, rank=scenario.rank)
+
+    at_update = update_memory(config, weights, gpus, scenario)
+    in_rollout = rollout_memory(config, weights, gpus, scenario)
     in_bytes = [
         *at_update,
         ("together, at the update", sum(amount for _, amount in at_update)),
         (
             "activations of that group without checkpointing",
-            group_bytes(config, checkpointing=False)[0],
+            group_bytes(config, scenario, checkpointing=False)[0],
         ),
         *in_rollout,
         ("together, in the rollout", sum(amount for _, amount in in_rollout)),
     ]
-    rollouts = rollout_seconds(weights, waves)
-    learning = learning_seconds(weights)
-    steps = math.ceil(EPOCH / (PROMPTS * gpus))
+    rollouts = rollout_seconds(weights, waves_of(config, scenario))
+    learning = learning_seconds(weights, scenario)
+    steps = math.ceil(EPOCH / (scenario.prompts * gpus))
     epoch = f"one epoch of {EPOCH // 1000} {EPOCH % 1000:03d} prompts: {steps} steps"
     in_hours = []
     for name, (_, decoding) in zip(("with graphs", "without"), rollouts, strict=True):
@@ -441,13 +525,130 @@ def plan(gpus: int, text: dict, tied: bool) -> list[Line]:
     ]
 
 
-@command()
+# ------------------------------------------------------------------------------------ what fits
+
+
+def peak(config, weights: Weights, gpus: int, scenario: Scenario) -> float:
+    """What a GPU holds at most, at the update or in the rollout, in bytes."""
+    at_update = update_memory(config, weights, gpus, scenario)
+    in_rollout = rollout_memory(config, weights, gpus, scenario)
+    return max(sum(amount for _, amount in stage) for stage in (at_update, in_rollout))
+
+
+def most(values: Iterable[int], fits: Callable[[int], bool]) -> int | None:
+    """The last of rising values that fits, or None.
+
+    >>> most(range(1, 100), lambda value: value * value < 50)
+    7
+    """
+    largest = None
+    for value in values:
+        if not fits(value):
+            break
+        largest = value
+    return largest
+
+
+def verdict(model: str, gpus: int, gigabytes: float, scenario: Scenario) -> list[str]:
+    """Whether a scenario fits on GPUs of so many GB, and how far each of its figures may go."""
+    config, weights = released_model(**MODELS[model], rank=scenario.rank)
+    room = gigabytes * 1e9 - RESERVE
+
+    def fits(**changes) -> bool:
+        return peak(config, weights, gpus, replace(scenario, **changes)) <= room
+
+    needed = (peak(config, weights, gpus, scenario) + RESERVE) / 1e9
+    answer = "fits" if fits() else "does not fit"
+    lines = [
+        f"It {answer}: {needed:.1f} GB of {gigabytes:g} GB, {RESERVE / 1e9} GB of it for CUDA."
+    ]
+    ranges = {
+        "rollout.max_new_tokens": ("longest", range(256, 2**15 + 1, 256)),
+        "rollout.group_size": ("group", range(2, 65)),
+        "rollout.max_cache_tokens": ("cached", range(10_000, 1_000_001, 10_000)),
+    }
+    for key, (field, values) in ranges.items():
+        largest = most(values, lambda value, field=field: fits(**{field: value}))
+        limit = "no value is small enough" if largest is None else f"up to {largest}"
+        if largest == values[-1]:
+            limit += " and more"
+        lines.append(f"  {key:<25} {limit}, with all else as above")
+    if answer != "fits" and not scenario.rank:
+        lines.append("  LoRA needs less: --lora-rank 16")
+    return lines
+
+
+# ---------------------------------------------------------------------------------- the command
+
+
+def print_lines(title: str, lines: list[Line]) -> None:
+    print(f"\n{title}")
+    for label, amount, unit in lines:
+        print(f"  {label:<98} {amount:8.1f} {unit}")
+
+
 def print_plans() -> None:
+    """Those of docs/training.md."""
     for name, setup in SETUPS.items():
-        print(f"\n{name}, {SCENARIO}")
-        for label, amount, unit in plan(**setup):
-            print(f"  {label:<98} {amount:8.1f} {unit}")
+        scenario = scenario_of(setup.get("file", FULL))
+        print_lines(f"{name}, {scenario}", plan(**setup))
+
+
+def print_own(options: argparse.Namespace) -> None:
+    """The plan of the figures on the command line, and whether it fits."""
+    file = LORA if options.lora_rank else FULL
+    given = {
+        "rank": options.lora_rank,
+        "prompts": options.prompts,
+        "group": options.group,
+        "longest": options.response,
+        "cached": options.cached,
+        "visual": options.visual,
+        "prompt": options.prompt,
+        "mean": options.mean,
+    }
+    changes = {field: value for field, value in given.items() if value is not None}
+    scenario = replace(scenario_of(file), **changes)
+    how = f"LoRA of rank {scenario.rank}" if scenario.rank else "all weights but the vision tower"
+    title = (
+        f"Qwen2.5-VL-{options.model} on {options.gpus} × {options.memory:g} GB, {how}, {scenario}"
+    )
+    print_lines(title, plan(options.gpus, **MODELS[options.model], file=file, **changes))
+    print()
+    print("\n".join(verdict(options.model, options.gpus, options.memory, scenario)))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m tools.estimate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--model", choices=MODELS, help="whose plan; without it, those of the docs")
+    made.add_argument("--gpus", type=int, default=1, help="how many share the model (1)")
+    made.add_argument("--memory", type=float, default=80.0, help="GB of each GPU (80)")
+    made.add_argument("--lora-rank", type=int, help="lora.rank; without it, all is trained")
+    made.add_argument("--prompts", type=int, help="prompts per GPU and step")
+    made.add_argument("--prompt", type=int, help="tokens of a prompt, the image's among them")
+    made.add_argument("--visual", type=int, help="tokens of the image")
+    made.add_argument("--group", type=int, help="rollout.group_size")
+    made.add_argument("--response", type=int, help="rollout.max_new_tokens")
+    made.add_argument("--mean", type=int, help="tokens of a response on average")
+    made.add_argument("--cached", type=int, help="rollout.max_cache_tokens")
+    return made
+
+
+@command()
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    for name, value in vars(options).items():
+        if name != "model" and value is not None and value <= 0:
+            parser().error(f"--{name.replace('_', '-')}: expected more than 0, found {value:g}")
+    if options.model is None:
+        print_plans()
+    else:
+        print_own(options)
 
 
 if __name__ == "__main__":
-    print_plans()
+    main()

@@ -3,7 +3,8 @@
     python -m tools.export RUN_DIR/checkpoints/step-00000040 FOLDER
 
 The folder is a normal Hugging Face directory, as RUN_DIR/final is after the last step: evaluate.py,
-train.py and other programs load it.
+train.py and other programs load it. With LoRA the adapter is added to the model that the run began
+with, and stands in FOLDER/adapter, too.
 """
 
 import argparse
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import torch
 
+import evaluate
 import run_folder
 import toy
 from config import load_config
-from model import load_policy, save_policy
+from model import load_policy
 from tools.command import command
 
 
@@ -28,9 +30,20 @@ def export(checkpoint: Path, target: Path) -> None:
     path = config.model.path
     if path == "toy":
         path = toy.warm_start_folder(config)
+    facts = run_folder.read_facts(checkpoint)
+    if config.lora.rank and evaluate.weights_of(str(path)) != facts["inputs"]["model.path"]:
+        raise ValueError(
+            f"model.path: what is there is not what {checkpoint} was made with; restore {path}"
+        )
     policy = load_policy(path, torch.device("cpu"), trainable=True)
-    weights = run_folder.read_tensors(checkpoint)["policy"]
-    run_folder.write_folder(target, lambda folder: save_policy(policy, folder, weights))
+    # With LoRA a checkpoint holds the adapter alone.
+    saved = run_folder.read_tensors(checkpoint)["policy"]
+    weights = dict(policy.hf.named_parameters()) | saved
+
+    def fill(folder: Path) -> None:
+        run_folder.save_final(policy, folder, weights, config=config)
+
+    run_folder.write_folder(target, fill)
 
 
 @command(ValueError, OSError, run_folder.RunError)

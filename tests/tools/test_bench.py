@@ -3,6 +3,7 @@
 import itertools
 import json
 import mmap
+import re
 import time
 from types import SimpleNamespace
 
@@ -157,12 +158,13 @@ def amounts(name: str) -> dict[str, float]:
     [
         ("Qwen2.5-VL-3B on one GPU of 80 GB", 3.09, 74.5, 64.0, (4.8, 9.3)),
         ("Qwen2.5-VL-7B on eight", 7.62, 43.9, 46.6, (1.3, 1.7)),
+        ("Qwen2.5-VL-3B on one GPU of 24 GB, by LoRA", 0.03, 12.0, 10.8, (5.1, 14.4)),
     ],
 )
 def test_the_plans_of_the_released_models(name, trained, update, rollout, hours):
     planned = amounts(name)
     labels = list(planned)
-    assert f"16 · {trained:.2f} B" in labels[0]
+    assert any(f"16 · {trained:.2f} B" in label for label in labels[:2])
     together = labels.index("together, at the update")
     assert planned["together, at the update"] == pytest.approx(update, abs=0.05)
     parts = [planned[label] for label in labels[:together]]
@@ -227,3 +229,54 @@ def test_the_head_holds_more_in_16_bits_where_slopes_of_chunks_are_kept():
     assert estimate.head_bytes(text, 512, width=4) == 4 * 512 * 1000 + 2 * gradient
     slopes = 2 * 4 * 512 * 1000  # of four chunks; they are laid side by side once more
     assert estimate.head_bytes(text, 10_000, width=2) == 2 * slopes + 2 * gradient
+
+
+def test_what_an_update_holds_beside_frozen_weights(fresh_policy):
+    """By LoRA an update holds neither the head's gradient nor the vision tower's rows."""
+    config = fresh_policy("40M").hf.config
+
+    def held(**changes) -> float:
+        usual = {"group": 4, "new": 64, "width": 4, "checkpointing": True, "rank": 16}
+        return sum(estimate.update_bytes(config, 120, 100, **usual | changes))
+
+    assert held() == held(frozen=True) < held(rank=0, frozen=True) < held(rank=0)
+    assert held(checkpointing=False) < held(checkpointing=False, rank=64)
+
+
+def test_the_adapters_of_the_released_model_by_hand():
+    """3B: rank 16 times the widths of seven linear layers, in 36 layers."""
+    _, weights = estimate.released_model(**estimate.MODELS["3B"], rank=16)
+    attention = (2048 + 2048) + 2 * (2048 + 256) + (2048 + 2048)
+    mlp = 3 * (2048 + 11008)
+    assert weights.adapters == weights.trained == 36 * 16 * (attention + mlp) == 29_933_568
+
+
+def printed(capsys, *arguments: str) -> str:
+    estimate.main(list(arguments))
+    return capsys.readouterr().out
+
+
+def test_the_plan_of_ones_own_figures_says_what_fits(capsys):
+    lora = ["--model", "3B", "--memory", "24", "--lora-rank", "16"]
+    told = printed(capsys, *lora, "--prompt", "700", "--response", "1024", "--group", "8")
+    assert "on 1 × 24 GB, LoRA of rank 16, 8 prompts per GPU and step" in told
+    assert "It fits: 13.5 GB of 24 GB, 1.5 GB of it for CUDA." in told
+    limits = dict(re.findall(r"^  (rollout\.\w+) +up to (\d+), with", told, re.MULTILINE))
+    # The largest values that it names fit, and the next ones do not.
+    longest, group = int(limits["rollout.max_new_tokens"]), int(limits["rollout.group_size"])
+    assert longest > 1024 and group > 8
+    assert "It fits" in printed(capsys, *lora, "--response", str(longest))
+    assert "It does not fit" in printed(capsys, *lora, "--response", str(longest + 256))
+    assert "It fits" in printed(capsys, *lora, "--group", str(group))
+    assert "It does not fit" in printed(capsys, *lora, "--group", str(group + 1))
+
+
+def test_a_plan_that_cannot_fit_says_so(capsys):
+    told = printed(capsys, "--model", "3B", "--memory", "24")
+    assert "all weights but the vision tower" in told
+    assert "It does not fit: 75.1 GB of 24 GB" in told
+    assert told.count("no value is small enough") == 3
+    assert "LoRA needs less: --lora-rank 16" in told
+    with pytest.raises(SystemExit):
+        estimate.main(["--model", "3B", "--group", "0"])
+    assert "--group: expected more than 0, found 0" in capsys.readouterr().err

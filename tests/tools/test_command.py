@@ -19,16 +19,16 @@ WORK = {
     "tools.ablate": (["--dry-run", "--out", "nowhere"], "run_grid"),
     "tools.agreement": ([], "installed"),
     "tools.bench": (["step"], "measure"),
-    "tools.estimate": (None, "plan"),
+    "tools.estimate": ([], "plan"),
     "tools.export": (["checkpoint", "folder"], "export"),
     "tools.gradient": (OBSERVED, "run_gradient"),
+    "tools.import_dataset": (["x.parquet", "--out", "nowhere"], "import_files"),
     "tools.intervene": (OBSERVED, "run_intervene"),
     "tools.report": (["folder"], "write"),
     "tools.roles": (OBSERVED, "run_roles"),
     "tools.trl_peer": (["3M", "600", "4", "2"], "step_seconds"),
     "evaluate": (["score", "--benchmark", "MME", "--data", "x", "--responses", "y"], "score"),
 }
-MAIN = {"tools.estimate": "print_plans"}  # where it is not called main
 
 
 def interrupt(*_, **__):
@@ -48,8 +48,7 @@ def call(module_name: str, monkeypatch, work) -> None:
     module = importlib.import_module(module_name)
     arguments, function = WORK[module_name]
     monkeypatch.setattr(module, function, work)
-    main = getattr(module, MAIN.get(module_name, "main"))
-    main() if arguments is None else main(arguments)
+    module.main(arguments)
 
 
 @contextlib.contextmanager
