@@ -39,22 +39,19 @@ def tokenizer():
     return toy.build_tokenizer(toy.LEVELS[1], TEMPLATE)
 
 
+@pytest.fixture(scope="session")
+def image_processor():
+    return toy.build_image_processor()
+
+
 @pytest.fixture
 def family():
-    """A model_type of model.FAMILIES: a test that is parametrised by it has other models."""
+    """A model_type of model.FAMILIES. A test that is parametrised by it has other models."""
     return "qwen2_5_vl"
 
 
 @pytest.fixture
-def image_processor(family):
-    processor = toy.build_image_processor()
-    if family == "qwen3_vl":
-        processor.patch_size = 16
-    return processor
-
-
-@pytest.fixture
-def make_policy(family, tokenizer, image_processor):
+def make_policy(family, tokenizer):
     """make_policy(seed=0, **options of Policy) -> a fresh Policy.
 
     It has two decoder layers, with two query heads per key head; a Qwen3-VL has three.
@@ -62,7 +59,7 @@ def make_policy(family, tokenizer, image_processor):
 
     def make(seed: int = 0, **options) -> Policy:
         hf = helpers.tiny_model(family, tokenizer, seed)
-        return Policy(hf, tokenizer, image_processor, **options)
+        return Policy(hf, tokenizer, helpers.image_processor_of(family), **options)
 
     return make
 
@@ -88,7 +85,7 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
 
 
 @pytest.fixture
-def prompts(tokenizer, image_processor):
+def prompts(family, tokenizer):
     """Prompts of different lengths: with one image, with none, with two, one amid the text."""
     one = (picture(112, 84, seed=0),)
     two = (picture(56, 84, seed=1), picture(140, 56, seed=2))
@@ -97,8 +94,9 @@ def prompts(tokenizer, image_processor):
         Sample("none", (), "Sum circle, square, triangle.", answer="5"),
         Sample("two", two, "<image>Sum cross.<image>And circle.", answer="7"),
     ]
+    processor = helpers.image_processor_of(family)
     return [
-        encode_prompt(sample, index, tokenizer, image_processor=image_processor, template=TEMPLATE)
+        encode_prompt(sample, index, tokenizer, image_processor=processor, template=TEMPLATE)
         for index, sample in enumerate(samples)
     ]
 

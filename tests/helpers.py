@@ -77,6 +77,14 @@ VISION = {
 }
 
 
+def image_processor_of(family: str):
+    """The toy's image processor, with the patches of a family of model.FAMILIES."""
+    processor = toy.build_image_processor()
+    if family == "qwen3_vl":
+        processor.patch_size = 16
+    return processor
+
+
 def tiny_model(family: str, tokenizer, seed: int = 0):
     """A model of model.FAMILIES with random weights, two query heads per key head.
 

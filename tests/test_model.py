@@ -331,15 +331,15 @@ def test_windows_of_the_vision_tower_in_one_call(make_policy, prompts, monkeypat
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_vl"])
-def test_whole_images_in_the_vision_tower(make_policy, image_processor):
+def test_whole_images_in_the_vision_tower(make_policy):
     """Two pictures of one size and a third: what the stock tower makes of them, and its gradients.
 
     With Qwen3-VL that is also what deeper layers have for the decoder.
     """
-    hf = make_policy().hf
-    visual = hf.model.visual
+    policy = make_policy()
+    visual = policy.hf.model.visual
     pictures = [picture(128, 64, seed=0), picture(128, 64, seed=1), picture(96, 160, seed=2)]
-    images = image_processor(images=pictures, return_tensors="pt")
+    images = policy.image_processor(images=pictures, return_tensors="pt")
 
     def run(implementation):
         visual.config._attn_implementation = implementation
@@ -351,7 +351,7 @@ def test_whole_images_in_the_vision_tower(make_policy, image_processor):
 
     ours, our_gradients = run(attention.WINDOWS)
     plain, plain_gradients = run("sdpa")
-    assert len(ours) == (3 if hf.config.model_type == "qwen3_vl" else 1)
+    assert len(ours) == (3 if policy.hf.config.model_type == "qwen3_vl" else 1)
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(our_gradients, plain_gradients, rtol=1e-4, atol=1e-4)
 
