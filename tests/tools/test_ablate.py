@@ -143,7 +143,8 @@ def test_comments_docstrings_and_formatting_are_not(fork):
 
 def test_the_sources_that_decide_are_those_that_train_imports(fork):
     decide = (
-        "train dyco rl_algos attention rollout model data rows toy evaluate distributed metrics"
+        "train dyco rl_algos attention decoder rollout model lora data rows toy evaluate "
+        "distributed metrics"
     )
     expected = {f"{name}.py" for name in decide.split()}
     expected |= {f"rewards/{path.name}" for path in (ablate.ROOT / "rewards").glob("*.py")}
