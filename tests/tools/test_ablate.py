@@ -109,6 +109,7 @@ def test_all_hosts_are_averaged_within_a_seed():
 @pytest.fixture
 def fork(tmp_path, monkeypatch):
     """A copy of the sources. fork("dyco.py", old, new) changes one of them."""
+    present_code()  # of the sources that stand here, before those of the fork are asked
     root = tmp_path / "fork"
     (root / "rewards").mkdir(parents=True)
     for path in [*ablate.ROOT.glob("*.py"), *ablate.ROOT.glob("rewards/*.py")]:
