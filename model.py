@@ -482,12 +482,7 @@ def load_policy(
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, dtype)
-    if device.type == "cuda":
-        # cuDNN's attention gives NaN gradients for some masked shapes on H100, and plans anew for
-        # each shape that it meets.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        # float32 is float32: the patch embedding is a convolution.
-        torch.backends.cudnn.allow_tf32 = False
+    choose_kernels(device)
     tokenizer = _load_tokenizer(path)
     image_processor = _load_image_processor(path, max_pixels)
     hf = _load_weights(path, family, dtype="auto" if trainable else dtype)
@@ -522,6 +517,16 @@ def load_policy(
     if trainable:
         policy.float()  # only now, on the device: in host memory 16 bits a weight are enough
     return policy.train()  # gradient checkpointing asks for training mode; there is no dropout
+
+
+def choose_kernels(device: torch.device) -> None:
+    """Leave out kernels of a GPU that are not what they should be."""
+    if device.type == "cuda":
+        # cuDNN's attention gives NaN gradients for some masked shapes on H100, and plans anew for
+        # each shape that it meets.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # float32 is float32: the patch embedding is a convolution.
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def check_model(path: str | Path) -> Family:

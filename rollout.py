@@ -167,6 +167,7 @@ def sample_tokens(
     # Both sums of the block are rounded: stay within it, where some id has a probability.
     threshold = torch.minimum(threshold, of_block * (1 - 2**-52))
     ids = block * size + torch.searchsorted(inside, threshold, right=True)
+    ids.clamp_(max=logits.shape[-1] - 1)  # logits that are not numbers give an id, too
     if greedy is not None:
         ids = torch.where(greedy[:, None], likeliest, ids)
     logprobs = logits.gather(-1, ids) - highest - total.log().float()
@@ -262,8 +263,12 @@ class StepGraphs:
                 self.step()
         except RuntimeError as error:
             self.enabled = False
+            self.forget()  # a library's workspace can go with this graph, and others may use it
             torch.cuda.set_stream(stream)  # a capture that fails can leave its own stream behind
-            first_line = str(error).splitlines()[0]
+            # The end of a failed capture complains, too. What went wrong is the error before it.
+            before = error.__context__
+            cause = before if isinstance(before, RuntimeError) else error
+            first_line = str(cause).splitlines()[0]
             warnings.warn(f"decoding goes on without CUDA graphs: {first_line}", stacklevel=2)
         else:
             self.graphs[shape] = graph

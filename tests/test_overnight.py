@@ -497,11 +497,11 @@ def test_yaml_cannot_run_code_or_grow(tmp_path):
         "run: " + "[" * 3000,
         "run: {dir: *x}",
     ):
-        started = time.monotonic()
+        started = time.process_time()
         with pytest.raises(ConfigError) as caught:
             (tmp_path / "c.yaml").write_text(content)
             load_config(tmp_path / "c.yaml")
-        assert time.monotonic() - started < 5 and len(str(caught.value)) < 5000
+        assert time.process_time() - started < 5 and len(str(caught.value)) < 5000
     assert not (tmp_path / "ran").exists()
 
 

@@ -198,6 +198,28 @@ def test_sampling_at_the_ends_of_the_unit_interval():
     assert ids.tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("vocabulary", [361, 512])
+def test_logits_that_are_not_numbers_give_an_id(vocabulary):
+    """The run says elsewhere that the policy is broken; an id out of range would end a GPU."""
+    logits = torch.full((2, vocabulary), torch.nan)
+    ids, _ = sample_tokens(logits, torch.tensor([0.0, 0.99]))
+    assert (ids >= 0).all()
+    assert (ids < vocabulary).all()
+
+
+@pytest.mark.parametrize("vocabulary", [361, 512, 32000])
+def test_blocks_of_the_vocabulary_draw_what_one_sum_would(vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(200, vocabulary, generator=generator)
+    uniforms = torch.rand(200, generator=generator)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniforms.double()[:, None], right=True)[:, 0]
+    ids, logprobs = sample_tokens(logits, uniforms)
+    assert torch.equal(ids, expected)
+    exact = logits.double().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), exact, rtol=0, atol=1e-5)
+
+
 def test_placeholders_are_never_sampled(make_policy, prompts):
     """A policy that wants nothing but image placeholders cannot have them."""
     policy = make_policy()
@@ -312,13 +334,24 @@ def test_a_shape_is_run_then_recorded_then_replayed(monkeypatch):
 
 
 def test_a_step_that_cannot_be_recorded_runs_as_it_is(monkeypatch):
+    capturing = []
+
     @contextlib.contextmanager
     def capture(graph, pool, capture_error_mode):
-        raise RuntimeError("operation not permitted\nand more")
-        yield
+        capturing.append(True)
+        try:
+            yield
+        finally:
+            capturing.clear()
+            raise RuntimeError("failed due to a previous error")
+
+    def step():
+        if capturing:
+            raise RuntimeError("operation not permitted\nand more")
+        fake.log.append("step")
 
     fake = FakeGraph(monkeypatch, capture)
-    graphs = rollout.StepGraphs(lambda: fake.log.append("step"), enabled=True)
+    graphs = rollout.StepGraphs(step, enabled=True)
     graphs.run(shape=16)
     with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted$"):
         graphs.run(shape=16)

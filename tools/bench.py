@@ -5,6 +5,7 @@
     python -m tools.bench estimate         # memory and time of the released models, on paper
     python -m tools.bench count            # kernels and bytes of the released models, on paper
     python -m tools.bench decode           # tokens per second beside what the machine could do
+    python -m tools.bench gpu              # the 3B shape on a GPU; writes bench_gpu.json
 
 Two ways are timed by turns. The ratio is the median over these rounds, with the smallest and the
 largest. Peak memory is that of a process of its own. Run nothing else meanwhile.
@@ -29,12 +30,11 @@ import torch
 
 import dyco
 import model
-import train
+from attention import ON_CPU
 from config import DEFAULTS, load_config
-from distributed import ALONE
 from model import Policy, TokenLogprobs
 from rollout import generate
-from tools import counted, decoded, estimate
+from tools import bench_gpu, counted, decoded, estimate
 from tools.command import command
 from tools.measuring import (
     GROUP,
@@ -45,10 +45,12 @@ from tools.measuring import (
     growth_of_memory,
     line,
     measurement,
+    operations,
     policy_of,
     prompts_of,
     sample_of,
     seconds,
+    step_of,
 )
 
 NEW = 64  # tokens of each response
@@ -123,47 +125,6 @@ def padded_logprobs(policy: Policy, prompt, tokens: torch.Tensor) -> torch.Tenso
         policy.slope_chunk,
     )
     return logprobs.view(tokens.shape)
-
-
-def count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def operations(
-    policy: Policy, visual: int, length: int, *, new: int, group: int, packed: bool
-) -> float:
-    """Multiply-adds of one forward: vision tower, linear layers, attention, language-model head.
-
-    length: tokens of the prompt, of which `visual` are the image's. new: tokens of a response.
-    """
-    text = policy.hf.config.text_config
-    if packed:
-        images = 1
-        own = group * (new - 1)
-        tokens = length + own
-        pairs = length**2 / 2 + own * (length + new / 2)
-    else:
-        images = group
-        tokens = group * (length + new)
-        pairs = group * (length + new) ** 2 / 2
-    linear = tokens * count(policy.hf.model.language_model.layers)
-    attention = 2 * pairs * text.hidden_size * text.num_hidden_layers
-    head = group * new * text.hidden_size * text.vocab_size
-    return images * image_operations(policy, visual) + linear + attention + head
-
-
-def image_operations(policy: Policy, visual: int) -> float:
-    """Multiply-adds of the vision tower for one image."""
-    vision = policy.hf.config.vision_config
-    patches = 4 * visual
-    # The merger runs once per four patches, all else once per patch.
-    merger = count(policy.hf.model.visual.merger)
-    tower = count(policy.hf.model.visual) - merger * 3 / 4
-    # Most blocks attend within windows, some to the whole image.
-    window = (vision.window_size // vision.patch_size) ** 2
-    full = len(vision.fullatt_block_indexes)
-    seen = full * patches + (vision.depth - full) * min(window, patches)
-    return patches * tower + 2 * patches * vision.hidden_size * seen
 
 
 def one_update(size: str, visual: int, way: str) -> Way:
@@ -291,42 +252,18 @@ def one_step(size: str, visual: int, with_dyco: bool = True, new: int = NEW) -> 
     """A function that runs one step of 4 prompts × 8 responses: rollout, DyCo and one update."""
     policy = policy_of(size)
     policy.eos_ids = set()  # nobody stops early
-    config = load_config(
-        DEFAULTS,
-        [
-            "algo.name=dapo",
-            "algo.dynamic_sampling=false",
-            "algo.mask_truncated=false",
-            f"dyco.enabled={str(with_dyco).lower()}",
-            f"rollout.prompts_per_step={PROMPTS}",
-            f"rollout.max_new_tokens={new}",
-            "train.updates_per_rollout=1",
-            "train.micro_batch_tokens=2048",
-        ],
-    )
+    settings = [
+        "algo.name=dapo",
+        "algo.dynamic_sampling=false",
+        "algo.mask_truncated=false",
+        f"dyco.enabled={str(with_dyco).lower()}",
+        f"rollout.prompts_per_step={PROMPTS}",
+        f"rollout.max_new_tokens={new}",
+        "train.updates_per_rollout=1",
+        "train.micro_batch_tokens=2048",
+    ]
     samples = [sample_of(visual, index) for index in range(PROMPTS)]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
-    sampler = SimpleNamespace(take=lambda n: list(range(n)))
-    turn = itertools.count()
-
-    def reward(*_) -> int:
-        """Rewards that differ within each group, else there would be nothing to learn."""
-        return next(turn) % 3
-
-    training = train.Training(
-        config,
-        ALONE,
-        policy,
-        optimizer=optimizer,
-        dataset=samples,
-        sampler=sampler,
-        custom_reward=reward,
-    )
-
-    def run():
-        train.train_step(training, step=1)
-
-    return run
+    return step_of(policy, samples, load_config(DEFAULTS, settings))
 
 
 def dyco_cost() -> Iterator[dict]:
@@ -412,6 +349,28 @@ def one_memory(size: str, visual: int, checkpointing: bool) -> Way:
     return run
 
 
+def one_decoding(size: str, visual: int, new: int) -> Way:
+    """The function of one_rollout, after a short one, so that libraries are loaded already."""
+    one_rollout(size, visual, "ours", new=2)()
+    return one_rollout(size, visual, "ours", new=new)
+
+
+def rollout_on_paper(size: str, visual: int, new: int) -> float:
+    """Megabytes that the formula gives for one_decoding at its last step."""
+    policy = policy_of(size)
+    text = policy.hf.config.text_config
+    wave = estimate.Decoding(
+        text,
+        prompts=PROMPTS,
+        prompt=len(prompts_of(policy, visual)[0].input_ids),
+        group=GROUP,
+        new=new,
+        width=4,
+        pace=ON_CPU,
+    )
+    return (wave.cache_bytes() + wave.row_bytes() + wave.sampling_bytes()) / 2**20
+
+
 def memory_on_paper(size: str, visual: int, checkpointing: bool) -> float:
     """Megabytes that the formula gives for one_memory."""
     policy = policy_of(size)
@@ -427,22 +386,32 @@ def memory_on_paper(size: str, visual: int, checkpointing: bool) -> float:
     return (kept + working) / 2**20
 
 
+def on_paper(setting: str, paper: float, peak: float) -> dict:
+    """Megabytes by the formula, and those that were measured."""
+    return measurement(
+        "estimate",
+        setting,
+        ours=paper,
+        theirs=peak,
+        ratio=peak / paper,
+        low=peak / paper,
+        high=peak / paper,
+        target="0.85 … 1.15",
+        note="ours: MB by the formula; theirs: MB measured",
+    )
+
+
 def estimated() -> Iterator[dict]:
-    """The memory formula against measured peaks; then what it says of the released models."""
+    """The memory formulas against measured peaks; then what they say of the released models."""
     for size, visual, checkpointing in itertools.product(SIZES, PIXELS, (False, True)):
-        paper = memory_on_paper(size, visual, checkpointing)
+        setting = setting_of(size, visual) + (", checkpointed" if checkpointing else "")
         peak = peak_megabytes("memory", size, visual, int(checkpointing))
-        yield measurement(
-            "estimate",
-            setting_of(size, visual) + (", checkpointed" if checkpointing else ""),
-            ours=paper,
-            theirs=peak,
-            ratio=peak / paper,
-            low=peak / paper,
-            high=peak / paper,
-            target="0.85 … 1.15",
-            note="ours: MB by the formula; theirs: MB measured",
-        )
+        yield on_paper(setting, memory_on_paper(size, visual, checkpointing), peak)
+    # Responses so long that decoding holds more than the prefill before it.
+    for size, new in itertools.product(SIZES, (256, 512)):
+        peak = peak_megabytes("decoding", size, 100, new)
+        paper = rollout_on_paper(size, 100, new)
+        yield on_paper(f"{size}, decoding {new} tokens", paper, peak)
     estimate.print_plans()
 
 
@@ -610,6 +579,8 @@ def job_of(name: str, arguments: list[str]) -> Way:
         return one_update(size, int(visual), way)
     if name == "rollout":
         return one_rollout(size, int(visual), way)
+    if name == "decoding":
+        return one_decoding(size, int(visual), new=int(way))
     if name == "memory":
         return one_memory(size, int(visual), checkpointing=way == "1")
     if name == "step":
@@ -639,6 +610,8 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--job"]:
         print(growth_of_memory(job_of(arguments[1], arguments[2:])))
         return
+    if arguments[:1] == ["gpu"]:
+        sys.exit(bench_gpu.main(arguments[1:]))
     unknown = [name for name in arguments if name not in ROWS]
     if unknown:
         sys.exit(f"no row {', '.join(unknown)}; rows: {', '.join(ROWS)}\n\n{__doc__}")

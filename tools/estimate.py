@@ -3,7 +3,9 @@
     python -m tools.estimate          # the plans
     python -m tools.bench estimate    # the memory formula against measured peaks, then the plans
 
-The settings are those of config_3b.yaml, the prompts those of SCENARIO below.
+The settings are those of config_3b.yaml, the prompts those of SCENARIO below. A decoding step as a
+CUDA graph is as long as its weights, keys and values take to read at 70 % of the bandwidth; nothing
+else that it reads or writes is counted.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+from attention import ON_GPU, Pace, Tap, round_up
 from config import DEFAULTS, load_config
-from model import Policy
+from model import PRODUCT_CHUNKS, Policy
+from rollout import waves_within
 from tools.command import command
 
 SETUPS = {
@@ -61,7 +65,9 @@ SCENARIO = (
 # The GPU: an A100.
 FLOPS = 312e12  # in bfloat16
 USED = 0.4  # the share of it that is used
-DECODE_STEP = 0.030  # seconds of a decoding step, which the start of kernels bounds
+BANDWIDTH = 2.04e12  # bytes a second
+REACHED = 0.7  # the share of it that a decoding step reaches as a CUDA graph: an assumption
+DECODE_STEP = 0.030  # seconds of a decoding step without graphs, which the start of kernels bounds
 DECODE_STEPS = 1000  # until most rows of a wave have ended
 
 BFLOAT16 = 2  # bytes
@@ -100,12 +106,14 @@ def update_bytes(
     layer = layer_bytes(text, prompt, group=group, new=new, width=width)
     block = block_bytes(vision, patches, width)
     pixels = pixel_bytes(vision, patches, width)
-    head = head_bytes(text, group * new)
+    head = head_bytes(text, group * new, width)
     if checkpointing:
         # The inputs of all layers are kept, and at any one time one layer or the head is at work.
+        # The gradient of a head that is the embedding, too, waits for that of the embedding.
+        waiting = FLOAT32 * text.vocab_size * text.hidden_size if config.tie_word_embeddings else 0
         inputs = text.num_hidden_layers * tokens * 4 * text.hidden_size
         image = pixels + vision.depth * patches * 4 * vision.hidden_size
-        working = max(layer, block, head)
+        working = max(layer + waiting, block + waiting, head)
     else:
         inputs = text.num_hidden_layers * layer
         image = pixels + vision.depth * block
@@ -142,10 +150,76 @@ def pixel_bytes(vision, patches: int, width: int) -> float:
     return patches * (width * pixels + 8 * width * vision.hidden_size)
 
 
-def head_bytes(text, tokens: int) -> float:
-    """The logits of a chunk, and the gradient of the head's weight twice, in float32."""
-    logits = 4 * min(tokens, Policy.CHUNK) * text.vocab_size
-    return logits + 8 * text.vocab_size * text.hidden_size
+def head_bytes(text, tokens: int, width: int) -> float:
+    """What the head's backward holds: logits, their slopes, and the gradient of the head's weight.
+
+    The gradient is float32 and there twice. In float32 a slope takes the place of its logits. In 16
+    bits the slopes of several chunks are kept, and laid side by side for one product.
+    """
+    logits = FLOAT32 * min(tokens, Policy.CHUNK) * text.vocab_size
+    gradient = FLOAT32 * text.vocab_size * text.hidden_size
+    if width == FLOAT32:
+        return logits + 2 * gradient
+    slopes = width * min(tokens, PRODUCT_CHUNKS * Policy.CHUNK) * text.vocab_size
+    return max(logits + slopes + gradient, 2 * slopes + 2 * gradient)
+
+
+# ----------------------------------------------------------------------------- what a rollout holds
+
+
+def cached_token_bytes(text, width: int) -> int:
+    """Key and value of one token, in all layers."""
+    head_size = text.hidden_size // text.num_attention_heads
+    return 2 * width * text.num_hidden_layers * text.num_key_value_heads * head_size
+
+
+@dataclass
+class Decoding:
+    """The decoding of one wave of prompts that are equally long, as attention.Decoding does it."""
+
+    text: object  # the sizes of the text model
+    prompts: int
+    prompt: int  # tokens of a prompt
+    group: int  # responses of a prompt
+    new: int  # tokens of a response, at most
+    width: int  # bytes of a number in the arithmetic's dtype
+    captured: int = 1  # layers whose attention is captured
+    pace: Pace = ON_GPU
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group
+
+    @property
+    def own(self) -> int:
+        """The space of a response, in tokens."""
+        return round_up(self.new, self.pace.own_keys)
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the caches, as rollout.max_cache_tokens counts them."""
+        return self.prompts * (self.prompt + self.group * self.own)
+
+    def cache_bytes(self) -> int:
+        return self.cached * cached_token_bytes(self.text, self.width)
+
+    def row_bytes(self) -> int:
+        """The bias and the captured attention rows, over all keys, and what is kept of tokens."""
+        keys = self.prompt + self.own
+        attention = FLOAT32 * (1 + self.captured * (1 + Tap.STEPS)) * keys
+        # id, mask, log-probability, uniform number, and four signals
+        of_token = 8 + 1 + 6 * FLOAT32
+        return self.rows * (attention + of_token * self.new)
+
+    def sampling_bytes(self) -> int:
+        """Logits and exponentials in float32, these once more and their sums in float64."""
+        return self.rows * self.text.vocab_size * 24
+
+    def step_bytes(self, multiplied: int, steps: int) -> float:
+        """What one step has to read, on average over so many: weights, keys and values."""
+        own = sum(round_up(step, self.pace.own_keys) for step in range(1, steps + 1)) / steps
+        seen = self.prompts * (self.prompt + self.group * own)
+        return self.width * multiplied + seen * cached_token_bytes(self.text, self.width)
 
 
 # ------------------------------------------------------------------------------ the released models
@@ -178,17 +252,20 @@ def released_model(text: dict, tied: bool):
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
     with torch.device("meta"):
         hf = Qwen2_5_VLForConditionalGeneration(config)
+    return config, weights_of(hf)
 
+
+def weights_of(hf) -> Weights:
     def count(module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
-    weights = Weights(
+    embeddings = hf.get_input_embeddings()
+    return Weights(
         whole=count(hf),
         tower=count(hf.model.visual),
         layer=count(hf.model.language_model.layers[0]),
-        looked_up=0 if tied else text["vocab_size"] * text["hidden_size"],
+        looked_up=0 if hf.config.tie_word_embeddings else count(embeddings),
     )
-    return config, weights
 
 
 def billions(number: float) -> str:
@@ -238,7 +315,7 @@ def update_memory(config, weights: Weights, gpus: int) -> list[tuple[str, float]
         (f"activations, checkpointed, one group of {GROUP} responses of {LONGEST} tokens", kept),
         (
             "one layer while it is computed again, "
-            "or a chunk of logits and the gradient of the head",
+            "or slopes of logits and the gradient of the head",
             working,
         ),
     ]
@@ -255,34 +332,70 @@ def bfloat16_copies(config, weights: Weights, gpus: int) -> tuple[float, str]:
     return in_use, "two layers, embeddings, head, vision tower"
 
 
-def rollout_memory(config, weights: Weights, gpus: int, cached: int) -> tuple[str, float]:
-    """What a GPU holds in the rollout, in bytes, with so many tokens in the cache."""
-    text = config.text_config
-    head_size = text.hidden_size // text.num_attention_heads
-    # Key and value, of each layer and key head.
-    a_token = 2 * BFLOAT16 * text.num_hidden_layers * text.num_key_value_heads * head_size
+def waves_of(config) -> list[Decoding]:
+    """The waves of the scenario's rollout, with the cache of config_3b.yaml."""
+    settings = load_config(DEFAULTS.with_name("config_3b.yaml"))
+    own = GROUP * round_up(LONGEST, ON_GPU.own_keys)
+    return [
+        Decoding(
+            config.text_config,
+            prompts=len(wave),
+            prompt=PROMPT,
+            group=GROUP,
+            new=LONGEST,
+            width=BFLOAT16,
+            captured=len(settings.dyco.layers),
+        )
+        for wave in waves_within([PROMPT] * PROMPTS, own, settings.rollout.max_cache_tokens)
+    ]
+
+
+def rollout_memory(
+    config, weights: Weights, gpus: int, waves: list[Decoding]
+) -> list[tuple[str, float]]:
+    """What a GPU holds in the rollout, in bytes."""
     # There are no gradients in the rollout, which are 4 of AdamW's 16 bytes.
     states = (ADAMW - FLOAT32) * weights.trained / gpus + FLOAT32 * weights.tower / gpus
     reference = BFLOAT16 * weights.whole / gpus
     copies = BFLOAT16 * (weights.trained if gpus == 1 else weights.whole)
-    label = (
-        "in the rollout: states and reference, weights in bfloat16, "
-        f"{cached} cached tokens of {a_token} bytes"
-    )
-    return label, states + reference + copies + cached * a_token
+    wave = max(waves, key=Decoding.cache_bytes)
+    a_token = cached_token_bytes(config.text_config, BFLOAT16)
+    return [
+        ("in the rollout: states, reference, weights in bfloat16", states + reference + copies),
+        (f"caches of {wave.cached} tokens of {a_token} bytes", wave.cache_bytes()),
+        (
+            f"attention rows, and sampling of {wave.rows} rows from the vocabulary",
+            wave.row_bytes() + wave.sampling_bytes(),
+        ),
+    ]
 
 
-def step_seconds(weights: Weights, cached: int) -> list[tuple[str, float]]:
-    """How long the parts of a step take."""
-    tokens = PROMPTS * (PROMPT + GROUP * MEAN)
-    waves = math.ceil(PROMPTS * (PROMPT + GROUP * LONGEST) / cached)
-    operations = tokens * weights.multiplied / (FLOPS * USED)
+def graph_seconds(weights: Weights, wave: Decoding) -> float:
+    """Seconds of a decoding step as a CUDA graph, on average until most rows have ended."""
+    return wave.step_bytes(weights.multiplied, DECODE_STEPS) / (REACHED * BANDWIDTH)
+
+
+def rollout_seconds(weights: Weights, waves: list[Decoding]) -> list[tuple[str, float]]:
+    """How long the rollout takes with CUDA graphs, and without."""
+    step = sum(graph_seconds(weights, wave) for wave in waves) / len(waves)
+    until = f"{len(waves)} × {DECODE_STEPS} steps until most rows have ended"
     return [
         (
-            f"rollout: {waves} waves, about {DECODE_STEPS} decoding steps each until most rows "
-            "have ended",
-            waves * DECODE_STEPS * DECODE_STEP,
+            f"rollout with graphs: {until}, {1000 * step:.1f} ms each",
+            len(waves) * DECODE_STEPS * step,
         ),
+        (
+            f"rollout without: {until}, {1000 * DECODE_STEP:.0f} ms each",
+            len(waves) * DECODE_STEPS * DECODE_STEP,
+        ),
+    ]
+
+
+def learning_seconds(weights: Weights) -> list[tuple[str, float]]:
+    """How long what follows the rollout takes."""
+    tokens = PROMPTS * (PROMPT + GROUP * MEAN)
+    operations = tokens * weights.multiplied / (FLOPS * USED)
+    return [
         (
             f"score, behaviour and reference: 2 · 2 · {tokens} tokens · "
             f"{billions(weights.multiplied)}",
@@ -299,9 +412,10 @@ def step_seconds(weights: Weights, cached: int) -> list[tuple[str, float]]:
 def plan(gpus: int, text: dict, tied: bool) -> list[Line]:
     """Memory per GPU and time of a step, on paper."""
     config, weights = released_model(text, tied)
-    cached = load_config(DEFAULTS.with_name("config_3b.yaml")).rollout.max_cache_tokens
+    waves = waves_of(config)
 
     at_update = update_memory(config, weights, gpus)
+    in_rollout = rollout_memory(config, weights, gpus, waves)
     in_bytes = [
         *at_update,
         ("together, at the update", sum(amount for _, amount in at_update)),
@@ -309,15 +423,21 @@ def plan(gpus: int, text: dict, tied: bool) -> list[Line]:
             "activations of that group without checkpointing",
             group_bytes(config, checkpointing=False)[0],
         ),
-        rollout_memory(config, weights, gpus, cached),
+        *in_rollout,
+        ("together, in the rollout", sum(amount for _, amount in in_rollout)),
     ]
-    in_seconds = step_seconds(weights, cached)
+    rollouts = rollout_seconds(weights, waves)
+    learning = learning_seconds(weights)
     steps = math.ceil(EPOCH / (PROMPTS * gpus))
-    hours = steps * sum(amount for _, amount in in_seconds) / 3600
+    epoch = f"one epoch of {EPOCH // 1000} {EPOCH % 1000:03d} prompts: {steps} steps"
+    in_hours = []
+    for name, (_, decoding) in zip(("with graphs", "without"), rollouts, strict=True):
+        step = decoding + sum(amount for _, amount in learning)
+        in_hours.append((f"{epoch}, {name}", steps * step / 3600))
     return [
         *((label, amount / 1e9, "GB") for label, amount in in_bytes),
-        *((label, amount, "s") for label, amount in in_seconds),
-        (f"one epoch of {EPOCH // 1000} {EPOCH % 1000:03d} prompts: {steps} steps", hours, "hours"),
+        *((label, amount, "s") for label, amount in (*rollouts, *learning)),
+        *((label, amount, "hours") for label, amount in in_hours),
     ]
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from functools import lru_cache
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
 
 import toy
+import train
 from config import load_config
 from data import Prompt, Sample, encode_prompt
+from distributed import ALONE, World
 from metrics import resident_bytes
 from model import Policy
 
@@ -61,6 +65,81 @@ def prompts_of(policy: Policy, visual: int, count: int = 1) -> list[Prompt]:
         )
         for index in range(count)
     ]
+
+
+def step_of(policy: Policy, samples: list[Sample], config, world: World = ALONE) -> Callable:
+    """A function that runs one training step, always of the same samples, and returns metrics."""
+    optimizer = torch.optim.AdamW(
+        [weight for weight in policy.parameters() if weight.requires_grad],
+        lr=1e-6,
+        fused=world.device.type == "cuda",
+    )
+    sampler = SimpleNamespace(take=lambda n: list(range(n)))
+    turn = itertools.count()
+
+    def reward(*_) -> int:
+        """Rewards that differ within each group, else there would be nothing to learn."""
+        return next(turn) % 3
+
+    training = train.Training(
+        config,
+        world,
+        policy,
+        optimizer=optimizer,
+        dataset=samples,
+        sampler=sampler,
+        custom_reward=reward,
+    )
+
+    def run() -> dict:
+        row, _ = train.train_step(training, step=1)
+        return row
+
+    return run
+
+
+# ------------------------------------------------------------------------------ counting operations
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def operations(
+    policy: Policy, visual: int, length: int, *, new: int, group: int, packed: bool
+) -> float:
+    """Multiply-adds of one forward: vision tower, linear layers, attention, language-model head.
+
+    length: tokens of the prompt, of which `visual` are the image's. new: tokens of a response.
+    """
+    text = policy.hf.config.text_config
+    if packed:
+        images = 1
+        own = group * (new - 1)
+        tokens = length + own
+        pairs = length**2 / 2 + own * (length + new / 2)
+    else:
+        images = group
+        tokens = group * (length + new)
+        pairs = group * (length + new) ** 2 / 2
+    linear = tokens * count(policy.hf.model.language_model.layers)
+    attention = 2 * pairs * text.hidden_size * text.num_hidden_layers
+    head = group * new * text.hidden_size * text.vocab_size
+    return images * image_operations(policy, visual) + linear + attention + head
+
+
+def image_operations(policy: Policy, visual: int) -> float:
+    """Multiply-adds of the vision tower for one image."""
+    vision = policy.hf.config.vision_config
+    patches = 4 * visual
+    # The merger runs once per four patches, all else once per patch.
+    merger = count(policy.hf.model.visual.merger)
+    tower = count(policy.hf.model.visual) - merger * 3 / 4
+    # Most blocks attend within windows, some to the whole image.
+    window = (vision.window_size // vision.patch_size) ** 2
+    full = len(vision.fullatt_block_indexes)
+    seen = full * patches + (vision.depth - full) * min(window, patches)
+    return patches * tower + 2 * patches * vision.hidden_size * seen
 
 
 # ---------------------------------------------------------------------------------- time and memory

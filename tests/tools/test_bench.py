@@ -4,10 +4,13 @@ import itertools
 import json
 import mmap
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import rollout
+from attention import ON_CPU, Decoding
 from tools import bench, estimate, measuring
 
 
@@ -150,13 +153,13 @@ def amounts(name: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "name, trained, update, hours",
+    "name, trained, update, rollout, hours",
     [
-        ("Qwen2.5-VL-3B on one GPU of 80 GB", 3.09, 73.6, 9.3),
-        ("Qwen2.5-VL-7B on eight", 7.62, 43.0, 1.7),
+        ("Qwen2.5-VL-3B on one GPU of 80 GB", 3.09, 74.5, 64.0, (4.8, 9.3)),
+        ("Qwen2.5-VL-7B on eight", 7.62, 43.9, 46.6, (1.3, 1.7)),
     ],
 )
-def test_the_plans_of_the_released_models(name, trained, update, hours):
+def test_the_plans_of_the_released_models(name, trained, update, rollout, hours):
     planned = amounts(name)
     labels = list(planned)
     assert f"16 · {trained:.2f} B" in labels[0]
@@ -164,7 +167,12 @@ def test_the_plans_of_the_released_models(name, trained, update, hours):
     assert planned["together, at the update"] == pytest.approx(update, abs=0.05)
     parts = [planned[label] for label in labels[:together]]
     assert sum(parts) == pytest.approx(planned["together, at the update"])
-    assert planned[labels[-1]] == pytest.approx(hours, abs=0.05)
+    together = labels.index("together, in the rollout")
+    assert planned["together, in the rollout"] == pytest.approx(rollout, abs=0.05)
+    parts = [planned[label] for label in labels[together - 3 : together]]
+    assert sum(parts) == pytest.approx(planned["together, in the rollout"])
+    assert [label.rpartition(", ")[2] for label in labels[-2:]] == ["with graphs", "without"]
+    assert [planned[label] for label in labels[-2:]] == pytest.approx(hours, abs=0.05)
 
 
 def test_what_an_update_holds_on_paper(fresh_policy):
@@ -177,3 +185,45 @@ def test_what_an_update_holds_on_paper(fresh_policy):
     assert held(checkpointing=True) < held() / 2
     assert held(frozen=True) < held()
     assert held(width=2) < held() < held(group=9) < held(group=9, new=80)
+
+
+def test_the_caches_on_paper_are_those_of_a_rollout(fresh_policy, monkeypatch):
+    """As many bytes as decoding allocates, and as many tokens as max_cache_tokens counts."""
+    policy = fresh_policy("3M")
+    prompts = measuring.prompts_of(policy, 100, 2)
+    policy.eos_ids = set()
+    made = []
+
+    class Kept(Decoding):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    rollout.generate(policy, prompts, 3, 20, (0, 0), bench.CAPTURE, decoding=Kept)
+    (layout,) = made
+    wave = estimate.Decoding(
+        policy.hf.config.text_config,
+        prompts=2,
+        prompt=len(prompts[0].input_ids),
+        group=3,
+        new=20,
+        width=4,
+        pace=ON_CPU,
+    )
+    pairs = (*layout.shared.values(), *layout.own.values())
+    allocated = sum(tensor.nbytes for pair in pairs for tensor in pair)
+    assert wave.cache_bytes() == allocated
+    attention = layout.bias.nbytes + sum(rows.nbytes for rows in layout.tap.rows.values())
+    of_tokens = 6 * 20 * (8 + 1 + 4 + 4 + 4 * 4)  # ids, mask, log-probs, uniforms, signals
+    assert wave.row_bytes() == attention + of_tokens
+    one_wave = rollout.waves_within([wave.prompt] * 2, own=3 * wave.own, budget=wave.cached)
+    two_waves = rollout.waves_within([wave.prompt] * 2, own=3 * wave.own, budget=wave.cached - 1)
+    assert (len(one_wave), len(two_waves)) == (1, 2)
+
+
+def test_the_head_holds_more_in_16_bits_where_slopes_of_chunks_are_kept():
+    text = SimpleNamespace(vocab_size=1000, hidden_size=10)
+    gradient = 4 * 1000 * 10
+    assert estimate.head_bytes(text, 512, width=4) == 4 * 512 * 1000 + 2 * gradient
+    slopes = 2 * 4 * 512 * 1000  # of four chunks; they are laid side by side once more
+    assert estimate.head_bytes(text, 10_000, width=2) == 2 * slopes + 2 * gradient

@@ -310,11 +310,11 @@ def test_is_equal(answer, reference, expected):
 
 def test_rational_is_exact_and_bounded():
     assert rewards.rational("0.1+0.2") == rewards.rational("3/10")
-    begin = time.monotonic()
+    begin = time.process_time()
     assert rewards.rational("9^" * 90 + "9") is None
     assert rewards.rational("1+" * 1000 + "1") is None
     assert rewards.rational("(" * 60 + "1" + ")" * 60) is None
-    assert time.monotonic() - begin < 0.5
+    assert time.process_time() - begin < 0.5
 
 
 HOSTILE = (
