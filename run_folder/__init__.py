@@ -349,7 +349,8 @@ class RunFolder:
         policy = training.policy
         weights = distributed.whole(dict(policy.hf.named_parameters()), keep=self.world.is_main)
         if self.world.is_main:
-            write_folder(self.final, lambda path: save_policy(policy, path, weights))
+            dtype = self.config.run.final_dtype
+            write_folder(self.final, lambda path: save_policy(policy, path, weights, dtype=dtype))
             if training.held_out is not None:
                 self.say(held_out_curve(self.metrics))
             self.say(

@@ -358,7 +358,7 @@ def test_an_extended_run_has_no_old_final(start, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def killed(*_):
+    def killed(*_, **__):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):

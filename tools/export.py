@@ -30,7 +30,10 @@ def export(checkpoint: Path, target: Path) -> None:
         path = toy.warm_start_folder(config)
     policy = load_policy(path, torch.device("cpu"), trainable=True)
     weights = run_folder.read_tensors(checkpoint)["policy"]
-    run_folder.write_folder(target, lambda folder: save_policy(policy, folder, weights))
+    dtype = config.run.final_dtype
+    run_folder.write_folder(
+        target, lambda folder: save_policy(policy, folder, weights, dtype=dtype)
+    )
 
 
 @command(ValueError, OSError, run_folder.RunError)
