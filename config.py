@@ -101,6 +101,7 @@ Threads = Annotated[
 @dataclass(frozen=True)
 class Run:
     dir: PathText
+    final_dtype: Literal["source", "float32"]
 
 
 @dataclass(frozen=True)

@@ -408,14 +408,17 @@ def check_lengths(
 
 
 def enlarged_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
-    """(width, height) in pixels, enlarged where needed so that both sides are at least `factor`.
+    """(width, height) in pixels, enlarged if a side is at most half of `factor`.
 
-    The aspect ratio is kept. With factor 28: (1, 1) -> (28, 28), (14, 100) -> (28, 200),
-    (30, 40) -> (30, 40). Without it Qwen's smart_resize would *shrink* a 2000 x 10 image to
-    812 x 28, because it rounds a side below factor / 2 to zero.
+    The shorter side is then `factor`, and the aspect ratio is kept. With factor 28:
+    (1, 1) -> (28, 28), (14, 100) -> (28, 200), (20, 100) -> (20, 100). Without it Qwen's
+    smart_resize would *shrink* a 2000 x 10 image to 812 x 28, because it rounds such a side to
+    zero. All other images get the sizes that it gives them.
     """
     width, height = size
-    scale = max(1.0, factor / min(size))
+    if 2 * min(size) > factor:
+        return size
+    scale = factor / min(size)
     return max(factor, round(width * scale)), max(factor, round(height * scale))
 
 

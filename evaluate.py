@@ -219,8 +219,14 @@ def ask(arguments: argparse.Namespace) -> None:
 
     config = config_of(arguments.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # A model of a run sees images as it did in training, another one as it was released.
+    is_of_run = config_file_of(arguments.model) is not None
     policy = load_policy(
-        arguments.model, device, temperature=arguments.temperature or 1.0, trainable=False
+        arguments.model,
+        device,
+        temperature=arguments.temperature or 1.0,
+        trainable=False,
+        max_pixels=config.data.max_pixels if is_of_run else None,
     )
     paths = [Path(path).resolve() for path in arguments.image]
     images = tuple(load_image(path.name, path.parent) for path in paths)
@@ -253,11 +259,15 @@ def config_of(model: str) -> Config:
     """
     from config import load_config
 
+    file = config_file_of(model)
+    return load_config() if file is None else load_config(file)
+
+
+def config_file_of(model: str) -> Path | None:
+    """The settings of the run whose final/ a model is."""
     folder = Path(model).resolve()
-    path = folder.parent / "config.yaml"
-    if folder.name == "final" and path.is_file():
-        return load_config(path)
-    return load_config()
+    file = folder.parent / "config.yaml"
+    return file if folder.name == "final" and file.is_file() else None
 
 
 def weights_of(model: str) -> str:

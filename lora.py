@@ -13,7 +13,7 @@ own reference policy, which takes no memory.
 While it is trained, the adapter is never added to W. A number of 16 bits has 8 significant ones,
 so adding less than 1/512 of a weight leaves it as it was, and most of what RL learns is smaller. So
 rollouts and evaluations decode with the adapter beside W, too: what is sampled is what is scored.
-Only `final/` holds sums, in float32 (`merged`).
+Only `final/` holds sums (`merged`).
 
 Shapes: r rank; in and out, the widths of a linear layer.
 """

@@ -12,9 +12,12 @@ M predicted tokens, D hidden width, V vocabulary.
 """
 
 import contextlib
+import copy
 import json
 import re
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,16 +179,20 @@ class Policy(nn.Module):
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
         graphs: bool = True,
+        released_processor=None,
     ):
         """hf: a model of FAMILIES. dtype: of the arithmetic. compiled: the two scoring functions,
         log-probabilities and signals, go through torch.compile. graphs: on a GPU decoding is
-        replayed as CUDA graphs.
+        replayed as CUDA graphs. released_processor: the image processor that save_policy writes,
+        by default image_processor.
         """
         super().__init__()
         register_windows()
         self.hf = hf
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.released_processor = released_processor or image_processor
+        self.released_dtype = hf.dtype  # of the weights that were loaded, which become float32
         self.temperature = temperature
         self.dtype = dtype
         self.graphs = graphs
@@ -490,7 +497,8 @@ def load_policy(
     dtype = getattr(torch, dtype)
     choose_kernels(device)
     tokenizer = _load_tokenizer(path)
-    image_processor = _load_image_processor(path, max_pixels)
+    released_processor = _load_image_processor(path)
+    image_processor = _limit_pixels(released_processor, max_pixels)
     hf = _load_weights(path, family, dtype="auto" if trainable else dtype)
     _check_patches(path, image_processor, hf.config.vision_config)
     rows = hf.get_input_embeddings().num_embeddings
@@ -518,6 +526,7 @@ def load_policy(
         dtype=dtype,
         compiled=compile == "on" or (compile == "auto" and device.type == "cuda"),
         graphs=graphs == "auto",
+        released_processor=released_processor,
     )
     policy.to(device)
     if trainable:
@@ -738,17 +747,22 @@ def _load_tokenizer(path: str | Path):
     return tokenizer
 
 
-def _load_image_processor(path: str | Path, max_pixels: int | None):
+def _load_image_processor(path: str | Path):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     try:
-        processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        return Qwen2VLImageProcessorPil.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"model.path: the preprocessor_config.json of {str(path)!r} cannot be used "
             f"({first_line})"
         ) from None
+
+
+def _limit_pixels(released_processor, max_pixels: int | None):
+    """A copy of an image processor that shrinks larger images to an area of max_pixels."""
+    processor = copy.deepcopy(released_processor)
     if max_pixels is None:
         return processor
     # Both edges of this processor are areas in pixels.
@@ -777,16 +791,98 @@ def policy_from_config(config, path: str | Path, device: torch.device, **options
     )
 
 
-def save_policy(policy: Policy, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+def save_policy(
+    policy: Policy,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+    dtype: str = "source",
+) -> None:
     """Write a normal Hugging Face directory: weights, tokenizer with chat template, image
     processor.
 
-    weights: name -> tensor, by default the policy's own.
+    Other programs serve this folder, so it has the pixel limits of the model that was loaded, not
+    those of the training. weights: name -> tensor, by default the policy's own. dtype: of the
+    weights in the folder, "source" (as the loaded model had them) or "float32".
     """
-    dtype = policy.hf.dtype if weights is None else next(iter(weights.values())).dtype
-    policy.hf.save_pretrained(folder, state_dict=weights)
-    # It has noted the dtype of the model here, and the weights may have another one.
-    policy.hf.config.dtype = dtype
-    policy.hf.config.save_pretrained(folder)
+    if weights is None:
+        weights = dict(policy.hf.named_parameters())
+    written_dtype = policy.released_dtype if dtype == "source" else torch.float32
+    rounded = {name: weight.detach().to(written_dtype) for name, weight in weights.items()}
+    policy.hf.save_pretrained(folder, state_dict=rounded)
     policy.tokenizer.save_pretrained(folder)
-    policy.image_processor.save_pretrained(folder)
+    policy.released_processor.save_pretrained(folder)
+    _copy_video_processor(policy.hf.name_or_path, folder)
+    _state_dtype(folder, str(written_dtype).removeprefix("torch."))
+    _spell_for_transformers_4(folder)
+    # Weight files are written for their owner alone; a server may run as somebody else.
+    usual_mode = (folder / "config.json").stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(usual_mode)
+
+
+def _copy_video_processor(path: str, folder: Path) -> None:
+    """Copy the settings for videos from the model that was loaded, where it has them.
+
+    Nothing here reads them. Without them, other programs take those of images for videos.
+    """
+    from transformers.utils import cached_file
+
+    name = "video_preprocessor_config.json"
+    with contextlib.suppress(OSError):
+        file = cached_file(
+            path,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is not None:
+            shutil.copyfile(file, folder / name)
+
+
+def _edit_json(file: Path, edit: Callable[[dict], None]) -> None:
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _state_dtype(folder: Path, dtype: str) -> None:
+    """Write into config.json what the weights are: save_pretrained writes what the policy's are."""
+
+    def edit(config: dict) -> None:
+        for part in (config, config["text_config"], config["vision_config"]):
+            part["dtype"] = dtype
+
+    _edit_json(folder / "config.json", edit)
+
+
+def _spell_for_transformers_4(folder: Path) -> None:
+    """Write the settings that transformers 5 has renamed under their old names, too.
+
+    Servers still run transformers 4, which ignores the new names: it fails for want of the rotary
+    sections, gives a tied head random weights, and limits images to other sizes. Transformers 5
+    takes the old names for the new ones. Tried with 4.57.6 in November 2026 for all of FAMILIES:
+    token ids and pixels are equal, and logits to 1e-5.
+    """
+
+    def edit_config(config: dict) -> None:
+        text = config["text_config"]
+        rotary = dict(text["rope_parameters"])
+        text["rope_theta"] = rotary.pop("rope_theta")
+        text["rope_scaling"] = rotary
+        text["tie_word_embeddings"] = config["tie_word_embeddings"]
+        config["torch_dtype"] = config["dtype"]
+
+    def edit_tokenizer(config: dict) -> None:
+        # A list is an error there. Transformers 5 reads the old name where the new one is empty.
+        tokens = config.get("extra_special_tokens")
+        if isinstance(tokens, list):
+            config["additional_special_tokens"] = tokens
+            config["extra_special_tokens"] = {}
+
+    def edit_processor(config: dict) -> None:
+        config["min_pixels"] = config["size"]["shortest_edge"]
+        config["max_pixels"] = config["size"]["longest_edge"]
+
+    _edit_json(folder / "config.json", edit_config)
+    _edit_json(folder / "tokenizer_config.json", edit_tokenizer)
+    _edit_json(folder / "preprocessor_config.json", edit_processor)

@@ -99,9 +99,10 @@ def save_final(policy: Policy, folder: Path, weights: dict[str, Tensor], config:
 
     weights: of the policy by name, those of its adapters among them, whole and on the CPU.
     """
+    dtype = config.run.final_dtype
     if not config.lora.rank:
-        save_policy(policy, folder, weights)
+        save_policy(policy, folder, weights, dtype=dtype)
         return
-    save_policy(policy, folder, lora.merged(weights, config.lora))
+    save_policy(policy, folder, lora.merged(weights, config.lora), dtype=dtype)
     base = policy.hf.name_or_path
     lora.save_adapter(folder / "adapter", weights, config.lora, base=base)

@@ -85,14 +85,14 @@ def image_processor_of(family: str):
     return processor
 
 
-def tiny_model(family: str, tokenizer, seed: int = 0):
+def tiny_model(family: str, tokenizer, seed: int = 0, vocabulary: int | None = None):
     """A model of model.FAMILIES with random weights, two query heads per key head.
 
     It has two decoder layers. A Qwen3-VL has three, and image features for the first two of them.
     """
     import transformers
 
-    of_toy = toy.build_model(tokenizer, hidden=128, layers=2, seed=seed)
+    of_toy = toy.build_model(tokenizer, hidden=128, layers=2, vocabulary=vocabulary, seed=seed)
     if family == "qwen2_5_vl":
         return of_toy
     loader = getattr(transformers, FAMILIES[family].loader)

@@ -165,6 +165,10 @@ def test_the_tokens_are_read_as_the_training_run_read_them(ask, tmp_path):
     (tmp_path / "config.yaml").write_text("dyco: {layers: [7]}\n")
     with pytest.raises(SystemExit, match="^error: .*dyco.layers"):
         ask("--tokens")
+    # final/ has the limits of the released model; the run's own stands in its settings.
+    (tmp_path / "config.yaml").write_text("data: {max_pixels: 100}\n")
+    with pytest.raises(SystemExit, match="^error: data.max_pixels: expected at least 3136"):
+        ask()
     # The folder of another model beside a config.yaml is no run.
     assert evaluate.config_of(str(tmp_path / "other")) == load_config()
 

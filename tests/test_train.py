@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from helpers import REWARD, rows_of, weights_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import config as config_module
 import dyco
@@ -26,6 +26,7 @@ from data import Sample, count_prompt_tokens
 from distributed import ALONE
 from model import FAMILIES, load_policy
 from rollout import generate, keyed_generator
+from tools import export
 
 
 @pytest.mark.parametrize("dyco", [True, False])
@@ -485,6 +486,31 @@ def test_an_extended_run_has_no_old_final(start, monkeypatch):
     assert not (folder / "final").exists()
     start("train.steps=2", "checkpoint.every=1")
     assert any(not torch.equal(old[name], weight) for name, weight in weights_of(folder).items())
+
+
+def test_the_final_model_has_the_dtype_of_the_first(start, tmp_path):
+    """Training and its checkpoints are in float32; final/ and tools.export round to bfloat16."""
+    file = tmp_path / "model" / "model.safetensors"
+    released = {name: weight.bfloat16() for name, weight in load_file(file).items()}
+    save_file(released, file, metadata={"format": "pt"})
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
+
+    folder = start("train.steps=1", "checkpoint.every=1")
+    (checkpoint,) = run_folder.checkpoints(folder / "checkpoints")
+    trained = run_folder.read_tensors(checkpoint)["policy"]
+    export.main([str(checkpoint), str(tmp_path / "exported")])
+    for written in (folder / "final", tmp_path / "exported"):
+        final = load_policy(written, torch.device("cpu"))
+        assert final.released_dtype == torch.bfloat16
+        for name, weight in final.hf.named_parameters():
+            assert trained[name].dtype == torch.float32
+            assert torch.equal(weight, trained[name].bfloat16().float())
+
+    start("train.steps=1", "checkpoint.every=1", "run.final_dtype=float32")
+    final = load_policy(folder / "final", torch.device("cpu"))
+    for name, weight in final.hf.named_parameters():
+        assert torch.equal(weight, trained[name])
 
 
 def test_other_inputs_cannot_resume(start, tmp_path, capsys):

@@ -177,6 +177,57 @@ def test_the_plans_of_the_released_models(name, trained, update, rollout, hours)
     assert [planned[label] for label in labels[-2:]] == pytest.approx(hours, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    "name, billions",
+    [("Qwen2.5-VL-3B on one GPU of 80 GB", 3.75), ("Qwen2.5-VL-7B on eight", 8.29)],
+)
+def test_released_models_have_as_many_weights(name, billions):
+    """In billions, vision tower included, as their pages on the hub say."""
+    setup = estimate.SETUPS[name]
+    _, weights = estimate.released_model(setup["text"], setup["tied"])
+    assert weights.whole / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+# Those of config.json of Qwen/Qwen3-VL-…-Instruct: of the text model hidden size, intermediate
+# size, layers, query heads; of the vision tower depth, hidden size, intermediate size.
+QWEN3 = {
+    "2B": ((2048, 6144, 28, 16), (24, 1024, 4096), True, 2.13),
+    "4B": ((2560, 9728, 36, 32), (24, 1024, 4096), True, 4.44),
+    "8B": ((4096, 12288, 36, 32), (27, 1152, 4304), False, 8.77),
+}
+
+
+@pytest.mark.parametrize("name", QWEN3)
+def test_the_weights_of_qwen3_vl_are_counted(name):
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    (hidden, inner, layers, heads), tower, tied, billions = QWEN3[name]
+    config = Qwen3VLConfig(
+        text_config={
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+        },
+        vision_config={
+            "depth": tower[0],
+            "hidden_size": tower[1],
+            "intermediate_size": tower[2],
+            "out_hidden_size": hidden,
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24] if name == "8B" else [5, 11, 17],
+        },
+        tie_word_embeddings=tied,
+    )
+    with torch.device("meta"):
+        hf = Qwen3VLForConditionalGeneration(config)
+    assert estimate.weights_of(hf).whole / 1e9 == pytest.approx(billions, abs=0.005)
+
+
 def test_what_an_update_holds_on_paper(fresh_policy):
     config = fresh_policy("3M").hf.config
 
