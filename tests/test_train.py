@@ -507,8 +507,8 @@ def test_the_final_model_has_the_dtype_of_the_first(start, tmp_path):
             assert trained[name].dtype == torch.float32
             assert torch.equal(weight, trained[name].bfloat16().float())
 
-    start("train.steps=1", "checkpoint.every=1", "run.final_dtype=float32")
-    final = load_policy(folder / "final", torch.device("cpu"))
+    whole = start("train.steps=1", "run.final_dtype=float32", folder="whole")
+    final = load_policy(whole / "final", torch.device("cpu"))
     for name, weight in final.hf.named_parameters():
         assert torch.equal(weight, trained[name])
 
