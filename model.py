@@ -861,7 +861,7 @@ def _spell_for_transformers_4(folder: Path) -> None:
     Servers still run transformers 4, which ignores the new names: it fails for want of the rotary
     sections, gives a tied head random weights, and limits images to other sizes. Transformers 5
     takes the old names for the new ones. Tried with 4.57.6 in November 2026 for all of FAMILIES:
-    token ids and pixels are equal, and logits to 1e-5.
+    pixels are equal, and logits to 1e-5.
     """
 
     def edit_config(config: dict) -> None:

@@ -256,7 +256,7 @@ def test_float32_is_kept_where_it_is_asked_for(hub_folder, tmp_path):
 
 
 def test_transformers_4_finds_what_it_reads(hub_folder, tokenizer, family, tmp_path):
-    """Such a folder was loaded by 4.57.6 in November 2026, with equal ids, pixels and logits."""
+    """Such a folder was loaded by 4.57.6 in November 2026, with equal pixels and logits."""
     final = tmp_path / "final"
     save_policy(load_policy(hub_folder, CPU), final)
     config = read(final / "config.json")

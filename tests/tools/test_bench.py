@@ -188,7 +188,7 @@ def test_released_models_have_as_many_weights(name, billions):
     assert weights.whole / 1e9 == pytest.approx(billions, abs=0.005)
 
 
-# Those of config.json of Qwen/Qwen3-VL-…-Instruct: of the text model hidden size, intermediate
+# As far as known, those of Qwen/Qwen3-VL-…-Instruct: of the text model hidden size, intermediate
 # size, layers, query heads; of the vision tower depth, hidden size, intermediate size.
 QWEN3 = {
     "2B": ((2048, 6144, 28, 16), (24, 1024, 4096), True, 2.13),
