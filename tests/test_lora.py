@@ -281,7 +281,8 @@ def test_every_host_trains_adapters(start, algorithm):
     assert rows[1]["policy/ratio_deviation"] > 0  # the second update of a step is off policy
 
 
-def test_a_run_with_adapters_resumes_exactly(start):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_run_with_adapters_resumes_exactly(start, family):
     whole = start("train.steps=3", *ADAPTED, folder="whole")
     start("train.steps=2", *ADAPTED, folder="cut")
     cut = start("train.steps=3", "model.gradient_checkpointing=true", *ADAPTED, folder="cut")
@@ -386,7 +387,8 @@ def resumed(start, tmp_path):
     return folder, training.policy.eval()
 
 
-def test_final_is_the_policy_in_transformers(resumed, tmp_path, prompts):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_final_is_the_policy_in_transformers(resumed, tmp_path, prompts, family):
     """1e-5: sums of order 1 in float32, in another order."""
     folder, policy = resumed
     ours = stock_logits(policy.hf, prompts[0])
@@ -396,7 +398,8 @@ def test_final_is_the_policy_in_transformers(resumed, tmp_path, prompts):
     torch.testing.assert_close(merged, ours, rtol=1e-5, atol=1e-5)
 
 
-def test_final_adapter_is_the_policy_in_peft(resumed, tmp_path, prompts):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_final_adapter_is_the_policy_in_peft(resumed, tmp_path, prompts, family):
     """Beside the model that training began with, and under the names that PEFT writes itself."""
     folder, policy = resumed
     ours = stock_logits(policy.hf, prompts[0])
