@@ -2,6 +2,7 @@
 
 import functools
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -166,6 +167,12 @@ def test_what_score_returns_is_the_contract(scored):
             json.dumps(found, allow_nan=False)
 
 
+def processor_seconds_of_children() -> float:
+    """Of processes that have ended: time that other work on the machine does not lengthen."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_scoring_4000_rows_takes_less_than_five_seconds_and_no_torch(tmp_path):
     """The command, with start-up, on a file of 80 MB whose pictures are none.
 
@@ -184,13 +191,13 @@ def test_scoring_4000_rows_takes_less_than_five_seconds_and_no_torch(tmp_path):
         for i in range(4000)
     ]
     append_jsonl(tmp_path / "r.jsonl", responses)
-    begin = time.monotonic()
+    begin = processor_seconds_of_children()
     files = ["--data", path, "--responses", tmp_path / "r.jsonl"]
     command = ["evaluate.py", "score", "--benchmark", "MMBench_DEV_EN", *files, "--mode", "raw"]
     root = Path(evaluate.__file__).parent
     done = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begin < 20
+    assert processor_seconds_of_children() - begin < 5
     found = json.loads(done.stdout)
     assert found["counts"] == {"rows": 4000, "scored": 4000, "unmatched": 0, "missing": 0}
     assert found["scores"]["vanilla all"]["Overall"] == 50
