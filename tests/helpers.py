@@ -63,6 +63,31 @@ TEXT = {
         },
     },
 }
+# preprocessor_config.json of released models, by model_type.
+RELEASED_PROCESSORS = {
+    "qwen2_5_vl": {
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+    },
+    "qwen3_vl": {
+        "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "processor_class": "Qwen3VLProcessor",
+    },
+}
+
 VISION = {
     "qwen2_vl": {"depth": 2, "embed_dim": 96, "mlp_ratio": 2, "num_heads": 3, "hidden_size": 128},
     "qwen3_vl": {

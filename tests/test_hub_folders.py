@@ -23,29 +23,6 @@ FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
 TEMPLATE = "{question} Think."
 
 GENERATION = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 1e-6}
-PROCESSORS = {
-    "qwen2_5_vl": {
-        "min_pixels": 3136,
-        "max_pixels": 12845056,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-    },
-    "qwen3_vl": {
-        "size": {"longest_edge": 16777216, "shortest_edge": 65536},
-        "patch_size": 16,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "image_processor_type": "Qwen2VLImageProcessorFast",
-        "processor_class": "Qwen3VLProcessor",
-    },
-}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -65,7 +42,7 @@ def hub_folder(family, tokenizer, tmp_path) -> Path:
     ends = [tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>")]
     write(folder / "config.json", config)
     write(folder / "generation_config.json", GENERATION | {"eos_token_id": ends})
-    write(folder / "preprocessor_config.json", PROCESSORS[family])
+    write(folder / "preprocessor_config.json", helpers.RELEASED_PROCESSORS[family])
     write(folder / "video_preprocessor_config.json", {"size": {"shortest_edge": 4096}})
     write_tokenizer(folder, tokenizer)
     return folder

@@ -7,6 +7,7 @@ returns, the chunked log-probabilities against a whole softmax.
 import json
 from types import SimpleNamespace
 
+import helpers
 import pytest
 import torch
 from conftest import picture, random_responses
@@ -444,17 +445,7 @@ def test_saved_folder_is_a_normal_hugging_face_directory(family, make_policy, pr
 def test_max_pixels_holds_for_the_layout_of_released_checkpoints(make_policy, tmp_path):
     """Released preprocessor files carry max_pixels, which must not win over the config."""
     save_policy(make_policy(), tmp_path)
-    released = {
-        "min_pixels": 3136,
-        "max_pixels": 12845056,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-    }
+    released = helpers.RELEASED_PROCESSORS["qwen2_5_vl"]
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(released))
     policy = load_policy(tmp_path, torch.device("cpu"), max_pixels=100352)
     encoded = policy.image_processor(images=[picture(900, 600, 0)], return_tensors="pt")
@@ -468,16 +459,7 @@ def test_max_pixels_holds_for_the_layout_of_released_checkpoints(make_policy, tm
 def test_a_released_qwen3_vl_folder(make_policy, prompts, tmp_path):
     """Patches of 16 pixels, sizes under other names, and a smallest image of 256 × 256."""
     save_policy(make_policy(), tmp_path)
-    released = {
-        "size": {"longest_edge": 16777216, "shortest_edge": 65536},
-        "patch_size": 16,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "image_processor_type": "Qwen2VLImageProcessorFast",
-        "processor_class": "Qwen3VLProcessor",
-    }
+    released = helpers.RELEASED_PROCESSORS["qwen3_vl"]
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(released))
     policy = load_policy(tmp_path, torch.device("cpu"), max_pixels=102400)
     sample = Sample("one", (picture(900, 600, 0),), "<image>Sum circle.", answer="3")
