@@ -45,7 +45,8 @@ class Rotary(NamedTuple):
     def turn(self, x: Tensor) -> Tensor:
         """[R, heads, N, W], turned by the angles of its positions."""
         # In place: autocast would cast what an addcmul out of place is given.
-        return (x * self.cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), self.sin)
+        other_half = x.roll(x.shape[-1] // 2, dims=-1)
+        return (x * self.cos).addcmul_(other_half, self.sin)
 
 
 def rotary(model: nn.Module, positions: Tensor) -> Rotary:
@@ -74,12 +75,14 @@ def project(layer: nn.Module, hidden: Tensor, rotary: Rotary, dtype: torch.dtype
     def heads(projection: nn.Module) -> Tensor:
         return projection(normalised).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
-    query, key = heads(attention.q_proj), heads(attention.k_proj)
+    query = heads(attention.q_proj)
+    key = heads(attention.k_proj)
+    value = heads(attention.v_proj)
     if hasattr(attention, "q_norm"):
         # In float32, as the rotary embedding that follows.
         query = rms_norm(attention.q_norm, query.float())
         key = rms_norm(attention.k_norm, key.float())
-    return rotary.turn(query).to(dtype), rotary.turn(key).to(dtype), heads(attention.v_proj)
+    return rotary.turn(query).to(dtype), rotary.turn(key).to(dtype), value
 
 
 def finish(layer: nn.Module, hidden: Tensor, attended: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,7 +90,8 @@ def finish(layer: nn.Module, hidden: Tensor, attended: Tensor, dtype: torch.dtyp
     hidden = hidden + layer.self_attn.o_proj(attended.flatten(2))
     normalised = rms_norm(layer.post_attention_layernorm, hidden).to(dtype)
     mlp = layer.mlp
-    return hidden + mlp.down_proj(mlp.act_fn(mlp.gate_proj(normalised)) * mlp.up_proj(normalised))
+    gate = mlp.act_fn(mlp.gate_proj(normalised))
+    return hidden + mlp.down_proj(gate * mlp.up_proj(normalised))
 
 
 class Arithmetic(NamedTuple):

@@ -31,9 +31,9 @@ from attention import WINDOWS, PackedGroups, Tap, float32_product, register_wind
 from data import Prompt, Sample, encode_prompt
 from decoder import Embedded
 from dyco import Signals
+from rows import first_line
 
 # -------------------------------------------------------------------------------- log-probabilities
-
 
 PRODUCT_CHUNKS = 4  # whose slopes are kept for one product in 16 bits: 600 MB for Qwen's vocabulary
 
@@ -501,18 +501,7 @@ def load_policy(
     image_processor = _limit_pixels(released_processor, max_pixels)
     hf = _load_weights(path, family, dtype="auto" if trainable else dtype)
     _check_patches(path, image_processor, hf.config.vision_config)
-    rows = hf.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise ModelError(
-            f"model.path: the tokenizer of {str(path)!r} has {len(tokenizer)} tokens, and the "
-            f"model has embeddings of {rows}; expected the tokenizer that it was trained with"
-        )
-    if tokenizer.eos_token_id not in _as_list(hf.generation_config.eos_token_id):
-        warnings.warn(
-            f"the generation_config.json of {str(path)!r} does not name the tokenizer's end token "
-            f"{tokenizer.eos_token}; here it ends a response, too",
-            stacklevel=2,
-        )
+    _check_tokens(path, tokenizer, hf)
     hf.requires_grad_(trainable)
     if freeze_vision:
         hf.model.visual.requires_grad_(False)
@@ -532,6 +521,22 @@ def load_policy(
     if trainable:
         policy.float()  # only now, on the device: in host memory 16 bits a weight are enough
     return policy.train()  # gradient checkpointing asks for training mode; there is no dropout
+
+
+def _check_tokens(path: str | Path, tokenizer, hf) -> None:
+    """The model has a row for each token, and knows the end of a turn, or a warning says so."""
+    rows = hf.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"model.path: the tokenizer of {str(path)!r} has {len(tokenizer)} tokens, and the "
+            f"model has embeddings of {rows}; expected the tokenizer that it was trained with"
+        )
+    if tokenizer.eos_token_id not in _as_list(hf.generation_config.eos_token_id):
+        warnings.warn(
+            f"the generation_config.json of {str(path)!r} does not name the tokenizer's end token "
+            f"{tokenizer.eos_token}; here it ends a response, too",
+            stacklevel=3,
+        )
 
 
 def choose_kernels(device: torch.device) -> None:
@@ -628,10 +633,10 @@ def _check_hub_id(name: str) -> None:
     try:
         HfApi().model_info(name, timeout=10)
     except Exception as error:  # of the hub's client, or of whichever transport it uses
-        first_line = str(error).strip().splitlines()[:1]
+        said = str(error).strip().splitlines()[:1]
         raise ModelError(
             f"model.path: {name!r} is no folder here, has not been downloaded, and the hub did not "
-            f"give it ({type(error).__name__}: {''.join(first_line)})"
+            f"give it ({type(error).__name__}: {''.join(said)})"
         ) from None
 
 
@@ -642,9 +647,8 @@ def _check_family(path: str | Path) -> Family:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        first_line = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"model.path: the config.json of {str(path)!r} cannot be used ({first_line})"
+            f"model.path: the config.json of {str(path)!r} cannot be used ({first_line(error)})"
         ) from None
     kind = config.model_type
     if kind in FAMILIES:
@@ -690,9 +694,8 @@ def _load_weights(path: str | Path, family: Family, dtype):
             ignore_mismatched_sizes=True,  # so that they are reported, and refused here
         )
     except Exception as error:  # of safetensors, pickle or whatever a broken file makes stumble
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"model.path: the weights of {str(path)!r} cannot be read ({first_line})"
+            f"model.path: the weights of {str(path)!r} cannot be read ({first_line(error)})"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -729,9 +732,8 @@ def _load_tokenizer(path: str | Path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # of whatever a broken tokenizer.json makes stumble
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"model.path: the tokenizer of {str(path)!r} cannot be read ({first_line})"
+            f"model.path: the tokenizer of {str(path)!r} cannot be read ({first_line(error)})"
         ) from None
     template = Path(path) / "chat_template.json"
     if tokenizer.chat_template is None and template.is_file():
@@ -753,10 +755,9 @@ def _load_image_processor(path: str | Path):
     try:
         return Qwen2VLImageProcessorPil.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"model.path: the preprocessor_config.json of {str(path)!r} cannot be used "
-            f"({first_line})"
+            f"({first_line(error)})"
         ) from None
 
 

@@ -26,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import Decoding, PackedGroups, Tap, pace_on, round_up
+from attention import Decoding, Pace, PackedGroups, Tap, pace_on, round_up
 from data import Prompt
 from decoder import Embedded
 from dyco import Signals
 from model import Policy
+from rows import first_line
 
 PREFILL_TOKENS = 16384  # prompt tokens in one prefill
 BLOCK = 256  # at most so many ids of the vocabulary are one block for sampling
@@ -116,15 +117,20 @@ def runs_within(sizes: list[int], budget: int) -> list[list[int]]:
     return runs
 
 
-def waves_within(lengths: list[int], own: int, budget: int) -> list[list[int]]:
+def waves_within(
+    lengths: list[int], group_size: int, max_new_tokens: int, budget: int, pace: Pace
+) -> list[list[int]]:
     """Consecutive prompts, in waves that take at most `budget` tokens of cache.
 
-    lengths: of the prompts, which are stored as long as the longest of a wave; own: the tokens that
-    the responses of one prompt take. A prompt that is too large is a wave of its own.
+    lengths: of the prompts, which are stored as long as the longest of a wave. Each response takes
+    the space of max_new_tokens, in steps of pace.own_keys. A prompt that is too large is a wave of
+    its own.
 
-    >>> waves_within([3, 3, 5, 9], own=2, budget=14)
+    >>> pace = Pace(look=1, own_keys=16, leave=0.75)
+    >>> waves_within([30, 30, 50, 90], group_size=1, max_new_tokens=9, budget=140, pace=pace)
     [[0, 1], [2], [3]]
     """
+    own = group_size * round_up(max_new_tokens, pace.own_keys)
     waves, longest = [], 0
     for index, length in enumerate(lengths):
         longest = max(longest, length)
@@ -197,13 +203,15 @@ def generate(
     greedy_last: the last response of each group is greedy, whatever the key.
     decoding: makes the layout of a wave; experiments pass a subclass that changes attention.
     """
-    own = group_size * round_up(max_new_tokens, pace_on(policy.device).own_keys)
     lengths = [len(prompt.input_ids) for prompt in prompts]
+    pace = pace_on(policy.device)
     training = policy.training
     policy.eval()  # in training mode each layer would prepare to be checkpointed
     try:
         rollouts = []
-        for wave in waves_within(lengths, own, max_cache_tokens):
+        for wave in waves_within(
+            lengths, group_size, max_new_tokens, budget=max_cache_tokens, pace=pace
+        ):
             of_wave = _Wave(
                 policy,
                 [prompts[i] for i in wave],
@@ -268,8 +276,8 @@ class StepGraphs:
             # The end of a failed capture complains, too. What went wrong is the error before it.
             before = error.__context__
             cause = before if isinstance(before, RuntimeError) else error
-            first_line = str(cause).splitlines()[0]
-            warnings.warn(f"decoding goes on without CUDA graphs: {first_line}", stacklevel=2)
+            reason = first_line(cause)
+            warnings.warn(f"decoding goes on without CUDA graphs: {reason}", stacklevel=2)
         else:
             self.graphs[shape] = graph
 

@@ -189,6 +189,16 @@ def excerpt(text: str, most: int = 300) -> str:
     return shown + (" …" if len(text) > most else "")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its type where it says nothing.
+
+    >>> first_line(ValueError("broken" + chr(10) + "in many words")), first_line(ValueError())
+    ('broken', 'ValueError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 # -------------------------------------------------------------------------------------------- files
 
 

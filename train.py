@@ -52,7 +52,7 @@ from data import DataError, JsonlDataset, Prompt, Sampler, check_lengths
 from distributed import World
 from model import Policy, policy_from_config
 from rollout import Rollout, generate, join, keyed_generator, runs_within
-from rows import excerpt, printable
+from rows import excerpt, first_line, printable
 from run_folder import RunError, RunFolder
 
 USAGE = f"""usage: {{python|torchrun}} train.py CONFIG.yaml [section.key=value ...]
@@ -543,8 +543,8 @@ def memory_for(describe: Callable[..., str], *arguments):
         is_memory = isinstance(error, torch.OutOfMemoryError)
         if not is_memory and "can't allocate memory" not in str(error):
             raise
-        first_line = str(error).splitlines()[0]
-        raise RunError(f"out of memory at {describe(*arguments)} ({first_line})") from error
+        where = describe(*arguments)
+        raise RunError(f"out of memory at {where} ({first_line(error)})") from error
 
 
 def describe_sampling(config: Config, prompts: list[Prompt]) -> str:

@@ -25,6 +25,7 @@ import benchmarks
 import distributed
 import evaluate
 import toy
+from attention import pace_on
 from benchmarks.benchmark import Benchmark
 from benchmarks.files import BenchmarkError, Row
 from benchmarks.folder import merge, open_folder, responses_path
@@ -34,7 +35,7 @@ from config import load_config
 from data import Sample, count_prompt_tokens
 from distributed import World, on_main, together
 from model import Policy, check_model, load_policy
-from rollout import Rollout, runs_within
+from rollout import Rollout, waves_within
 from rows import IMAGE_MARKER, append_jsonl
 
 
@@ -202,15 +203,21 @@ def answer_share(
     # Rows of like length stand together, which saves padding. The longest come first, so that what
     # does not fit into memory fails at once.
     places = sorted(lengths, key=lambda place: (-lengths[place], place))[world.rank :: world.size]
-    sizes = [lengths[place] + count * settings["max_new_tokens"] for place in places]
+    waves = waves_within(
+        [lengths[place] for place in places],
+        count,
+        settings["max_new_tokens"],
+        budget=arguments.max_cache_tokens,
+        pace=pace_on(policy.device),
+    )
     path = responses_path(Path(arguments.out), world.rank)
     label = task.benchmark.name
     if world.size > 1:
         label += f", 1 of {world.size} processes"
     truncated = 0
     with tqdm(total=len(places), desc=label, disable=not world.is_main) as bar:
-        for batch in runs_within(sizes, arguments.max_cache_tokens):
-            asked = [places[i] for i in batch]
+        for wave in waves:
+            asked = [places[i] for i in wave]
             rollout = evaluate.respond(
                 policy,
                 {place: make_sample(task, task.rows[place]) for place in asked},

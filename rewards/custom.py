@@ -277,9 +277,9 @@ def _leave_the_parent(mask: set) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask - {signal.SIGALRM})
-    for (
-        worker
-    ) in WORKERS.values():  # its own among them: it sees the parent's end as an end of file
+    # The parent's ends of all connections. While the fork holds that of its own, it would never see
+    # the parent's end as an end of file.
+    for worker in WORKERS.values():
         worker.hang_up()
     WORKERS.clear()
     PROVER.forget()

@@ -5,8 +5,6 @@ import os
 import sys
 from collections.abc import Iterator
 
-from rows import printable
-
 
 @contextlib.contextmanager
 def command(*expected: type[Exception], advice: str = "") -> Iterator[None]:
@@ -24,6 +22,9 @@ def command(*expected: type[Exception], advice: str = "") -> Iterator[None]:
         print(f"stopped{advice}", file=sys.stderr)
         sys.exit(130)
     except expected as error:
+        # Imported here, since a score of responses needs nothing that opens pictures.
+        from rows import printable
+
         sys.exit(printable(f"error: {error}"))
     finally:
         _flush_output()

@@ -18,7 +18,7 @@ from data import Prompt
 from model import Policy
 from rollout import _Wave
 from tools.counting import Counting, Kernel, as_on_cuda, without_numbers
-from tools.estimate import MODELS, VISION
+from tools.estimate import MODELS, released_config
 
 PROMPTS = 16
 PROMPT = 700  # tokens of a prompt
@@ -33,15 +33,9 @@ PLACES = 6  # of the largest traffic, which are printed
 
 def released_policy(name: str, dtype: torch.dtype = torch.bfloat16) -> Policy:
     """A released model, "3B" or "7B". To be called in `without_numbers()`."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
-    setup = MODELS[name]
-    text = setup["text"]
-    vision = VISION | {"out_hidden_size": text["hidden_size"]}
-    config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=setup["tied"]
-    )
-    hf = Qwen2_5_VLForConditionalGeneration(config)
+    hf = Qwen2_5_VLForConditionalGeneration(released_config(**MODELS[name]))
     hf.model.visual.requires_grad_(False)
     hf.gradient_checkpointing_enable({"use_reentrant": False})
     tokenizer = SimpleNamespace(eos_token_id=0)

@@ -293,12 +293,19 @@ class Weights:
         return self.whole - self.tower - self.looked_up
 
 
-def released_model(text: dict, tied: bool, rank: int = 0):
-    """The configuration of a released model and its numbers of weights, without its memory."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+def released_config(text: dict, tied: bool):
+    """The configuration of a model of MODELS."""
+    from transformers import Qwen2_5_VLConfig
 
     vision = VISION | {"out_hidden_size": text["hidden_size"]}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+
+
+def released_model(text: dict, tied: bool, rank: int = 0):
+    """The configuration of a released model and its numbers of weights, without its memory."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    config = released_config(text, tied)
     with torch.device("meta"):
         hf = Qwen2_5_VLForConditionalGeneration(config)
     return config, weights_of(hf, rank)
@@ -413,8 +420,10 @@ def bfloat16_copies(config, weights: Weights, gpus: int) -> tuple[float, str]:
 
 def waves_of(config, scenario: Scenario) -> list[Decoding]:
     """The waves of the scenario's rollout."""
-    own = scenario.group * round_up(scenario.longest, ON_GPU.own_keys)
     lengths = [scenario.prompt] * scenario.prompts
+    waves = waves_within(
+        lengths, scenario.group, scenario.longest, budget=scenario.cached, pace=ON_GPU
+    )
     return [
         Decoding(
             config.text_config,
@@ -424,7 +433,7 @@ def waves_of(config, scenario: Scenario) -> list[Decoding]:
             new=scenario.longest,
             width=BFLOAT16,
         )
-        for wave in waves_within(lengths, own, scenario.cached)
+        for wave in waves
     ]
 
 

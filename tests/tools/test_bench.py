@@ -5,6 +5,7 @@ import json
 import mmap
 import re
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -269,8 +270,9 @@ def test_the_caches_on_paper_are_those_of_a_rollout(fresh_policy, monkeypatch):
     attention = layout.bias.nbytes + sum(rows.nbytes for rows in layout.tap.rows.values())
     of_tokens = 6 * 20 * (8 + 1 + 4 + 4 + 4 * 4)  # ids, mask, log-probs, uniforms, signals
     assert wave.row_bytes() == attention + of_tokens
-    one_wave = rollout.waves_within([wave.prompt] * 2, own=3 * wave.own, budget=wave.cached)
-    two_waves = rollout.waves_within([wave.prompt] * 2, own=3 * wave.own, budget=wave.cached - 1)
+    count = partial(rollout.waves_within, [wave.prompt] * 2, 3, 20, pace=ON_CPU)
+    one_wave = count(budget=wave.cached)
+    two_waves = count(budget=wave.cached - 1)
     assert (len(one_wave), len(two_waves)) == (1, 2)
 
 
