@@ -169,6 +169,7 @@ class Algo:
 class Dyco:
     enabled: bool
     rule: Literal[tuple(dyco.RULES)]
+    control: Literal[tuple(dyco.CONTROLS)]
     alpha: Alpha
     tau: NotNegative
     ratio: Literal[tuple(dyco.RATIOS)]
@@ -656,7 +657,10 @@ def _convert(value: Any, wanted: Any, key: str) -> Any:
         choices = get_args(wanted)
         # True equals 1, and is no level.
         is_choice = any(type(value) is type(choice) and value == choice for choice in choices)
-        need(is_choice, "one of " + ", ".join(map(str, choices)))
+        expected = "one of " + ", ".join(map(str, choices))
+        if key == "dyco.rule" and isinstance(value, str) and value in dyco.FORMER_NAMES:
+            expected = "dyco.rule={} dyco.control={}".format(*dyco.FORMER_NAMES[value])
+        need(is_choice, expected)
         return value
     if kind in (Union, types.UnionType):  # with None
         inner = next(t for t in get_args(wanted) if t is not type(None))

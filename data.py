@@ -94,6 +94,18 @@ class Prompt:
     image_grid_thw: Tensor | None  # [images, 3] int64, in patches: time, height, width
 
 
+def without_images(prompt: Prompt) -> Prompt:
+    """What is left of a prompt where all that its images stand for is taken out."""
+    is_text = ~prompt.visual_mask
+    return replace(
+        prompt,
+        input_ids=prompt.input_ids[is_text],
+        visual_mask=prompt.visual_mask[is_text],
+        pixel_values=None,
+        image_grid_thw=None,
+    )
+
+
 # ---------------------------------------------------------------- dataset
 
 

@@ -6,9 +6,12 @@
                       token_weights ────────> weights whose mean is 1               eq. 7
                       reweight_advantages ──> one advantage for each token          eq. 8
 
+Eq. 8 is one *rule* of several in RULES: behind the equations stand the rules of other papers, and
+the controls that any rule can be compared with.
+
     python dyco.py        # works the four-token example of the README, and prints it as a table
 
-Shapes: B responses, T response tokens, K keys.
+Shapes: B responses, T response tokens, K keys, P prompts, G responses per prompt.
 
 The *query* of token o_t is the position just before it: the last prompt token for t = 1, and
 o_{t-1} after that. Its *row* is the softmaxed attention of that query over all keys, averaged over
@@ -175,16 +178,17 @@ def _relative_mass(visual_mass: Tensor, text_mass: Tensor, mask: Tensor) -> tupl
     return visual, text
 
 
+def _minmax(x: Tensor, mask: Tensor) -> Tensor:
+    """x, scaled to 0 … 1 over the marked places of each row. A row of equal values gives 0."""
+    low = torch.where(mask, x, math.inf).amin(-1, keepdim=True)
+    high = torch.where(mask, x, -math.inf).amax(-1, keepdim=True)
+    varies = mask & (high > low)
+    return torch.where(varies, (x - low) / torch.where(high > low, high - low, 1), 0)
+
+
 def _minmax_mass(visual_mass: Tensor, text_mass: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Each modality's mass, scaled to 0 … 1 over the response. A constant mass gives 0."""
-
-    def normalise(mass: Tensor) -> Tensor:
-        low = torch.where(mask, mass, math.inf).amin(-1, keepdim=True)
-        high = torch.where(mask, mass, -math.inf).amax(-1, keepdim=True)
-        varies = high > low
-        return torch.where(varies, (mass - low) / torch.where(varies, high - low, 1), 0)
-
-    return normalise(visual_mass), normalise(text_mass)
+    return _minmax(visual_mass, mask), _minmax(text_mass, mask)
 
 
 # What a token's score compares: the modalities with one another (eq. 4), or each with itself over
@@ -245,137 +249,346 @@ def token_weights(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 class Tokens(NamedTuple):
-    """What a rule sees of some responses."""
+    """What a rule sees of some responses. A rule's entry says which of the optional ones it needs.
+
+    Rows are group-major. Floats are at least float32, and 0 on padding.
+    """
 
     advantages: Tensor  # [B, T], Â of the token's response
-    scores: Tensor  # [B, T], s_t, 0 on padding
+    scores: Tensor  # [B, T], s_t
     roles: Tensor  # [B, T], +1 visual, −1 text, 0 neutral or padding
     mask: Tensor  # [B, T] bool
     alpha: float
-    generator: torch.Generator | Sequence[torch.Generator] | None
-    group_size: int | None
+    group_size: int | None = None
+    logprobs: Tensor | None = None  # [B, T], log π(o_t) of the policy that sampled
+    entropy: Tensor | None = None  # [B, T], of the distribution that o_t was drawn from, in nats
+    blind_logprobs: Tensor | None = None  # [B, T], log π(o_t) without the image
+    image_similarity: Tensor | None = None  # [B, T], cosine of hidden state and image
+    tokens: Tensor | None = None  # [B, T] long, ids
+    rewards: Tensor | None = None  # [B]
+
+
+# A rule returns what multiplies Â, one factor for each token [B, T].
 
 
 def _off(t: Tokens) -> Tensor:
-    return t.advantages
+    return torch.ones_like(t.advantages)
 
 
 def _paper(t: Tokens) -> Tensor:
-    weights = token_weights(t.scores, t.mask)  # eq. 7
-    return (1 + t.alpha * weights) * t.advantages  # eq. 8
+    return 1 + t.alpha * token_weights(t.scores, t.mask)  # eq. 7 and 8
 
 
 def _signed(t: Tokens) -> Tensor:
-    has_role = t.roles != 0
     # The weights have mean 1 over the tokens with a role alone.
-    return _weigh_tokens_with_role(t, token_weights(t.scores, mask=has_role))
+    return _weigh_tokens_with_role(t, token_weights(t.scores, mask=_with_role(t)))
 
 
 def _centered(t: Tokens) -> Tensor:
-    has_role = t.roles != 0
-    return _weigh_tokens_with_role(t, token_weights(t.scores, mask=has_role) - 1)
+    return _weigh_tokens_with_role(t, token_weights(t.scores, mask=_with_role(t)) - 1)
 
 
 def _weigh_tokens_with_role(t: Tokens, weights: Tensor) -> Tensor:
-    factor = 1 + t.alpha * t.advantages.sign() * weights
-    return torch.where(t.roles != 0, factor * t.advantages, t.advantages)
+    return torch.where(_with_role(t), 1 + t.alpha * t.advantages.sign() * weights, 1)
 
 
-def _uniform(t: Tokens) -> Tensor:
-    return _paper(_with_equal_scores(t))
-
-
-def _shuffled(t: Tokens) -> Tensor:
-    return _paper(_with_shuffled_scores(t, among=t.mask))
-
-
-def _signed_uniform(t: Tokens) -> Tensor:
-    return _signed(_with_equal_scores(t))
-
-
-def _signed_shuffled(t: Tokens) -> Tensor:
-    return _signed(_with_shuffled_scores(t, among=t.roles != 0))
-
-
-def _with_equal_scores(t: Tokens) -> Tokens:
-    return t._replace(scores=torch.zeros_like(t.scores))
-
-
-def _with_shuffled_scores(t: Tokens, among: Tensor) -> Tokens:
-    """The scores of the marked tokens change places within each response."""
-    if t.generator is None:
-        raise ValueError(
-            "a shuffled rule needs a generator: one torch.Generator, or a sequence with one for "
-            "each response"
-        )
-    shuffled = t.scores.clone()
-    for row in range(len(t.scores)):
-        places = among[row].nonzero().squeeze(-1)
-        one_for_all = isinstance(t.generator, torch.Generator)
-        source = t.generator if one_for_all else t.generator[row]
-        order = torch.randperm(len(places), generator=source, device=source.device)
-        shuffled[row, places] = t.scores[row, places[order.to(places.device)]]
-    return t._replace(scores=shuffled)
+def _with_role(t: Tokens) -> Tensor:
+    return t.roles != 0
 
 
 def _response(t: Tokens) -> Tensor:
-    """One factor per response: 1 + α·tanh(z), where z is its mean score, standardised within the
-    prompt's group."""
-    if t.group_size is None:
-        raise ValueError("rule 'response' needs group_size")
-    if len(t.scores) % t.group_size:
-        raise ValueError(
-            f"rule 'response': {len(t.scores)} responses are not whole groups of {t.group_size}"
-        )
-    has_role = t.roles != 0
-    tokens_with_role = has_role.sum(-1).clamp(min=1)
-    mean_score = torch.where(has_role, t.scores, 0).sum(-1) / tokens_with_role
-    groups = mean_score.view(len(mean_score) // t.group_size, t.group_size)
+    """1 + α·tanh(z), where z is the response's mean score, standardised within its group."""
+    tokens_with_role = _with_role(t).sum(-1).clamp(min=1)
+    mean_score = torch.where(_with_role(t), t.scores, 0).sum(-1) / tokens_with_role
+    groups = _in_groups(t, mean_score)
     distance_from_mean = groups - groups.mean(-1, keepdim=True)
     std = groups.std(-1, keepdim=True, unbiased=t.group_size > 1)
     # Scores lie in 0 … 1. Means that differ by rounding alone must not be standardised into ±1.
     spread = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)
     z = torch.where(spread > 1e-6, distance_from_mean / std.clamp(min=1e-12), 0)
-    factor = (1 + t.alpha * torch.tanh(z)).view(-1, 1)
-    return factor * t.advantages
+    return (1 + t.alpha * torch.tanh(z)).view(-1, 1).expand(t.mask.shape)
+
+
+def _in_groups(t: Tokens, x: Tensor) -> Tensor:
+    """[B, …] -> [P, G, …]"""
+    if len(x) % t.group_size:
+        raise ValueError(f"{len(x)} responses are not whole groups of {t.group_size}")
+    return x.unflatten(0, (len(x) // t.group_size, t.group_size))
+
+
+# ------------------------------------------------------------------------ the rules of other papers
+
+
+def _highest(values: Tensor, mask: Tensor, percent: int) -> Tensor:
+    """Marks the ⌈percent / 100 · n⌉ highest of the n masked values of each row.
+
+    Of equal values the earlier ones are marked.
+    """
+    count = (mask.sum(-1, keepdim=True) * percent + 99) // 100
+    order = values.masked_fill(~mask, -math.inf).argsort(dim=-1, descending=True, stable=True)
+    return mask & (order.argsort(dim=-1) < count)
+
+
+def _highest_of_batch(values: Tensor, mask: Tensor, percent: int) -> Tensor:
+    """The same over all responses together."""
+    marked = _highest(values.flatten()[None], mask.flatten()[None], percent)
+    return marked.view(mask.shape)
+
+
+def _mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Over the masked places of each row; 0 where there are none."""
+    return torch.where(mask, x, 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _entropy(t: Tokens) -> Tensor:
+    kept = _highest_of_batch(t.entropy, t.mask, percent=20)
+    # The mean over all tokens becomes one over the kept ones.
+    return kept * (t.mask.sum() / kept.sum().clamp(min=1)).to(t.entropy.dtype)
+
+
+def _blindness(t: Tokens) -> Tensor:
+    """k3 = e^d − d − 1, where d is how much likelier the token is without the image (in nats)."""
+    d = (t.blind_logprobs - t.logprobs).clamp(-20, 20)
+    return (torch.expm1(d) - d).clamp(min=0)
+
+
+def _vppo(t: Tokens) -> Tensor:
+    dependence = _blindness(t).clamp(max=10)
+    kept = _highest(dependence, t.mask, percent=40)
+    # The responses that depend more on the image weigh more; the mean over responses is 1.
+    responses = t.mask.any(-1)[None]
+    height = _minmax(_mean(dependence, t.mask).T, responses)
+    average = _mean(height, responses)
+    of_response = torch.where(average > 0, 0.9 + 0.1 * height / average.clamp(min=1e-12), 1)
+    return kept * of_response.T
+
+
+def _pgpo(t: Tokens) -> Tensor:
+    intensity = _minmax(_blindness(t).log1p(), t.mask)
+    threshold = 0.4
+    above = 1 + 2 * (intensity - threshold) / (1 - threshold)
+    weights = torch.where(intensity < threshold, intensity / threshold, above)
+    average = _mean(weights, t.mask)
+    return torch.where(average > 0, weights / average.clamp(min=1e-12), 1)
+
+
+def _tor(t: Tokens) -> Tensor:
+    uncertain = _highest_of_batch(t.entropy, t.mask, percent=30)
+    change = (t.blind_logprobs - t.logprobs).abs()
+    looking = _highest_of_batch(change, t.mask, percent=30)
+    return torch.where(uncertain, 1.0, 0.5 * looking.to(t.entropy.dtype))
+
+
+def _vgpo(t: Tokens) -> Tensor:
+    similarity = _minmax(t.image_similarity, t.mask)
+    return (1 + similarity - _mean(similarity, t.mask)).clamp(0.1, 2)
+
+
+def _surprise(t: Tokens) -> Tensor:
+    return _paper(t._replace(scores=-torch.expm1(t.logprobs)))
+
+
+def _siblings(t: Tokens) -> Tensor:
+    """Eq. 7 and 8, scored by how much the token changed what its response was worth.
+
+    V_t, the worth of a response up to token t, is the mean reward of the responses of the group
+    that begin with the same t tokens.
+    """
+    tokens = _in_groups(t, t.tokens)  # [P, G, T]
+    mask = _in_groups(t, t.mask)
+    rewards = _in_groups(t, t.rewards)  # [P, G]
+    both_go_on = mask[:, :, None] & mask[:, None]
+    equal = both_go_on & (tokens[:, :, None] == tokens[:, None])
+    alike = equal.long().cumprod(-1)  # [P, G, G, T]: the response, its sibling, up to this token
+    worth = (alike * rewards[:, None, :, None]).sum(2) / alike.sum(2).clamp(min=1)
+    before_the_first = rewards.mean(-1)[:, None, None].expand(-1, t.group_size, 1)
+    change = torch.cat([before_the_first, worth], dim=-1).diff(dim=-1)
+    return _paper(t._replace(scores=_scores_of_change(t, change.flatten(0, 1))))
+
+
+def _phrases(t: Tokens) -> Tensor:
+    """Eq. 7 and 8, scored by what the token adds to the worth of the two tokens before it.
+
+    The worth of a phrase is the mean reward of the responses of the group that hold it, wherever
+    it stands in them. So responses are compared behind the place where they part, too.
+    """
+    tokens = torch.where(t.mask, t.tokens, -1)
+    phrases = F.pad(tokens, (2, 0), value=-1).unfold(-1, 3, 1)  # [B, T, 3], the last is token t
+    rewards = _in_groups(t, t.rewards)
+    change = []
+    for of_group, mask, reward in zip(
+        _in_groups(t, phrases), _in_groups(t, t.mask), rewards, strict=True
+    ):
+        beginning = _worth_of_phrases(of_group[..., :2], mask, reward)
+        change.append(_worth_of_phrases(of_group, mask, reward) - beginning)
+    return _paper(t._replace(scores=_scores_of_change(t, torch.cat(change))))
+
+
+def _worth_of_phrases(phrases: Tensor, mask: Tensor, rewards: Tensor) -> Tensor:
+    """phrases [G, T, n] ids, mask [G, T], rewards [G] -> [G, T], the mean reward of those that hold
+    the phrase."""
+    kinds = phrases.flatten(0, 1).unique(dim=0, return_inverse=True)[1].view(mask.shape)
+    count = rewards.new_zeros(len(rewards), int(kinds.max()) + 1)  # [G, kinds]
+    holds = count.scatter_add_(1, kinds, mask.to(count.dtype)) > 0
+    worth = (holds * rewards[:, None]).sum(0) / holds.sum(0).clamp(min=1)
+    return worth[kinds]
+
+
+def _scores_of_change(t: Tokens, change: Tensor) -> Tensor:
+    """3 · max(0, sign(Â)·change) / spread of the group's rewards, [B, T]; 0 where all are equal."""
+    rewards = _in_groups(t, t.rewards)
+    spread = rewards.amax(-1) - rewards.amin(-1)
+    spread = spread.repeat_interleave(t.group_size)[:, None]
+    fits = (t.advantages.sign() * change).clamp(min=0)
+    return torch.where(t.mask & (spread > 0), 3 * fits / torch.where(spread > 0, spread, 1), 0)
+
+
+# ---------------------------------------------------------------------------- controls and registry
+
+
+def _as_it_is(factors: Tensor, among: Tensor, generator) -> Tensor:
+    return factors
+
+
+def _shuffle(factors: Tensor, among: Tensor, generator) -> Tensor:
+    """The factors of the marked tokens change places within each response."""
+    if generator is None:
+        raise ValueError(
+            "control 'shuffled' needs a generator: one torch.Generator, or a sequence with one for "
+            "each response"
+        )
+    shuffled = factors.clone()
+    for row in range(len(factors)):
+        places = among[row].nonzero().squeeze(-1)
+        one_for_all = isinstance(generator, torch.Generator)
+        source = generator if one_for_all else generator[row]
+        order = torch.randperm(len(places), generator=source, device=source.device)
+        shuffled[row, places] = factors[row, places[order.to(places.device)]]
+    return shuffled
+
+
+def _level(factors: Tensor, among: Tensor, generator) -> Tensor:
+    """The marked tokens of each response get their mean factor."""
+    return torch.where(among, _mean(factors, among), factors)
+
+
+# What any rule can be compared with: its own factors on other tokens, or without differences.
+CONTROLS = {"none": _as_it_is, "shuffled": _shuffle, "uniform": _level}
+
+
+def _all_tokens(t: Tokens) -> Tensor:
+    return t.mask
 
 
 class Rule(NamedTuple):
     """A way to spread a response's advantage over its tokens. Config checks, help and tools derive
     from it."""
 
-    compute: Callable[[Tokens], Tensor]  # -> [B, T]
+    factor: Callable[[Tokens], Tensor]  # -> [B, T]: what multiplies Â
     what: str  # one line, for people
     source: str
-    # Rules to compare it with: equal weights first, then the same weights on other tokens.
-    controls: tuple[str, ...] = ()
+    average: str  # of the factors: rules that differ in it learn at different rates
+    needs: tuple[str, ...] = ()  # fields of Tokens that may be None for other rules
+    over_batch: bool = False  # compares responses of different groups
+    among: Callable[[Tokens], Tensor] = _all_tokens  # [B, T] bool: the tokens a control touches
 
 
 PAPER = "arXiv 2606.08035 v1"
 LATER = "the authors' later code"
-CONTROL = "a control of this project"
+OURS = "this project"
 
 RULES = {
-    "off": Rule(_off, "Â for every token; the signals are only logged", "the host algorithm"),
-    "paper": Rule(_paper, "eq. 8: (1 + α·w)·Â", f"{PAPER}, eq. 7 and 8", ("uniform", "shuffled")),
+    "off": Rule(_off, "Â for every token; the signals are only logged", "the host algorithm", "1"),
+    "paper": Rule(
+        _paper, "eq. 8: (1 + α·w)·Â", f"{PAPER}, eq. 7 and 8", "1 + α over each response"
+    ),
     "signed": Rule(
         _signed,
         "(1 + α·sign(Â)·w)·Â on tokens with a role, w of mean 1 over those; Â on neutral ones",
         LATER,
-        ("signed_uniform", "signed_shuffled"),
+        "1 + α where Â > 0, 1 − α where Â < 0, over the tokens with a role",
+        among=_with_role,
     ),
-    "centered": Rule(_centered, "signed with w − 1 in place of w", LATER),
-    "uniform": Rule(_uniform, "paper with w = 1", CONTROL),
-    "shuffled": Rule(_shuffled, "paper with the scores permuted within the response", CONTROL),
-    "signed_uniform": Rule(_signed_uniform, "signed with w = 1", CONTROL),
-    "signed_shuffled": Rule(
-        _signed_shuffled, "signed with the scores permuted among the tokens with a role", CONTROL
+    "centered": Rule(
+        _centered,
+        "signed with w − 1 in place of w",
+        LATER,
+        "1 over each response",
+        among=_with_role,
     ),
     "response": Rule(
         _response,
         "(1 + α·tanh z)·Â with one z per response: its mean score, standardised within the group",
         "the idea of the authors' first release, which weighs responses instead of tokens",
+        "about 1 over each group",
+        needs=("group_size",),
     ),
+    "entropy": Rule(
+        _entropy,
+        "N/⌈0.2·N⌉·Â on the 20 % of the batch's N tokens with the highest entropy, else 0",
+        "arXiv 2506.01939 (80/20)",
+        "1 over the batch: the loss is averaged over the kept tokens",
+        needs=("entropy",),
+        over_batch=True,
+    ),
+    "vppo": Rule(
+        _vppo,
+        "f·Â on the 40 % of each response that depend most on the image, else 0; one f ≥ 0.9 each",
+        "arXiv 2510.09285 (VPPO)",
+        "about 0.4: the loss is still averaged over all tokens",
+        needs=("logprobs", "blind_logprobs"),
+        over_batch=True,
+    ),
+    "pgpo": Rule(
+        _pgpo,
+        "w·Â, where w says how much the token depends on the image, with a threshold; mean 1",
+        "arXiv 2604.01840 (PGPO)",
+        "1 over each response",
+        needs=("logprobs", "blind_logprobs"),
+    ),
+    "tor": Rule(
+        _tor,
+        "Â on the 30 % of highest entropy, 0.5·Â on the 30 % that the image changes most, else 0",
+        "arXiv 2603.25077 (ToR)",
+        "0.3 to 0.45: the loss is still averaged over all tokens",
+        needs=("logprobs", "entropy", "blind_logprobs"),
+        over_batch=True,
+    ),
+    "vgpo": Rule(
+        _vgpo,
+        "(1 + s − mean s)·Â, s the similarity to the image by minmax, the factor within 0.1 … 2",
+        "arXiv 2604.09349 (VGPO)",
+        "1 over each response, where nothing is held",
+        needs=("image_similarity",),
+    ),
+    "surprise": Rule(
+        _surprise,
+        "eq. 7 and 8 with the score 1 − π(o_t)",
+        OURS,
+        "1 + α over each response",
+        needs=("logprobs",),
+    ),
+    "siblings": Rule(
+        _siblings,
+        "eq. 7 and 8, scored by the change in mean reward of the siblings that share the prefix",
+        OURS,
+        "1 + α over each response",
+        needs=("group_size", "tokens", "rewards"),
+    ),
+    "phrases": Rule(
+        _phrases,
+        "eq. 7 and 8, scored by the mean reward of siblings with this phrase, less its beginning's",
+        OURS,
+        "1 + α over each response",
+        needs=("group_size", "tokens", "rewards"),
+    ),
+}
+# Names that earlier versions had for a rule and a control together.
+FORMER_NAMES = {
+    "uniform": ("paper", "uniform"),
+    "shuffled": ("paper", "shuffled"),
+    "signed_uniform": ("signed", "uniform"),
+    "signed_shuffled": ("signed", "shuffled"),
 }
 
 
@@ -389,32 +602,58 @@ def reweight_advantages(
     rule: str = "paper",
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     group_size: int | None = None,
+    *,
+    control: str = "none",
+    logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    blind_logprobs: Tensor | None = None,
+    image_similarity: Tensor | None = None,
+    tokens: Tensor | None = None,
+    rewards: Tensor | None = None,
 ) -> Tensor:
     """The advantage of every token: eq. 8, or another rule of RULES, which says what each of them
     is.
 
     advantages [B] or [B, T]; scores, roles and mask [B, T] -> [B, T], 0 on padding. Rows are
-    group-major. The shuffled rules need `generator`, one for all responses or one for each.
-    "response" needs `group_size`. Raises ValueError for an unknown rule or a missing argument.
+    group-major. `Tokens` says what the others are, and Rule.needs which of them a rule needs. The
+    control "shuffled" needs `generator`, one for all responses or one for each. For a few rules
+    (Rule.over_batch) all responses of the call belong together.
+
+    Raises ValueError for an unknown rule or control, or a missing argument.
 
     >>> scores, roles = torch.tensor([[0., .5, .75, 0.]]), torch.tensor([[0, 1, -1, 0]])
     >>> reweight_advantages(torch.tensor([-1.]), scores, roles, torch.ones(1, 4).bool())
     tensor([[-1.1388, -1.2288, -1.2937, -1.1388]])
     """
+    if rule in FORMER_NAMES and control == "none":
+        rule, control = FORMER_NAMES[rule]
     chosen = _choose(RULES, rule, "dyco.rule")
-    advantages = _at_least_float32(advantages)
+    apply_control = _choose(CONTROLS, control, "dyco.control")
     if advantages.dim() == 1:
         advantages = advantages[:, None]
-    tokens = Tokens(
-        advantages=advantages.expand(mask.shape),
-        scores=torch.where(mask, _at_least_float32(scores), 0),
+
+    def clean(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.where(mask, _at_least_float32(x), 0)
+
+    seen = Tokens(
+        advantages=clean(advantages),
+        scores=clean(scores),
         roles=torch.where(mask, roles, 0),
         mask=mask,
         alpha=alpha,
-        generator=generator,
         group_size=group_size,
+        logprobs=clean(logprobs),
+        entropy=clean(entropy),
+        blind_logprobs=clean(blind_logprobs),
+        image_similarity=clean(image_similarity),
+        tokens=tokens,
+        rewards=None if rewards is None else _at_least_float32(rewards),
     )
-    return torch.where(mask, chosen.compute(tokens), 0)
+    missing = [name for name in chosen.needs if getattr(seen, name) is None]
+    if missing:
+        raise ValueError(f"rule {rule!r} needs {', '.join(missing)}")
+    factors = apply_control(chosen.factor(seen), chosen.among(seen), generator)
+    return torch.where(mask, factors * seen.advantages, 0)
 
 
 # ------------------------------------------------------------------------------- the worked example

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import decoder
 import dyco
 from attention import WINDOWS, PackedGroups, Tap, float32_product, register_windows
-from data import Prompt, Sample, encode_prompt
+from data import Prompt, Sample, encode_prompt, without_images
 from decoder import Embedded
 from dyco import Signals
 from rows import first_line
@@ -162,6 +162,29 @@ class PackedOutput(NamedTuple):
     logprobs: Tensor  # float32, at the sampling temperature
     entropy: Tensor  # float32, in nats, without gradient
     signals: Signals | None  # if a tap was given
+    # of the state that predicts the token with the image, see image_similarity; if asked for
+    image_similarity: Tensor | None = None
+
+
+def image_similarity(hidden: Tensor, image: Tensor) -> Tensor:
+    """The cosine of last hidden states [M, D] with the mean one of their prompt's image tokens.
+
+    image [M, D]; 0 where a prompt has no image, whose mean is 0. The signal of VGPO
+    (arXiv 2604.09349).
+    """
+    return F.cosine_similarity(hidden.float(), image.float(), dim=-1)
+
+
+def mean_image_states(row: Tensor, prompts: list[Prompt], layout: PackedGroups) -> Tensor:
+    """The mean last hidden state of each prompt's image tokens: packed row [N, D] -> [prompts, D].
+
+    0 where a prompt has no image.
+    """
+    means = []
+    for hidden, prompt in zip(row.split(layout.sections)[::2], prompts, strict=True):
+        visual = prompt.visual_mask.to(row.device)
+        means.append((hidden.float() * visual[:, None]).sum(0) / visual.sum().clamp(min=1))
+    return torch.stack(means)
 
 
 class Policy(nn.Module):
@@ -348,24 +371,43 @@ class Policy(nn.Module):
         return scaled_logits(hidden.to(self.dtype), weight, temperature, suppressed=self.suppressed)
 
     def forward(
-        self, prompts: list[Prompt], tokens: Tensor, mask: Tensor, tap: Tap | None = None
+        self,
+        prompts: list[Prompt],
+        tokens: Tensor,
+        mask: Tensor,
+        tap: Tap | None = None,
+        blind: bool = False,
+        similarity: bool = False,
     ) -> PackedOutput:
         """Log-probabilities of responses, computed in packed groups; with a tap DyCo's signals too.
 
         tokens [B, T] long, group-major; mask [B, T] bool, True on the first tokens of each row, the
         end token included.
+
+        blind: no text sees an image, neither of the prompt nor of the responses. All of it stays at
+            its positions. Nobody would read the states of the image tokens, so they are left out,
+            and the vision tower does not run.
+        similarity: image_similarity of each token as well.
         """
         group_size = len(tokens) // len(prompts)
+        positions_of = [self.prompt_positions(prompt) for prompt in prompts]
+        following = [int(positions.max()) + 1 for positions in positions_of]
+        if blind:
+            pairs = zip(positions_of, prompts, strict=True)
+            positions_of = [positions[:, ~prompt.visual_mask] for positions, prompt in pairs]
+            prompts = [without_images(prompt) for prompt in prompts]
         lengths = mask.sum(1).tolist()
         # The last token of a response is predicted, and never read.
         inputs = [max(length - 1, 0) for length in lengths]
         branches = [inputs[i : i + group_size] for i in range(0, len(inputs), group_size)]
         layout = PackedGroups(prompts, branches, tap)
-        positions, predictors, responses = self._pack(prompts, tokens, lengths, branches=branches)
+        positions, predictors, responses = self._pack(
+            positions_of, following, tokens=tokens, lengths=lengths, branches=branches
+        )
         with self.autocast():
             embedded = self.embed(prompts, responses)
-            hidden = self.decoder(embedded, positions[:, None], layout)[0]
-            hidden = hidden[torch.tensor(predictors, dtype=torch.long, device=self.device)]
+            row = self.decoder(embedded, positions[:, None], layout)[0]
+            hidden = row[torch.tensor(predictors, dtype=torch.long, device=self.device)]
         mask = mask.to(self.device)
         logprobs, entropy = TokenLogprobs.apply(
             hidden.to(self.dtype),
@@ -382,31 +424,38 @@ class Policy(nn.Module):
             return torch.zeros(mask.shape, device=self.device).masked_scatter(mask, flat)
 
         signals = None if tap is None else self._take_signals(tap, len(prompts), mask)
-        return PackedOutput(unpack(logprobs), unpack(entropy), signals)
+        similar = None
+        if similarity:
+            images = mean_image_states(row.detach(), prompts, layout)
+            lengths_of_groups = mask.sum(1).view(len(prompts), group_size).sum(1)
+            of_tokens = images.repeat_interleave(lengths_of_groups, dim=0)
+            similar = unpack(image_similarity(hidden.detach(), of_tokens))
+        return PackedOutput(unpack(logprobs), unpack(entropy), signals, similar)
 
     def _pack(
         self,
-        prompts: list[Prompt],
+        positions_of: list[Tensor],
+        following: list[int],
         tokens: Tensor,
         lengths: list[int],
         branches: list[list[int]],
     ) -> tuple[Tensor, list[int], list[list[Tensor]]]:
         """Where everything stands in the packed row.
 
+        positions_of: [3, P] of each prompt; following: the position at which its responses go on.
         Returns the positions [3, N], the places in the row that predict a token (in the order of
         the response tokens), and the input ids of the responses, [prompts][G].
         """
         positions, predictors, responses = [], [], []
         row, offset = 0, 0
-        for prompt, group in zip(prompts, branches, strict=True):
-            positions.append(self.prompt_positions(prompt))
-            following = int(positions[-1].max()) + 1
-            offset += len(prompt.input_ids)
+        for of_prompt, start, group in zip(positions_of, following, branches, strict=True):
+            positions.append(of_prompt)
+            offset += of_prompt.shape[1]
             last_of_prompt = offset - 1
             responses.append([])
             for inputs in group:
                 responses[-1].append(tokens[row, :inputs].to(self.device))
-                positions.append(torch.arange(following, following + inputs).expand(3, -1))
+                positions.append(torch.arange(start, start + inputs).expand(3, -1))
                 if lengths[row]:
                     predictors += [last_of_prompt, *range(offset, offset + inputs)]
                 offset += inputs

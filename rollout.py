@@ -19,7 +19,7 @@ still decoded, V vocabulary.
 import hashlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ from attention import Decoding, Pace, PackedGroups, Tap, pace_on, round_up
 from data import Prompt
 from decoder import Embedded
 from dyco import Signals
-from model import Policy
+from model import Policy, image_similarity, mean_image_states
 from rows import first_line
 
 PREFILL_TOKENS = 16384  # prompt tokens in one prefill
@@ -50,6 +50,9 @@ class Rollout:
     truncated: Tensor  # [B] bool: no end token within max_new_tokens
     signals: Signals | None  # [B, T] each, 0 on padding
     texts: list[str]  # decoded, without the end token
+    # If asked for, [B, T] float32, 0 on padding:
+    entropy: Tensor | None = None  # of the distribution that each token was drawn from, in nats
+    image_similarity: Tensor | None = None  # of the state that predicts it, see model.py
 
     def rows(self, prompts: list[int]) -> list[int]:
         """The rows of the groups of some prompts."""
@@ -60,8 +63,8 @@ class Rollout:
         rows = self.rows(prompts)
         width = max([1, *self.mask[rows].sum(1).tolist()])
 
-        def cut(x: Tensor) -> Tensor:
-            return x[rows, :width]
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[rows, :width]
 
         return Rollout(
             prompts=[self.prompts[i] for i in prompts],
@@ -72,6 +75,8 @@ class Rollout:
             truncated=self.truncated[rows],
             signals=None if self.signals is None else Signals(*map(cut, self.signals)),
             texts=[self.texts[i] for i in rows],
+            entropy=cut(self.entropy),
+            image_similarity=cut(self.image_similarity),
         )
 
 
@@ -87,6 +92,10 @@ def join(rollouts: list[Rollout]) -> Rollout:
     if rollouts[0].signals is not None:
         fields = zip(*(r.signals for r in rollouts), strict=True)
         signals = Signals(*(pad_and_stack(field) for field in fields))
+
+    def stack_if_there(tensors: list[Tensor | None]) -> Tensor | None:
+        return None if tensors[0] is None else pad_and_stack(tensors)
+
     return Rollout(
         prompts=[prompt for r in rollouts for prompt in r.prompts],
         group_size=rollouts[0].group_size,
@@ -96,6 +105,8 @@ def join(rollouts: list[Rollout]) -> Rollout:
         truncated=torch.cat([r.truncated for r in rollouts]),
         signals=signals,
         texts=[text for r in rollouts for text in r.texts],
+        entropy=stack_if_there([r.entropy for r in rollouts]),
+        image_similarity=stack_if_there([r.image_similarity for r in rollouts]),
     )
 
 
@@ -180,6 +191,12 @@ def sample_tokens(
     return ids.squeeze(-1), logprobs.squeeze(-1)
 
 
+def entropy_of(logits: Tensor) -> Tensor:
+    """The entropy [R] of the distributions of logits [R, V], in nats."""
+    logprobs = logits.log_softmax(dim=-1)
+    return -torch.linalg.vecdot(logprobs.exp(), logprobs)
+
+
 @torch.no_grad()
 def generate(
     policy: Policy,
@@ -192,6 +209,7 @@ def generate(
     temperature: float | None = None,
     greedy_last: bool = False,
     decoding: Callable[..., Decoding] = Decoding,
+    record: Sequence[str] = (),
 ) -> Rollout:
     """Sample G responses to each prompt.
 
@@ -202,6 +220,7 @@ def generate(
     temperature: by default the policy's.
     greedy_last: the last response of each group is greedy, whatever the key.
     decoding: makes the layout of a wave; experiments pass a subclass that changes attention.
+    record: "entropy" and "image_similarity", to have these fields of the result.
     """
     lengths = [len(prompt.input_ids) for prompt in prompts]
     pace = pace_on(policy.device)
@@ -222,6 +241,7 @@ def generate(
                 temperature=temperature,
                 greedy_last=greedy_last,
                 decoding=decoding,
+                record=record,
             )
             rollouts.append(of_wave.run())
         return join(rollouts)
@@ -296,6 +316,7 @@ class _Wave:
         temperature: float | None = None,
         greedy_last: bool = False,
         decoding: Callable[..., Decoding] = Decoding,
+        record: Sequence[str] = (),
     ):
         self.policy = policy
         self.prompts = prompts
@@ -310,6 +331,8 @@ class _Wave:
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self.mask = torch.zeros(shape, dtype=torch.bool, device=device)
         self.logprobs = torch.zeros(shape, device=device)
+        self.recorded = {name: torch.zeros(shape, device=device) for name in record}
+        self.images: Tensor | None = None  # [R, D], mean states of the prompts' image tokens
         self.signals: Signals | None = None
         if self.tap is not None:
             self.signals = Signals(*(torch.zeros(shape, device=device) for _ in Signals._fields))
@@ -376,6 +399,7 @@ class _Wave:
         policy, tap = self.policy, self.tap
         positions = [policy.prompt_positions(prompt) for prompt in self.prompts]
         hidden, first_signals = [], []
+        images: list[Tensor] = []  # mean states, [prompts of a row, D]
         kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for run in runs_within([len(p.input_ids) for p in self.prompts], PREFILL_TOKENS):
             prompts = [self.prompts[i] for i in run]
@@ -387,6 +411,8 @@ class _Wave:
             row = policy.decoder(policy.embed(prompts), row_positions, layout)[0]
             last = torch.tensor([len(p.input_ids) for p in prompts]).cumsum(0) - 1
             hidden.append(row[last.to(policy.device)])
+            if "image_similarity" in self.recorded:
+                images.append(mean_image_states(row, prompts, layout))
             for layer, pairs in layout.kept.items():
                 kept.setdefault(layer, []).extend(pairs)
             if tap is not None:
@@ -408,6 +434,8 @@ class _Wave:
         # M-RoPE: a response goes on behind the largest position of its prompt.
         following = torch.tensor([int(p.max()) + 1 for p in positions], device=policy.device)
         self.following = following.repeat_interleave(self.group_size)
+        if images:
+            self.images = torch.cat(images).repeat_interleave(self.group_size, dim=0)
         return torch.cat(hidden).repeat_interleave(self.group_size, dim=0)
 
     def _step(self) -> None:
@@ -431,6 +459,12 @@ class _Wave:
         uniforms = self.uniforms[self.alive, self.column]
         tokens, logprobs = sample_tokens(logits, uniforms, self.greedy[self.alive])
         place = (self.alive, self.column)
+        for name, values in self.recorded.items():
+            if name == "entropy":
+                value = entropy_of(logits)
+            else:
+                value = image_similarity(hidden, self.images)
+            values[place] = torch.where(self.going, value, 0)
         self.tokens[place] = torch.where(self.going, tokens, 0)
         self.logprobs[place] = torch.where(self.going, logprobs, 0)
         self.mask[place] = self.going
@@ -445,6 +479,8 @@ class _Wave:
         self.going = self.going[rows]
         self.newest = self.newest[rows]
         self.following = self.following[rows]
+        if self.images is not None:
+            self.images = self.images[rows]
         self.layout.keep(rows)
 
     def _record(self, length: int) -> None:
@@ -479,4 +515,5 @@ class _Wave:
             truncated=self.truncated,
             signals=signals,
             texts=texts,
+            **{name: values[:, :width] for name, values in self.recorded.items()},
         )

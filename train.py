@@ -49,9 +49,9 @@ import run_folder
 import toy
 from config import Config, ConfigError, load_config, split_arguments
 from data import DataError, JsonlDataset, Prompt, Sampler, check_lengths
-from distributed import World
+from distributed import ALONE, World
 from model import Policy, policy_from_config
-from rollout import Rollout, generate, join, keyed_generator, runs_within
+from rollout import Rollout, generate, join, keyed_generator, pad_and_stack, runs_within
 from rows import excerpt, first_line, printable
 from run_folder import RunError, RunFolder
 
@@ -99,6 +99,7 @@ class Batch:
     roles: Tensor | None = None  # [B, T]
     scores: Tensor | None = None  # [B, T], s_t of eq. 6
     old_logprobs: Tensor | None = None  # [B, T]
+    blind_logprobs: Tensor | None = None  # [B, T], where the rule asks for them
     ref_logprobs: Tensor | None = None  # [B, T]
     loss_mask: Tensor | None = None  # [B, T]
 
@@ -136,6 +137,11 @@ def join_batches(batches: list[Batch]) -> Batch:
 # ---------- 1. rollout, 2. reward
 
 
+def needs(config: Config) -> tuple[str, ...]:
+    """What the weighting rule needs besides roles and scores: fields of dyco.Tokens."""
+    return dyco.RULES[config.dyco.rule].needs if config.dyco.enabled else ()
+
+
 def collect(training: Training, drawn: list[tuple[int, int]], step: int) -> Batch:
     """Stages 1 and 2: responses to some (position, sample index) pairs, and their rewards."""
     config, policy = training.config, training.policy
@@ -155,6 +161,7 @@ def collect(training: Training, drawn: list[tuple[int, int]], step: int) -> Batc
             key=(config.train.seed, step),
             capture=config.dyco if while_decoding else None,
             max_cache_tokens=config.rollout.max_cache_tokens,
+            record=[name for name in needs(config) if name in ("entropy", "image_similarity")],
         )
     return give_rewards(training, rollout, samples)
 
@@ -280,9 +287,11 @@ def compute_logprobs(
     rollout: Rollout,
     minibatches: list[list[int]],
     capture: bool = False,
+    blind: bool = False,
 ) -> tuple[Tensor, dyco.Signals | None]:
     """Log-probabilities [B, T] by the packed forward, and with `capture` DyCo's signals.
 
+    blind: those that the policy would have given if it had not seen the images.
     The rows are packed as the update will pack them, since a GPU may round another row otherwise.
     """
     config = training.config
@@ -297,7 +306,7 @@ def compute_logprobs(
         part, rows = rollout.select(groups), rollout.rows(groups)
         tap = policy.tap(config.dyco) if capture else None
         with memory_for(describe_packed_row, config, rollout, groups):
-            output = policy(part.prompts, part.tokens, part.mask, tap)
+            output = policy(part.prompts, part.tokens, part.mask, tap=tap, blind=blind)
         width = part.mask.shape[1]
         logprobs[rows, :width] = output.logprobs
         if capture:
@@ -331,6 +340,10 @@ def add_logprobs(training: Training, batch: Batch, minibatches: list[list[int]])
         logged["policy/rollout_gap"] = max(training.world.gather(largest))
         if again:
             batch.old_logprobs = logprobs
+    if "blind_logprobs" in needs(training.config):
+        batch.blind_logprobs, _ = compute_logprobs(
+            training, policy, rollout, minibatches=minibatches, blind=True
+        )
     if reference is not None:
         with lora.off(reference):
             batch.ref_logprobs, _ = compute_logprobs(
@@ -342,8 +355,11 @@ def add_logprobs(training: Training, batch: Batch, minibatches: list[list[int]])
 # ---------- 4. advantage, 5. DyCo
 
 
-def assign_advantages(config: Config, batch: Batch, step: int) -> None:
-    """Stages 4 and 5: group advantages, then one advantage for each token."""
+def assign_advantages(config: Config, batch: Batch, step: int, world: World = ALONE) -> None:
+    """Stages 4 and 5: group advantages, then one advantage for each token.
+
+    Collective where the rule compares responses of different groups.
+    """
     rollout, settings = batch.rollout, config.dyco
     advantages = rl_algos.group_advantages(batch.rewards, config.algo.scale)  # [P, G]
     advantages = advantages.flatten().to(rollout.mask.device)
@@ -351,21 +367,59 @@ def assign_advantages(config: Config, batch: Batch, step: int) -> None:
         batch.advantages = torch.where(rollout.mask, advantages[:, None], 0)
         return
     batch.roles, batch.scores = dyco.roles_and_scores(rollout.signals, rollout.mask, settings)
-    generators = []  # for the shuffled rules
-    for prompt in rollout.prompts:
+    seen = {
+        "advantages": advantages[:, None].expand(rollout.mask.shape),
+        "scores": batch.scores,
+        "roles": batch.roles,
+        "mask": rollout.mask,
+        "logprobs": batch.old_logprobs,
+        "entropy": rollout.entropy,
+        "blind_logprobs": batch.blind_logprobs,
+        "image_similarity": rollout.image_similarity,
+        "tokens": rollout.tokens,
+        "rewards": batch.rewards.view(-1, 1).to(rollout.mask.device),
+    }
+    seen = {name: values for name, values in seen.items() if values is not None}
+    positions = batch.positions
+    if dyco.RULES[settings.rule].over_batch:
+        seen, positions = of_all_processes(world, seen, positions, rollout.group_size)
+    generators = []  # for shuffled weights
+    for position in positions:
         for response in range(rollout.group_size):
-            key = (config.train.seed, step, "shuffle", prompt.index, response)
+            key = (config.train.seed, step, "shuffle", position, response)
             generators.append(keyed_generator(*key))
-    batch.advantages = dyco.reweight_advantages(  # eq. 7 and 8
-        advantages,
-        batch.scores,
-        batch.roles,
-        mask=rollout.mask,
+    rewards_of_rows = seen.pop("rewards").squeeze(1)
+    token_advantages = dyco.reweight_advantages(  # eq. 7 and 8
+        **seen,
         alpha=settings.alpha,
         rule=settings.rule,
+        control=settings.control,
         generator=generators,
         group_size=rollout.group_size,
+        rewards=rewards_of_rows,
     )
+    place_of = {position: place for place, position in enumerate(positions)}
+    places = [place_of[position] for position in batch.positions]
+    mine = token_advantages.unflatten(0, (-1, rollout.group_size))[places].flatten(0, 1)
+    batch.advantages = mine[:, : rollout.mask.shape[1]].to(rollout.mask.device)
+
+
+def of_all_processes(
+    world: World, seen: dict[str, Tensor], positions: list[int], group_size: int
+) -> tuple[dict[str, Tensor], list[int]]:
+    """The groups of all processes on the CPU, in the order in which the step drew them. Collective.
+
+    seen: name -> [B, …] of this process; positions: of its groups. Returns both for all groups.
+    """
+    on_cpu = {name: values.cpu() for name, values in seen.items()}
+    everyone = world.gather((positions, on_cpu))
+    drawn = flatten([of_one for of_one, _ in everyone])
+    order = sorted(range(len(drawn)), key=drawn.__getitem__)
+    whole = {}
+    for name in seen:
+        stacked = pad_and_stack([of_one[name] for _, of_one in everyone])
+        whole[name] = stacked.unflatten(0, (-1, group_size))[order].flatten(0, 1)
+    return whole, [drawn[place] for place in order]
 
 
 def loss_mask(config: Config, rollout: Rollout) -> Tensor:
@@ -509,7 +563,7 @@ def train_step(training: Training, step: int) -> tuple[dict, Batch | None]:
     row |= add_logprobs(training, batch, minibatches)
 
     # 4. advantage, 5. DyCo
-    assign_advantages(config, batch, step)
+    assign_advantages(config, batch, step, world)
     batch.loss_mask = loss_mask(config, batch.rollout)
     if batch.roles is not None:
         row |= metrics.describe_tokens(batch, world)

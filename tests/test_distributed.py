@@ -15,7 +15,13 @@ from distributed import SharedError, said_once
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["algo.name=dapo", "algo.dynamic_sampling=false", "algo.mask_truncated=false"]]
+    "extra",
+    [
+        [],
+        ["algo.name=dapo", "algo.dynamic_sampling=false", "algo.mask_truncated=false"],
+        # Compares the tokens of the whole batch, and has a forward without images.
+        ["dyco.rule=tor", "dyco.control=shuffled"],
+    ],
 )
 def test_two_processes_do_what_one_does(start, tmp_path, extra):
     """Same global batch, weights whole on one process and sharded over two."""

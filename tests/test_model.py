@@ -49,6 +49,39 @@ def one_row(policy, prompt, response, output_attentions=False):
     return logits[len(prompt.input_ids) - 1 : -1], output.attentions
 
 
+def one_blind_row(policy, prompt, response):
+    """The stock forward on [prompt | response] alone, in which no text may look at image tokens.
+
+    Image tokens stay in the row, but a mask hides them from all others. Returns log-probabilities
+    of the response, [T].
+    """
+    hf = policy.hf
+    hf.model.rope_deltas = None
+    hf.model.language_model.config._attn_implementation = "eager"
+    ids = torch.cat([prompt.input_ids, response])[None]
+    image = torch.cat([prompt.visual_mask, torch.zeros(len(response), dtype=torch.bool)])
+    hidden = ~image[:, None] & image
+    allowed = torch.ones(len(image), len(image), dtype=torch.bool).tril() & ~hidden
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    positions = policy.prompt_positions(prompt)
+    following = int(positions.max()) + 1
+    own = torch.arange(following, following + len(response)).expand(3, -1)
+    images = {}
+    if prompt.pixel_values is not None:
+        images = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+    output = hf(
+        input_ids=ids,
+        mm_token_type_ids=image[None].int(),
+        attention_mask=mask[None, None],
+        position_ids=torch.cat([positions, own], dim=1)[:, None],
+        use_cache=False,
+        **images,
+    )
+    logits = output.logits[0].float() / policy.temperature
+    logits[:, policy.suppressed] = -torch.inf
+    return logits[len(prompt.input_ids) - 1 : -1].log_softmax(-1).gather(1, response[:, None])[:, 0]
+
+
 def entropy_of(distribution):
     """-Σ p·log p, where suppressed tokens have p = 0 and log p = -inf."""
     return -(distribution.probs * distribution.logits.clamp(min=-1e9)).sum(-1)
@@ -138,6 +171,55 @@ def test_a_response_does_not_see_its_neighbours(make_policy, prompts):
     assert not torch.equal(before.logprobs[4], after.logprobs[4])
     for a, b in zip(before.signals, after.signals, strict=True):
         assert torch.equal(a[others], b[others])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blind_forward_equals_a_mask_over_the_image(make_policy, prompts, family):
+    """Leaving image tokens out equals hiding them from all text, with 1, 0 and 2 images."""
+    policy = make_policy(temperature=0.7)
+    tokens, mask = random_responses(prompts, 3, 9, 300)
+    with torch.no_grad():
+        blind = policy(prompts, tokens, mask, blind=True).logprobs
+        seeing = policy(prompts, tokens, mask).logprobs
+        for row in range(len(tokens)):
+            expected = one_blind_row(policy, prompts[row // 3], tokens[row][mask[row]])
+            torch.testing.assert_close(blind[row][mask[row]], expected, rtol=1e-5, atol=1e-5)
+    assert blind[~mask].eq(0).all()
+    # The first token of a response, too; the second prompt has no image.
+    assert (blind - seeing)[[0, 6], 0].abs().min() > 1e-3
+    torch.testing.assert_close(blind[3:6], seeing[3:6], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_similarity_equals_hidden_states_of_transformers(make_policy, prompts, family):
+    """The cosine of each predicting state with the mean one of the image, row by row."""
+    policy = make_policy()
+    tokens, mask = random_responses(prompts, 2, 9, 300)
+    similarity = policy(prompts, tokens, mask, similarity=True).image_similarity
+    assert not similarity.requires_grad
+    for row in range(len(tokens)):
+        prompt, response = prompts[row // 2], tokens[row][mask[row]]
+        hidden = last_hidden_states(policy, prompt, response)
+        expected = torch.zeros(len(response))
+        if prompt.visual_mask.any():
+            image = hidden[: len(prompt.input_ids)][prompt.visual_mask].mean(0)
+            states = hidden[len(prompt.input_ids) - 1 : -1]
+            expected = torch.cosine_similarity(states, image[None])
+        torch.testing.assert_close(similarity[row][mask[row]], expected, rtol=1e-5, atol=1e-5)
+        assert similarity[row][~mask[row]].eq(0).all()
+
+
+def last_hidden_states(policy, prompt, response):
+    """Behind the last norm, of the stock forward on [prompt | response] alone: [N, D]."""
+    kept = []
+    norm = policy.hf.model.language_model.norm
+    hook = norm.register_forward_hook(lambda module, inputs, output: kept.append(output[0]))
+    try:
+        with torch.no_grad():
+            one_row(policy, prompt, response)
+    finally:
+        hook.remove()
+    return kept[0]
 
 
 def test_empty_response_is_scored_as_nothing(make_policy, prompts):

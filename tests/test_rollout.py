@@ -91,6 +91,27 @@ def test_decoding_equals_scoring(make_policy, prompts, scope):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_while_decoding_equals_scoring(make_policy, prompts, family):
+    """Entropies and similarities to the image, of rows that leave at different steps, in waves."""
+    policy = eager_to_end(make_policy(temperature=0.8))
+    names = ("entropy", "image_similarity")
+    decoded = generate(policy, prompts, 5, 25, key=(0, 1), record=names, max_cache_tokens=400)
+    scored = policy(prompts, decoded.tokens, decoded.mask, similarity=True)
+    for name in names:
+        recorded = getattr(decoded, name)
+        torch.testing.assert_close(recorded, getattr(scored, name), rtol=0, atol=1e-4, msg=name)
+        assert recorded[:5][decoded.mask[:5]].abs().min() > 0
+    assert decoded.image_similarity[5:10].eq(0).all()  # the second prompt has no image
+    without = generate(policy, prompts, 5, 25, key=(0, 1))
+    assert torch.equal(without.tokens, decoded.tokens)
+    assert without.entropy is None and without.image_similarity is None
+    joined = join([decoded, decoded.select([1])])
+    for name in names:
+        again = getattr(joined, name)[-5:, : decoded.mask.shape[1]]
+        torch.testing.assert_close(again, getattr(decoded, name)[5:10] * decoded.mask[5:10])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_decoding_is_close_to_scoring(make_policy, prompts):
     """Two kernels round differently, and keys are cached in 16 bits.
 

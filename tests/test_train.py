@@ -78,8 +78,11 @@ def test_two_steps(start, tmp_path, algorithm, dyco):
     assert (folder / "config.yaml").exists() and len(list((folder / "checkpoints").iterdir())) == 1
 
 
-@pytest.mark.parametrize("rule", ["paper", "shuffled", "response"])
-def test_every_setting_reaches_its_stage(make_policy, prompts, monkeypatch, rule):
+@pytest.mark.parametrize(
+    "rule, control",
+    [("paper", "none"), ("paper", "shuffled"), ("response", "none"), ("siblings", "uniform")],
+)
+def test_every_setting_reaches_its_stage(make_policy, prompts, monkeypatch, rule, control):
     """All knobs off their defaults.
 
     Rewards by hand, shifts by what Fisher–Rao and Hellinger have in common, the chord |√p − √q|,
@@ -89,6 +92,7 @@ def test_every_setting_reaches_its_stage(make_policy, prompts, monkeypatch, rule
         config_module.DEFAULTS,
         [
             f"dyco.rule={rule}",
+            f"dyco.control={control}",
             "dyco.alpha=0.7",
             "dyco.tau=0.3",
             "dyco.ratio=minmax",
@@ -154,9 +158,48 @@ def test_every_setting_reaches_its_stage(make_policy, prompts, monkeypatch, rule
     streams = [
         keyed_generator(11, 3, "shuffle", position, i) for position in (7, 8, 9) for i in range(4)
     ]
-    expected = dyco.reweight_advantages(group, scores, roles, mask, 0.7, rule, streams, 4)
+    expected = dyco.reweight_advantages(
+        group,
+        scores,
+        roles,
+        mask,
+        alpha=0.7,
+        rule=rule,
+        generator=streams,
+        group_size=4,
+        control=control,
+        tokens=batch.rollout.tokens,
+        rewards=batch.rewards.flatten(),
+    )
     torch.testing.assert_close(batch.advantages, expected)
     assert torch.equal(batch.roles, roles) and torch.equal(batch.scores, scores)
+
+
+OF_RESPONSES = ("logprobs", "entropy", "blind_logprobs", "image_similarity", "tokens")
+
+
+@pytest.mark.parametrize("rule", [name for name, rule in dyco.RULES.items() if rule.needs])
+def test_a_rule_is_given_what_it_needs_and_nothing_is_computed_for_it_beyond(
+    start, monkeypatch, rule
+):
+    given = {}
+    reweight = dyco.reweight_advantages
+
+    def watched(*args, **kwargs):
+        given.update(kwargs)
+        return reweight(*args, **kwargs)
+
+    monkeypatch.setattr(dyco, "reweight_advantages", watched)
+    folder = start(f"dyco.rule={rule}", "train.steps=1")
+    assert rows_of(folder)[1]["policy/grad_norm"] > 0
+    needs = dyco.RULES[rule].needs
+    for name in set(needs) & set(OF_RESPONSES):
+        values = given[name]
+        assert values.shape == given["mask"].shape
+        assert values[given["mask"]].ne(0).any()
+    for name in ("entropy", "blind_logprobs", "image_similarity"):
+        assert (name in given) == (name in needs)
+    assert given["rewards"].shape == given["mask"].shape[:1]
 
 
 def test_the_reference_is_the_policy_that_training_began_with(start):
@@ -382,7 +425,7 @@ def test_another_run_cannot_resume(start, capsys):
     for key, before, after in [
         ("train.seed", 0, 1),
         ("algo.kl", 0.04, 0.5),
-        ("dyco.rule", "paper", "uniform"),
+        ("dyco.rule", "paper", "signed"),
         ("reward.format_weight", 1.0, 0.5),
     ]:
         with pytest.raises(SystemExit):

@@ -51,7 +51,6 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-import dyco
 from config import DEFAULTS, Config, load_config
 from rows import append_jsonl, read_jsonl
 from run_folder import exclusive
@@ -89,17 +88,27 @@ REGIME = [
 ]
 
 
-def rule_settings(rule: str, ratio: str = "relative") -> list[str]:
-    return [f"dyco.rule={rule}", f"dyco.ratio={ratio}"]
+def rule_settings(rule: str, ratio: str = "relative", control: str = "none") -> list[str]:
+    settings = [f"dyco.rule={rule}", f"dyco.ratio={ratio}"]
+    if control != "none":
+        settings.append(f"dyco.control={control}")
+    return settings
 
 
-def cell_name(rule: str) -> str:
-    return rule.replace("_", " ")
+def control_name(rule: str, control: str) -> str:
+    """
+    >>> control_name("paper", "shuffled"), control_name("signed", "shuffled")
+    ('shuffled', 'signed shuffled')
+    """
+    return control if rule == "paper" else f"{rule} {control}"
 
 
 def controls_of(rule: str, ratio: str = "relative") -> dict[str, list[str]]:
-    """What dyco.RULES says that a rule must be compared with."""
-    return {cell_name(name): rule_settings(name, ratio) for name in dyco.RULES[rule].controls}
+    """What a rule must be compared with: equal weights, then the same weights on other tokens."""
+    return {
+        control_name(rule, control): rule_settings(rule, ratio, control)
+        for control in ("uniform", "shuffled")
+    }
 
 
 def cells_of(
@@ -144,6 +153,31 @@ VARIANTS = {
     "first layer": ["dyco.layers=[0]"],
     "all layers": ["dyco.layers=[0,1,2,3]"],
 }
+# Rules of token credit, each with its own shuffled control: cell -> (rule, ratio).
+CREDIT_RULES = {
+    "paper": ("paper", "relative"),
+    "signed minmax": ("signed", "minmax"),
+    "entropy": ("entropy", "relative"),
+    "vppo": ("vppo", "relative"),
+    "pgpo": ("pgpo", "relative"),
+    "tor": ("tor", "relative"),
+    "vgpo": ("vgpo", "relative"),
+    "surprise": ("surprise", "relative"),
+    "siblings": ("siblings", "relative"),
+    "phrases": ("phrases", "relative"),
+}
+OWN_RULE = "phrases"  # must also beat its uniform control
+
+
+def credit_cells() -> dict[str, list[str]]:
+    cells = {"host": OFF}
+    for cell, (rule, ratio) in CREDIT_RULES.items():
+        cells[cell] = rule_settings(rule, ratio)
+        cells[control_name(rule, "shuffled")] = rule_settings(rule, ratio, "shuffled")
+    cells[f"{OWN_RULE} uniform"] = rule_settings(OWN_RULE, control="uniform")
+    return cells
+
+
 PARTS = {  # of each seed, in the order in which they are run
     "table": cells_of_hosts(TABLE),
     "controls": cells_of_hosts(CONTROLS),
@@ -155,6 +189,10 @@ PARTS = {  # of each seed, in the order in which they are run
     "level2": cells_of(
         "grpo", SMALL, "level 2: ", extra=("toy.level=2", "rollout.max_new_tokens=96")
     ),
+    "credit": {
+        **cells_of("grpo", credit_cells()),
+        **cells_of("grpo", credit_cells(), "level 3: ", extra=("toy.level=3",)),
+    },
 }
 CELLS = {  # cell -> all its overrides
     cell: [*REGIME, *overrides] for cells in PARTS.values() for cell, overrides in cells.items()
@@ -920,7 +958,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif options.report:
         report_folder(options.out)
     else:
-        parts = options.parts or list(PARTS)
+        parts = options.parts or [part for part in PARTS if part != "credit"]
         out = options.out or OUT
         run_grid(parts, options.seeds, jobs=options.jobs, out=out, dry=options.dry_run)
 
