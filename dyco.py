@@ -343,7 +343,7 @@ def _mean(x: Tensor, mask: Tensor) -> Tensor:
 def _entropy(t: Tokens) -> Tensor:
     kept = _highest_of_batch(t.entropy, t.mask, percent=20)
     # The mean over all tokens becomes one over the kept ones.
-    return kept * (t.mask.sum() / kept.sum().clamp(min=1)).to(t.entropy.dtype)
+    return kept * (t.mask.sum().to(t.entropy.dtype) / kept.sum().clamp(min=1))
 
 
 def _blindness(t: Tokens) -> Tensor:
