@@ -4,17 +4,19 @@
     python -m tools.walkthrough --out docs/walkthrough.md    # the same as a file, with pictures
     python -m tools.walkthrough --model DIR --image FILE --question TEXT --answer TEXT
 
-The step is that of train.train_step, stage by stage, and `walk` is its order. Nothing is written
-but what --out names. What is longer than the toy's needs more tokens: rollout.max_new_tokens=512.
+The step is that of train.train_step; `walk_along` is its order. First stands the page as eight
+templates, then a function for each, which fills it in. Nothing is written but what --out names.
 
-On another processor other tokens may be sampled, and numbers differ. So every sentence is written
-to be true whatever was sampled: what depends on the sample is a number, a `code span` or a cell of
-a table, and a page without these is the same everywhere. The test compares such pages.
+On another processor other tokens may be sampled, and numbers differ. So every sentence is true
+whatever was sampled: what depends on the sample is a number, a `code span`, a cell of a table or an
+answer in a block. Without these the page is the same everywhere, and that is what the test
+compares.
 
 Shapes: P prompts, G responses per prompt, B = P·G, T response tokens, K keys.
 """
 
 import argparse
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -23,13 +25,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import distributed
 import dyco
 import evaluate
+import rewards
 import rl_algos
-import toy
 import train
 from attention import Tap
 from config import DEFAULTS, Config, load_config
@@ -42,22 +45,314 @@ from tools.command import command
 from tools.examples import heat_maps, picture, visual_grids
 from tools.walkthrough_pictures import attention_picture, shifts_picture, weights_picture
 
-COLUMNS = 110  # at which sentences are wrapped
+COLUMNS = 120  # at which sentences are wrapped
 SPACE = "\ue000"  # stands for a space at which no line may break
 SEARCHED = 40  # held-out prompts that are tried for groups whose rewards differ
-SHOWN_PLACES = 5  # of the image in the table of section 3
+SHOWN_PLACES = 3  # of the image in the table of section 3
+SHOWN_WEIGHTS = 6  # of a matrix of the model in section 8
 STEP = 1  # whose random numbers are drawn
 ROLES = {1: "visual", -1: "text", 0: "neutral"}
 # What the page explains. Another value would need other words.
-EXPLAINED = {"enabled": True, "rule": "paper", "control": "none", "ratio": "relative"}
-EXPLAINED |= {"shift": "fisher_rao", "text_scope": "after_image"}
+EXPLAINED = {
+    "enabled": True,
+    "rule": "paper",
+    "control": "none",
+    "ratio": "relative",
+    "shift": "fisher_rao",
+    "text_scope": "after_image",
+}
 
 
 class WalkthroughError(ValueError):
     """Options or settings of which no page can be made."""
 
 
+# ---------------------------------------------------------------------------------------- the page
+
+INTRODUCTION = """
+# One training step, slowly
+
+You know GRPO: a model answers a prompt several times, each answer gets a reward, and an answer
+above the mean of its group is made likelier, one below it less likely, with one push for all its
+tokens. DyCo-RL (arXiv [2606.08035](https://arxiv.org/abs/2606.08035)) changes the last words:
+each token gets a push of its own, by what the model's attention did while the token was chosen.
+Here is one such step.
+
+`.venv/bin/python -m tools.walkthrough` prints this page. The model has {weights} weights in
+{depth} layers, and only a copy in memory is changed. With `--model DIR --image FILE --question
+TEXT --answer TEXT` it is about your model and your picture. A line with an equals sign can be
+redone by hand with the rounded numbers in it; angles are in radians.
+"""
+
+SECTION_1 = """
+## 1. The prompt as tokens and patches
+
+{found} The question is {question}, and the right answer {answer}.
+
+The picture becomes numbers in two steps. It is cut into patches, small squares of pixels. Each is
+a row of numbers: three colours and two frames, because to this model a picture is a film that
+stands still. Then the part of the model that sees makes one *image token* of every few
+neighbours: a vector like that of a word. The text becomes token numbers, with a placeholder for
+each image token.
+```
+patches  {patches}
+tokens   {tokens}
+image tokens, by their places in the prompt:  {first} … {last}
+numbers in a patch:  3 × {frames} × {patch} × {patch} = {patch_numbers}
+count of image tokens:  {high} × {wide} / ({merge} × {merge}) = {visual}
+```
+**Where:** `data.py`: `encode_prompt`; `model.py`: `Policy.embed`. **Left out?** The list of the
+places that hold image tokens is all that DyCo-RL will know of the picture. Were it off by one, a
+word would count as picture, and every number below would be wrong without an error.
+"""
+
+SECTION_2 = """
+## 2. One prefill and four continuations
+
+The answers share their prompt. So the model reads it once, which is called the *prefill*, and
+then writes all answers side by side, a token of each at a time. A token is drawn at random from
+the model's own distribution, not from the likeliest few alone, because section 7 scores that
+distribution.
+```
+{answers}
+prompt tokens to read without a shared prefill:  {size} × {prompt} = {unshared}
+probability of answer {bad}, from the sum of its tokens' logarithms:  exp({bad_sum}) = {bad_chance}
+```
+Two are followed from here: the *good answer*, number {good}, the first with the highest reward
+(see section 5), and the *bad answer*, number {bad}, the first with the lowest. {parting}
+
+**Where:** `rollout.py`: `generate`, `sample_tokens`; `attention.py`: `PackedGroups`, `Decoding`.
+**Left out?** Without the shared prefill the picture is read once for each answer. Without the
+probabilities, which are kept as tokens are drawn, section 7 could not say how far the model has
+moved since.
+"""
+
+SECTION_3 = """
+## 3. The attention row of one token
+
+When the model chooses a token, it stands at the token before and looks back over all that is
+there. How much it takes from each place is the *row* of the new token: shares that add up to 1.
+DyCo-RL takes the rows of the last layer, averaged over its heads. For token {place} of the bad
+answer,
+{token}:
+```
+row  {row}
+picture + text from the picture on + what stands before it:  {masses} = {total}
+```
+The first two sums are the *visual mass* and the *text mass* of the token (eq. 1). Text is the
+question and the answer so far. What stands before the picture is not counted: models park
+attention there that they have no use for.
+
+How far did attention *move* since the token before? Look inside the picture alone. Divide its
+shares by the visual mass, so that they add up to 1 (eq. 2). Do the same with the row of the token
+before. For each image token, multiply the two results and take the root.
+
+{overlap_table}
+
+The sum of the last column is the *overlap*: 1 if attention lies as before, 0 if it lies on other
+places altogether. Eq. 3 turns it into an angle, the *shift*, from 0 (nothing moved) to 3.142,
+which is π (all of it moved). This is the Fisher-Rao distance. The text has a shift of its own,
+from its own part of the rows.
+```
+image token {most}, this token:  {by_mass}
+image token {most}, root:  {root}
+overlap in the picture:  {overlap}
+visual shift:  2 × arccos({visual_overlap}) = {visual_shift}
+text shift:  2 × arccos({text_overlap}) = {text_shift}
+its lead, visual − text:  {visual_shift} − {text_shift} = {lead}
+```
+This token was chosen because its lead is the largest of the bad answer. {attention_pictures}
+
+**Where:** `attention.py`: `Tap.read_group`, `attention_rows`; `dyco.py`: `attention_signals`,
+`fisher_rao_distance`. **Left out?** By the masses alone the larger part would always win:
+{more_text} of the {length} tokens have more attention on text. A shift compares each part with
+its own past, so a small part that moves can win over a large one that rests.
+"""
+
+ATTENTION_PICTURES = """On the left is where it looks, the darker the less. On the right is token
+{reading}, {reading_token}, whose lead is the smallest. Below are both shifts along the answer,
+with dots at these two tokens.
+
+![where two tokens look in the picture]({stem}-attention.svg)
+![shifts of attention along the answer]({stem}-shifts.svg)
+"""
+
+SECTION_4 = """
+## 4. Roles, scores and weights of one whole response
+
+**Role (eq. 5).** Did attention move more inside the picture than inside the text, by over {tau}?
+Then the token *looks*, and its role is visual. Did it move more inside the text, by over {tau}?
+Then the token *reads*, and its role is text. All others are neutral, and so is the first token,
+which has none before it.
+
+**Score (eq. 4 and 6).** Is the attention where the role says? The score is the share that the
+mass of the role has in both masses, between 0 and 1. A token that looks and has most of its
+attention on the picture is *well aligned*. So is one that reads and has most on the text. Neutral
+tokens score 0.
+
+**Weight (eq. 7).** Take exp of each score, and divide by the mean of that over the answer. So the
+weights have the mean 1: a weight only says whether a token gets more or less than the others.
+```
+score of token {place}:  {of_role} / ({visual_mass} + {text_mass}) = {score}
+its weight, where {mean} is the mean of exp:  exp({score}) / {mean} = {weight}
+```
+This is the whole bad answer. Its roles: {visual} visual, {text} text, {neutral} neutral. Its
+weights add up to {sum}, one per token.
+
+{token_table}
+
+{weights_picture}
+
+**Where:** `dyco.py`: `assign_roles`, `alignment_scores`, `token_weights`. **Left out?** Without
+roles a score would be the size of a mass, and where the text is long only reading would ever
+score. Without the mean of 1, an answer with high scores would be pushed harder as a whole, but
+weights are there to choose among its tokens.
+"""
+
+SECTION_5 = """
+## 5. Rewards and group advantages, by hand
+
+So far nobody asked whether an answer is right. Now a program compares what stands between the
+answer tags with the right answer: 1 or 0. It also checks the form, one think block and one answer
+block: 1 or 0. The reward is {accuracy_weight} × right plus {format_weight} × form, and any reward
+of your own. The *group advantage* is the reward less the mean of the group, divided by its
+standard deviation; 0.0001 is there so that nothing is divided by 0. {equal}For the first prompt:
+
+{reward_table}
+```
+mean of the rewards:  {mean_line}
+standard deviation:  {std_line}
+good answer:  {good_line}
+bad answer:  {bad_line}
+```
+**Where:** `rewards/__init__.py`: `accuracy`, `format`; `train.py`: `give_rewards`; `rl_algos.py`:
+`group_advantages`. **Left out?** Without the mean, every answer with a reward would be made
+likelier, a wrong one as well, only less. The mean turns a low reward into a punishment: a group
+advantage below 0 makes every token of the answer less likely.
+"""
+
+ALL_EQUAL = """**All rewards of this prompt are equal, so its advantages are 0:** the step learns
+nothing from it, and good and bad are only names here, for its first two answers.  """
+
+SECTION_6 = """
+## 6. The token advantages
+
+GRPO would push every token by the group advantage of its answer. Eq. 8 multiplies it by a factor:
+*token advantage* = (1 + {alpha} × weight) × group advantage. The {alpha} is called α.
+
+{advantage_table}
+
+The factor is always above 1, and it does not know whether the answer is right. Where the group
+advantage is positive, the token of the largest weight is praised most. Where it is negative, the
+same factor meets a negative number, and the token of the largest weight is punished most. This is
+why a well-aligned token of a wrong answer is punished *harder*: a high score makes a large
+weight, a large weight a large factor, and the factor enlarges the punishment. The authors' later
+code turns it round (`dyco.rule=signed`): for a wrong answer its factor is 1 − {alpha} × weight,
+see `docs/differences.md`.
+
+DyCo-RL does not know which token was the mistake. The row of a token belongs to the place
+*before* it. So where the two answers part, at token {place}, both have the same row and the same
+score, whatever was then drawn. Only the group advantage tells them apart there.
+
+**Where:** `train.py`: `assign_advantages`; `dyco.py`: `reweight_advantages`, `_paper`. **Left
+out?** Without the factor this is GRPO. The factor has the mean {mean_factor}, so eq. 8 also takes
+larger steps. A run with `dyco.control=uniform`, where all tokens of an answer have the same
+factor, tells what the choice of tokens is worth.
+"""
+
+SECTION_7 = """
+## 7. The loss of each host on the same batch
+
+The algorithm around DyCo-RL is its *host*. It takes the token advantages, and never hears of
+attention. Its loss rests on the *ratio* of a token: its probability now, divided by that when it
+was drawn. Before the step all ratios are 1. After the step of section 8, the same answers were
+scored again: now the ratios lie between {lowest} and {highest}.
+
+What a host teaches a token is the *slope* of its loss: how the loss changes with the logarithm of
+the token's probability. The step goes downhill, so a positive slope makes the token less likely.
+Here are the slopes, times 1000, for token {place} of the bad answer, {token}, whose ratio becomes
+{ratio}.
+
+{host_table}
+
+**Before the step**, `grpo`, `gspo` and `sapo` have one slope: the token advantage with its sign
+changed, divided by the length of the answer and by the number of answers. `dapo` and `cispo`
+divide by all tokens of the batch, so that tokens of long answers count as much. `dr_grpo` divides
+by the greatest length allowed, and leaves out the standard deviation of section 5. The losses say
+little: advantages of both signs cancel out.
+
+**After it** they differ in when they stop. `grpo`, `dapo` and `dr_grpo` stop a token of a bad
+answer once its ratio is below {floor}. `gspo` looks at the mean over the whole answer, and its
+limits are hundreds of times as narrow. `sapo` has no limit: its slope fades as the ratio leaves
+1. `cispo` has no lower one: it multiplies the slope by the ratio. Where a token is stopped, the
+KL term of `grpo` and `gspo` still pulls back to the model that training began with.
+
+**Where:** `rl_algos.py`: `policy_loss`, `clipped_objective`, `gspo_objective`, `sapo_objective`,
+`cispo_objective`. **Left out?** Without limits, answers that are learned from more than once
+would be pushed on and on, while the model that drew them is long gone.
+"""
+
+SECTION_8 = """
+## 8. The gradient, and what changed after the step
+
+The host of this step is `{host}`. The way back through the model turns the slopes into a
+gradient, one number for each weight of the model. Its length is {norm}, and it is cut to at most
+{clip}. AdamW divides each number by its usual size. At the very first step that is its own size,
+so each weight moves by the learning rate, {rate}, against its gradient. Some of {name}, all times
+1000:
+```
+gradient  {gradient}
+change    {change}
+```
+What did it do? Answers with a group advantage above 0 should be likelier now, the others less
+likely.
+
+{chance_table}
+```
+good answer, probability after / before:  {good_line}
+bad answer, probability after / before:  {bad_line}
+```
+Without dice, always with the likeliest token, it says {greedy_before} before and {greedy_after}
+after the step. One step on so few answers is mostly luck. A run takes a hundred and more, each on
+new answers: `train_step` in `train.py` is this page, in its order.
+
+**Where:** `train.py`: `update`, `backward_of`, `set_learning_rate`, `compute_logprobs`. **Left
+out?** Without the cut, one huge gradient would stay in AdamW's idea of usual sizes, and later
+steps would be too small. Without new answers for each step, the model would learn from what it no
+longer says.
+"""
+
+
 # ------------------------------------------------------------------------------------- how to write
+
+
+def wrapped(text: str) -> str:
+    """The text with its sentences wrapped, and what is a block, a table or a heading as it is."""
+    lines: list[str] = []
+    paragraph: list[str] = []
+    in_block = False
+
+    def end_paragraph() -> None:
+        sentences = " ".join(" ".join(paragraph).split()).replace("q. ", f"q.{SPACE}")
+        lines.extend(
+            textwrap.wrap(sentences, COLUMNS, break_long_words=False, break_on_hyphens=False)
+        )
+        paragraph.clear()
+
+    for line in text.strip().split("\n"):
+        if line.startswith("```"):
+            in_block = not in_block
+            as_it_is = True
+        else:
+            as_it_is = in_block or line.startswith(("|", "#", "!["))
+        if not as_it_is and line.strip():
+            paragraph.append(line)
+            continue
+        end_paragraph()
+        if as_it_is or (lines and lines[-1]):  # no two empty lines
+            lines.append(line)
+    end_paragraph()
+    return "\n".join(lines).replace(SPACE, " ")
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -66,45 +361,29 @@ def number(value: float, digits: int = 3) -> str:
     return f"{round(float(value), digits) + 0.0:.{digits}f}".replace("-", "−")
 
 
-def numbers(values: Tensor, digits: int = 3, most: int = 6) -> str:
-    """The first values of a tensor, whole numbers without decimals."""
-    whole = not values.is_floating_point()
-    shown = [number(x, 0 if whole else digits) for x in values.flatten()[:most].tolist()]
-    return "  ".join(shown) + (" …" if values.numel() > most else "")
+def numbers(values: Tensor, digits: int = 3) -> str:
+    """The shape of a tensor, and its first values."""
+    digits = digits if values.is_floating_point() else 0
+    shown = [number(value, digits) for value in values.flatten()[:6].tolist()]
+    shape = " × ".join(str(size) for size in values.shape)
+    return f"[{shape}]  {'  '.join(shown)} …"
 
 
 def code(content: str) -> str:
     """Text that somebody else wrote, as a Markdown code span that no line break divides."""
-    content = excerpt(content)
-    fence = "``" if "`" in content else "`"
-    inside = f" {content} " if "`" in content else content
-    return f"{fence}{inside}{fence}".replace(" ", SPACE)
-
-
-def sentences(*parts: str) -> str:
-    """A paragraph."""
-    lines = textwrap.wrap(
-        " ".join(parts), COLUMNS, break_long_words=False, break_on_hyphens=False
-    )
-    return "\n".join(lines).replace(SPACE, " ")
-
-
-def block(lines: Sequence[str]) -> str:
-    return "\n".join(["```", *lines, "```"])
+    content = excerpt(content) or " "
+    longest = max((len(run) for run in re.findall("`+", content)), default=0)
+    if longest:
+        content = f" {content} "
+    fence = "`" * (longest + 1)
+    return f"{fence}{content}{fence}".replace(" ", SPACE)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A Markdown table. A bar within a cell would end it."""
+    """A Markdown table. A bar within a cell would end the cell."""
     lines = [heads, ["---"] * len(heads), *rows]
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells).replace(SPACE, " ")
-
-
-def section(title: str, *parts: str, where: dict[str, str], without: str) -> str:
-    """where: file -> names of functions in it; without: what breaks if this is left out."""
-    places = [f"`{file}`: {', '.join(f'`{n}`' for n in names.split())}" for file, names in where.items()]
-    ends = [sentences(f"**Where:** {'; '.join(places)}."), sentences(f"**Left out?** {without}")]
-    return "\n\n".join([f"## {title}", *filter(None, parts), *ends])
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 # --------------------------------------------------------------------------------- what is followed
@@ -112,9 +391,8 @@ def section(title: str, *parts: str, where: dict[str, str], without: str) -> str
 
 @dataclass
 class Answer:
-    """One response of the first prompt, and what its tokens are called."""
+    """A response to the first prompt that the page follows."""
 
-    name: str  # "good answer" or "bad answer"
     row: int  # among all responses
     tokens: list[str]  # as Python writes them, so that blanks are seen
 
@@ -128,16 +406,17 @@ class Answer:
 
 @dataclass
 class Walk:
-    """One step, and what the sections look at."""
+    """One step, and what the sections look at. All places are counted from 0."""
 
     training: train.Training
     hosts: dict[str, Config]  # the same settings with another host
     samples: list[Sample]
     batch: train.Batch
-    found: str  # how the prompts were chosen, in words
+    found: str  # where the prompts come from, in words
     good: Answer
     bad: Answer
-    pictures: str | None  # how the names of picture files begin
+    rows: Tensor  # [T, K], attention of the bad answer before the step
+    stem: str | None  # how the names of picture files begin, if there are pictures
 
     @property
     def config(self) -> Config:
@@ -153,46 +432,51 @@ class Walk:
 
     @property
     def weights(self) -> Tensor:
+        """[B, T]"""
         return dyco.token_weights(self.batch.scores, self.rollout.mask)
 
     @property
     def parting(self) -> int:
-        """The first place at which the good and the bad answer have different tokens."""
-        shorter = min(self.good.length, self.bad.length)
-        one = self.rollout.tokens[self.good.row, :shorter]
-        other = self.rollout.tokens[self.bad.row, :shorter]
-        different = (one != other).nonzero()
-        return int(different[0]) if len(different) else shorter - 1
+        """The first place at which the good and the bad answer have different tokens.
 
-    def leads(self, answer: Answer) -> Tensor:
-        """By how much the visual shift of each token is ahead of its text shift."""
+        It is the last place where one of them is the beginning of the other.
+        """
+        shorter = min(self.good.length, self.bad.length)
+        tokens = self.rollout.tokens
+        different = tokens[self.good.row, :shorter] != tokens[self.bad.row, :shorter]
+        return int(different.int().argmax()) if different.any() else shorter - 1
+
+    @property
+    def leads(self) -> Tensor:
+        """By how much the visual shift is ahead of the text shift at each token of the bad one."""
         signals = self.rollout.signals
-        return (signals.visual_shift - signals.text_shift)[answer.row, : answer.length]
+        return (signals.visual_shift - signals.text_shift)[self.bad.row, : self.bad.length]
+
+    # The first token has no shift.
 
     @property
     def looking(self) -> int:
-        """The token of the bad answer that looks most. The first one has no shift."""
-        return 1 + int(self.leads(self.bad)[1:].argmax())
+        return 1 + int(self.leads[1:].argmax())
 
     @property
     def reading(self) -> int:
-        return 1 + int(self.leads(self.bad)[1:].argmin())
+        return 1 + int(self.leads[1:].argmin())
 
 
-def collect_groups(
-    training: train.Training, count: int, searched: int
-) -> tuple[train.Batch, list[int], bool]:
+def collect_groups(training: train.Training, count: int) -> tuple[train.Batch, list[int], bool]:
     """Stages 1 and 2 for the first `count` samples whose responses got different rewards.
 
     Returns the batch, the places of its samples, and whether there were enough among the first
-    `searched`. Otherwise the first samples fill up the batch.
+    SEARCHED. Otherwise the first samples fill up the batch.
     """
     kept: dict[int, train.Batch] = {}
     others: dict[int, train.Batch] = {}
-    for place in range(min(searched, len(training.dataset))):
+    for place in range(min(SEARCHED, len(training.dataset))):
         batch = train.collect(training, [(place, place)], step=STEP)
-        varies = bool((batch.rewards != batch.rewards[:, :1]).any())
-        (kept if varies else others)[place] = batch
+        if (batch.rewards != batch.rewards[:, :1]).any():
+            kept[place] = batch
+        else:
+            others[place] = batch
         if len(kept) == count:
             break
     enough = len(kept) == count
@@ -201,45 +485,45 @@ def collect_groups(
     return train.join_batches(list(kept.values())), list(kept), enough
 
 
-def answers_of(training: train.Training, batch: train.Batch) -> tuple[Answer, Answer]:
+def answers_of(training: train.Training, batch: train.Batch) -> list[Answer]:
     """The first response with the highest reward of the first prompt, and that with the lowest.
 
     They are the first two where all rewards are equal.
     """
-    rewards = batch.rewards[0]
-    rows = (int(rewards.argmax()), int(rewards.argmin()))
+    of_group = batch.rewards[0]
+    rows = [int(of_group.argmax()), int(of_group.argmin())]
     if rows[0] == rows[1]:
-        rows = (0, 1)
+        rows = [0, 1]
     answers = []
-    for name, row in zip(("good answer", "bad answer"), rows, strict=True):
+    for row in rows:
         ids = batch.rollout.tokens[row][batch.rollout.mask[row]].tolist()
         tokens = [printable(repr(training.policy.tokenizer.decode(token))) for token in ids]
         if len(tokens) < 2:
             raise WalkthroughError(
-                f"answer {row + 1} has one token, and nothing moves in it; try another train.seed"
+                f"answer {row + 1} has one token, so nothing moves in it; try another train.seed"
             )
-        answers.append(Answer(name, row, tokens))
-    return answers[0], answers[1]
+        answers.append(Answer(row, tokens))
+    return answers
 
 
-def rows_of_attention(walk: Walk) -> Tensor:
-    """The attention rows [G, T, K] of the first prompt's responses, from the packed forward.
+def rows_of_attention(training: train.Training, batch: train.Batch, row: int) -> Tensor:
+    """The attention rows [T, K] of a response to the first prompt, from the packed forward.
 
-    The tap hands each block of rows to a function that makes signals of it; here it keeps them.
+    The tap hands each block of rows to a function that makes signals of it; this one keeps them.
     """
-    policy, config = walk.training.policy, walk.config
     blocks = []
 
     def keep(attention: Tensor, *masks: Tensor, shift: str) -> dyco.Signals:
-        # Each block begins with the row before it.
-        blocks.append(attention[:, 1:] if blocks else attention)
+        # Each block but the first begins with the row before it.
+        blocks.append(attention[row, 1:] if blocks else attention[row])
         return dyco.attention_signals(attention, *masks, shift=shift)
 
-    tap = Tap(config.dyco.layers, policy.depth, signals=keep)
-    part = walk.rollout.select([0])
+    policy, part = training.policy, batch.rollout.select([0])
+    tap = Tap(training.config.dyco.layers, policy.depth, signals=keep)
     with torch.no_grad():
-        policy(part.prompts, part.tokens, part.mask, tap=tap)
-    return torch.cat(blocks, dim=1).cpu()
+        policy(part.prompts, part.tokens, part.mask, tap)
+    length = int(batch.rollout.mask[row].sum())
+    return torch.cat(blocks)[:length].cpu()
 
 
 # ------------------------------------------------------------------------------------- the sections
@@ -248,541 +532,318 @@ def rows_of_attention(walk: Walk) -> Tensor:
 def introduction(walk: Walk) -> str:
     policy = walk.training.policy
     weights = sum(weight.numel() for weight in policy.parameters())
-    return "\n\n".join(
-        [
-            "# One training step, slowly",
-            sentences(
-                "You know GRPO: a model answers a prompt several times, each answer gets a reward,",
-                "and answers above the mean of their group are made likelier, below it less likely;",
-                "all tokens of an answer are pushed alike. DyCo-RL",
-                "([arXiv 2606.08035](https://arxiv.org/abs/2606.08035)) changes the last words: each",
-                "token gets a push of its own, from what the model's attention did while the token",
-                "was chosen. This page takes one such step and shows the numbers on the way.",
-            ),
-            sentences(
-                "`.venv/bin/python -m tools.walkthrough` prints it. The model has",
-                f"{weights:,} weights and {policy.depth} layers; only a copy in memory is changed.",
-                "Add `--model DIR --image FILE --question TEXT --answer TEXT` to see your own model",
-                "and picture. Every line with an equals sign can be redone by hand with the numbers",
-                "in it, which are rounded. There sqrt, exp and arccos are those of a pocket",
-                "calculator; angles are in radians.",
-            ),
-        ]
-    )
+    return INTRODUCTION.format(weights=f"{weights:,}", depth=policy.depth)
 
 
-def the_prompt(walk: Walk) -> str:
-    """Section 1."""
+def section_1(walk: Walk) -> str:
     prompt = walk.rollout.prompts[0]
     processor = walk.training.policy.image_processor
     _, high, wide = prompt.image_grid_thw[0].tolist()
-    patch, merge = processor.patch_size, processor.merge_size
-    frames = processor.temporal_patch_size
     pixels = prompt.pixel_values
     visual = prompt.visual_mask.nonzero().flatten() + 1
-    question = prompt.question.replace("<image>", "")
-    return section(
-        "1. The prompt as tokens and patches",
-        sentences(walk.found),
-        sentences(f"The question is {code(question)}, and the right answer {code(prompt.answer)}."),
-        sentences(
-            "The picture becomes numbers in two steps. First it is cut into patches, small squares",
-            "of pixels. Each is one row of numbers: three colours, and two frames, because to this",
-            "model a picture is a film that stands still. Then the vision tower makes one *image",
-            "token* of every few neighbouring patches, a vector like that of a word. The text",
-            "becomes token numbers, and each image token has a placeholder among them.",
-        ),
-        block(
-            [
-                f"patches  {list(pixels.shape)}  {numbers(pixels[len(pixels) // 2])}",
-                f"tokens   [{len(prompt.input_ids)}]  {numbers(prompt.input_ids)}",
-                f"image tokens are number {int(visual[0])} to {int(visual[-1])} of the prompt",
-                "",
-                f"numbers in a patch:  3 × {frames} × {patch} × {patch} = {pixels.shape[1]}",
-                f"image tokens:  {high} × {wide} / ({merge} × {merge}) = {len(visual)}",
-            ]
-        ),
-        where={"data.py": "encode_prompt", "model.py": "Policy.embed"},
-        without="The list of the places that hold image tokens is all that DyCo will know of the "
-        "picture. If it were off by one, a word would count as picture, and every number below "
-        "would be wrong without an error.",
+    return SECTION_1.format(
+        found=walk.found,
+        question=code(prompt.question.replace("<image>", "")),
+        answer=code(prompt.answer),
+        patches=numbers(pixels),
+        tokens=numbers(prompt.input_ids),
+        first=int(visual[0]),
+        last=int(visual[-1]),
+        frames=processor.temporal_patch_size,
+        patch=processor.patch_size,
+        patch_numbers=pixels.shape[1],
+        high=high,
+        wide=wide,
+        merge=processor.merge_size,
+        visual=len(visual),
     )
 
 
-def the_rollout(walk: Walk) -> str:
-    """Section 2."""
-    rollout, config = walk.rollout, walk.config
+def section_2(walk: Walk) -> str:
+    rollout, good, bad = walk.rollout, walk.good, walk.bad
     size, prompt = rollout.group_size, len(rollout.prompts[0].input_ids)
     lines = []
-    for row in range(size):
-        text = excerpt(rollout.texts[row])
-        indents = {"initial_indent": f"answer {row + 1}  ", "subsequent_indent": " " * 10}
-        lines += textwrap.wrap(text, COLUMNS, break_on_hyphens=False, **indents) or [f"answer {row + 1}"]
-    sums = rollout.logprobs.sum(1)
-    bad, good, place = walk.bad, walk.good, walk.parting
-    chances = rollout.logprobs.exp()[:, place]
-    return section(
-        "2. One prefill and four continuations",
-        sentences(
-            "The answers to a prompt share it. So the model reads it once, which is called the",
-            "*prefill*, and keeps what attention needs of it, a key and a value per token and layer.",
-            f"Then it writes {size} answers side by side, one token of each at a time. A token is",
-            f"drawn at random from the model's own distribution (temperature {config.rollout.temperature}),",
-            "never from the likeliest few alone, because section 7 scores the same distribution.",
-        ),
-        block(lines),
-        sentences(
-            "The probability of an answer is the product of those of its tokens; programs add the",
-            "logarithms instead.",
-        ),
-        block(
-            [
-                f"prompt tokens read, with and without the prefill:  {prompt}  and  {size} × {prompt} = {size * prompt}",
-                f"probability of answer {bad.row + 1}:  exp({number(sums[bad.row])}) = {number(sums[bad.row].exp(), 4)}",
-            ]
-        ),
-        sentences(
-            f"Two answers are followed from here. The *good answer* is number {good.row + 1}, the",
-            f"first with the highest reward (section 5). The *bad answer* is number {bad.row + 1},",
-            f"the first with the lowest. They part at token {place + 1}: the good one has",
-            f"{good.token(place)}, which had the probability {number(chances[good.row])}, and the bad",
-            f"one {bad.token(place)}, which had {number(chances[bad.row])}.",
-        ),
-        where={
-            "rollout.py": "generate sample_tokens",
-            "attention.py": "PackedGroups Decoding",
-        },
-        without="Without the shared prefill the answers are the same, but the picture is read once "
-        "per answer. Without the probabilities, which are written down as tokens are drawn, section "
-        "7 could not say how far the model has moved since.",
+    for row, text in enumerate(rollout.texts[:size], start=1):
+        # Four blanks or more, so that nothing in an answer ends the block.
+        lines += textwrap.wrap(f"{row}: {excerpt(text)}", COLUMNS, subsequent_indent=" " * 4)
+    of_bad = rollout.logprobs[bad.row].sum()
+    return SECTION_2.format(
+        answers="\n".join(lines),
+        size=size,
+        prompt=prompt,
+        unshared=size * prompt,
+        good=good.row + 1,
+        bad=bad.row + 1,
+        bad_sum=number(of_bad),
+        bad_chance=number(of_bad.exp(), 4),
+        parting=parting_in_words(walk),
     )
 
 
-def the_attention(walk: Walk) -> str:
-    """Section 3."""
-    rollout, answer, place = walk.rollout, walk.bad, walk.looking
-    signals = [float(values[answer.row, place]) for values in rollout.signals]
-    visual_mass, text_mass, visual_shift, text_shift = signals
-    prompt = rollout.prompts[0]
-    rows = rows_of_attention(walk)[answer.row]
-    keys = len(prompt.input_ids) + place  # that this token could see
-    before, now = rows[place - 1], rows[place]
-    first_visual = int(prompt.visual_mask.nonzero()[0])
-    outside = float(now[:first_visual].sum())
-    is_visual = torch.nn.functional.pad(prompt.visual_mask, (0, rows.shape[1] - len(prompt.visual_mask)))
-    is_text = ~is_visual
-    is_text[:first_visual] = False
-    overlap = overlaps(before, now, is_text).sum()
-    more_text = rollout.signals.text_mass > rollout.signals.visual_mass
-    reading = walk.reading
-    pictures = []
-    if walk.pictures:
-        pictures = [
-            sentences(
-                f"![the picture, dark where a token has little attention]({walk.pictures}-attention.svg)",
-            ),
-            sentences(
-                f"Left: token {place + 1}, {answer.token(place)}. Right: token {reading + 1},",
-                f"{answer.token(reading)}, the one whose text shift is ahead by most. Each is dark",
-                "where the picture gets little of its attention. Below, both shifts along the answer;",
-                "dots mark the two tokens.",
-            ),
-            f"![shifts of attention along the answer]({walk.pictures}-shifts.svg)",
-        ]
-    return section(
-        "3. The attention row of one token",
-        sentences(
-            "To choose a token, the model gathers something from each token that stands before it.",
-            "How much it takes from each is the *row* of the new token: shares that add up to 1.",
-            "DyCo-RL takes the rows of the last layer, averaged over its heads. Here is that of",
-            f"token {place + 1} of the bad answer, {answer.token(place)}:",
-        ),
-        block(
-            [
-                f"row  [{keys}]  {numbers(now[:keys], 4)}",
-                "picture + text from the picture on + what stands before:  "
-                f"{number(visual_mass)} + {number(text_mass)} + {number(outside)} = "
-                f"{number(visual_mass + text_mass + outside)}",
-            ]
-        ),
-        sentences(
-            "The first two sums are the *visual mass* and the *text mass* of the token (eq. 1). Text",
-            "means the question and the answer so far. What stands before the picture is left out:",
-            "models park attention there that they have no use for.",
-        ),
-        sentences(
-            "Now the question of eq. 3: how far did attention *move* since the token before? Look",
-            "inside the picture alone. Divide its part of the row by the visual mass, so that it adds",
-            "up to 1 (eq. 2). Do the same with the row of the token before. Then, for each image",
-            "token, multiply the two shares and take the root.",
-        ),
-        overlap_table(before, now, is_visual),
-        sentences(
-            "The sum of the last column is the *overlap*: 1 if attention lies as before, 0 if it lies",
-            "on other places altogether. The *shift* turns it into an angle, from 0 (nothing moved) to",
-            "3.142, which is π (all of it moved). It is called the Fisher-Rao distance. The text has",
-            "a shift of its own, from its own part of the rows.",
-        ),
-        block(
-            [
-                overlap_line(before, now, is_visual),
-                f"visual shift:  2 × arccos({number(overlaps(before, now, is_visual).sum(), 4)}) = {number(visual_shift)}",
-                f"text shift:  2 × arccos({number(overlap, 4)}) = {number(text_shift)}",
-                f"visual − text:  {number(visual_shift)} − {number(text_shift)} = {number(visual_shift - text_shift)}",
-            ]
-        ),
-        sentences(
-            "This token is shown because the last number is the largest of the bad answer here: while",
-            "it was chosen, attention wandered inside the picture more than inside the text.",
-        ),
-        *pictures,
-        where={
-            "attention.py": "Tap.read_group attention_rows",
-            "dyco.py": "attention_signals fisher_rao_distance",
-        },
-        without="With the masses alone, the larger part would always win: of the bad answer's "
-        f"{answer.length} tokens, {int(more_text[answer.row, : answer.length].sum())} have more "
-        "attention on text. A shift compares each part with its own past, so a small part that "
-        "moves can win over a large one that rests.",
+def parting_in_words(walk: Walk) -> str:
+    good, bad, place = walk.good, walk.bad, walk.parting
+    if good.tokens == bad.tokens:
+        return "They are equal, token by token."
+    chances = walk.rollout.logprobs[:, place].exp()
+    return (
+        f"They part at token {place + 1}: there the good one has {good.token(place)}, of "
+        f"probability {number(chances[good.row])}, and the bad one {bad.token(place)}, of "
+        f"{number(chances[bad.row])}."
     )
 
 
-def within(row: Tensor, members: Tensor) -> Tensor:
-    """Eq. 2 for the printed table: the row's shares among the members."""
-    part = row[members]
-    return part / part.sum()
+class RowPair:
+    """The rows [K] of a token and of the one before it, within the keys of one modality."""
+
+    def __init__(self, before: Tensor, now: Tensor, members: Tensor):
+        self.attention = [before[members], now[members]]
+        self.shares = [part / part.sum() for part in self.attention]  # eq. 2
+        self.roots = (self.shares[0] * self.shares[1]).sqrt()
+        most = min(SHOWN_PLACES, len(self.roots))
+        self.shown = self.roots.topk(most).indices.sort().values.tolist()
+
+    def table(self) -> str:
+        """The places that add most to the overlap, and the sum of the others."""
+        columns = [*self.attention, *self.shares, self.roots]
+        rows = []
+        for place in self.shown:
+            rows.append([place + 1, *(number(column[place], 4) for column in columns)])
+        others = [number(column.sum() - column[self.shown].sum(), 4) for column in columns]
+        rows.append([f"{len(self.roots) - len(self.shown)} others", *others])
+        heads = ("image token", "token before", "this token", "before / mass", "this / mass")
+        return table((*heads, "root of their product"), rows)
+
+    def by_hand(self) -> dict[str, str]:
+        """The place that adds most, and the sum, as lines."""
+        place = int(self.roots.argmax())
+        mass = number(self.attention[1].sum(), 4)
+        share, root = number(self.shares[1][place], 4), number(self.roots[place], 4)
+        parts = [number(self.roots[shown], 4) for shown in self.shown]
+        parts.append(number(self.roots.sum() - self.roots[self.shown].sum(), 4))
+        return {
+            "most": str(place + 1),
+            "by_mass": f"{number(self.attention[1][place], 4)} / {mass} = {share}",
+            "root": f"sqrt({number(self.shares[0][place], 4)} × {share}) = {root}",
+            "overlap": f"{' + '.join(parts)} = {self.total}",
+        }
+
+    @property
+    def total(self) -> str:
+        return number(self.roots.sum(), 4)
 
 
-def overlaps(before: Tensor, now: Tensor, members: Tensor) -> Tensor:
-    """What each member adds to the overlap of two rows."""
-    return (within(before, members) * within(now, members)).sqrt()
-
-
-def shown_places(before: Tensor, now: Tensor, members: Tensor) -> list[int]:
-    """The places that add most to the overlap, in the order of the prompt."""
-    parts = overlaps(before, now, members)
-    return parts.topk(min(SHOWN_PLACES, len(parts))).indices.sort().values.tolist()
-
-
-def overlap_table(before: Tensor, now: Tensor, members: Tensor) -> str:
-    places = shown_places(before, now, members)
-    columns = [before[members], now[members], within(before, members), within(now, members)]
-    columns.append(overlaps(before, now, members))
-    rows = [[place + 1, *(number(column[place], 4) for column in columns)] for place in places]
-    rest = torch.ones(len(columns[0]), dtype=torch.bool)
-    rest[places] = False
-    others = [number(column[rest].sum(), 4) for column in columns]
-    rows.append([f"the other {int(rest.sum())}", *others])
-    heads = ("image token", "token before", "this token", "share before", "share now", "root of product")
-    return table(heads, rows)
-
-
-def overlap_line(before: Tensor, now: Tensor, members: Tensor) -> str:
-    parts = overlaps(before, now, members)
-    places = shown_places(before, now, members)
-    rest = parts.sum() - parts[places].sum()
-    summands = [number(part, 4) for part in (*parts[places], rest)]
-    return f"overlap:  {' + '.join(summands)} = {number(parts.sum(), 4)}"
-
-
-def the_roles(walk: Walk) -> str:
-    """Section 4."""
-    batch, answer, place, tau = walk.batch, walk.bad, walk.looking, walk.config.dyco.tau
-    signals = walk.rollout.signals
-    visual_mass, text_mass, visual_shift, text_shift = (
-        number(values[answer.row, place]) for values in signals
-    )
-    role = int(batch.roles[answer.row, place])
-    own = {1: visual_mass, -1: text_mass, 0: "0"}[role]
-    scores = batch.scores[answer.row, : answer.length]
-    weights = walk.weights[answer.row, : answer.length]
-    mean = number(scores.exp().mean())
-    counted = [int((batch.roles[answer.row, : answer.length] == value).sum()) for value in ROLES]
-    pictures = []
-    if walk.pictures:
-        pictures = [f"![weights of the tokens along the answer]({walk.pictures}-weights.svg)"]
-    return section(
-        "4. Roles, scores and weights of one whole response",
-        sentences(
-            "**Role (eq. 5).** Did attention move more inside the picture than inside the text, by",
-            f"more than {tau}? Then the token *looks*, and its role is visual. Did it move more inside",
-            f"the text, by more than {tau}? Then it *reads*: text. All others are neutral, and so is",
-            "the first token, which has none before it.",
-        ),
-        sentences(
-            "**Score (eq. 4 and 6).** Is the attention where the role says? The score is the part of",
-            "the role's modality in the two masses, between 0 and 1. A token that looks and has most",
-            "of its attention on the picture is *well aligned*, and so is one that reads and has most",
-            "on the text. Neutral tokens score 0.",
-        ),
-        sentences(
-            "**Weight (eq. 7).** Take exp of each score and divide by the mean of these over the",
-            "answer. Then the weights have the mean 1: they only say who gets more than the others.",
-        ),
-        block(
-            [
-                f"lead of token {place + 1}:  {visual_shift} − {text_shift} = {number(walk.leads(answer)[place])}",
-                f"its score:  {own} / ({visual_mass} + {text_mass}) = {number(scores[place])}",
-                f"its weight, as exp(score) is {mean} in the mean:  "
-                f"exp({number(scores[place])}) / {mean} = {number(weights[place])}",
-            ]
-        ),
-        sentences(
-            f"The whole bad answer. Its roles are {counted[0]} visual, {counted[1]} text,",
-            f"{counted[2]} neutral; its weights add up to {number(weights.sum(), 1)}, one per token.",
-        ),
-        token_table(walk, answer),
-        *pictures,
-        where={"dyco.py": "assign_roles alignment_scores token_weights"},
-        without="Without roles, a score would be nothing but the size of a mass, and tokens that "
-        "read would always win where the text is long. Without the mean of 1, an answer with high "
-        "scores would be pushed harder as a whole; the weights are meant to choose among its tokens.",
+def section_3(walk: Walk) -> str:
+    bad, place, prompt = walk.bad, walk.looking, walk.rollout.prompts[0]
+    before, now = walk.rows[place - 1], walk.rows[place]
+    visual = F.pad(prompt.visual_mask, (0, len(now) - len(prompt.visual_mask)))
+    text = ~visual
+    first = int(visual.int().argmax())
+    text[:first] = False
+    picture_pair, text_pair = RowPair(before, now, visual), RowPair(before, now, text)
+    signals = signals_at(walk, place)
+    masses = (now[visual].sum(), now[text].sum(), now[:first].sum())
+    more_text = walk.rollout.signals.text_mass > walk.rollout.signals.visual_mass
+    return SECTION_3.format(
+        **signals,
+        **picture_pair.by_hand(),
+        place=place + 1,
+        token=bad.token(place),
+        row=numbers(now[: len(prompt.input_ids) + place], 4),
+        masses=" + ".join(number(mass) for mass in masses),
+        total=number(sum(masses)),
+        overlap_table=picture_pair.table(),
+        visual_overlap=picture_pair.total,
+        text_overlap=text_pair.total,
+        attention_pictures=attention_pictures(walk),
+        more_text=int(more_text[bad.row, : bad.length].sum()),
+        length=bad.length,
     )
 
 
-def token_table(walk: Walk, answer: Answer) -> str:
-    columns = [*walk.rollout.signals, walk.batch.scores, walk.weights]
-    roles = walk.batch.roles[answer.row]
+def signals_at(walk: Walk, place: int) -> dict[str, str]:
+    """The masses, the shifts and the lead of a token of the bad answer, as they are printed."""
+    signals = walk.rollout.signals._asdict()
+    printed = {name: number(values[walk.bad.row, place]) for name, values in signals.items()}
+    return {**printed, "lead": number(walk.leads[place])}
+
+
+def attention_pictures(walk: Walk) -> str:
+    if walk.stem is None:
+        return ""
+    return ATTENTION_PICTURES.format(
+        stem=walk.stem, reading=walk.reading + 1, reading_token=walk.bad.token(walk.reading)
+    )
+
+
+def section_4(walk: Walk) -> str:
+    bad, place = walk.bad, walk.looking
+    roles, scores, weights = (
+        values[bad.row, : bad.length]
+        for values in (walk.batch.roles, walk.batch.scores, walk.weights)
+    )
+    signals = signals_at(walk, place)
+    of_role = {1: signals["visual_mass"], -1: signals["text_mass"], 0: "0"}[int(roles[place])]
+    counts = {name: int((roles == role).sum()) for role, name in ROLES.items()}
+    pictures = ""
+    if walk.stem is not None:
+        pictures = f"![weights of the tokens along the answer]({walk.stem}-weights.svg)"
+    return SECTION_4.format(
+        **signals,
+        **counts,
+        place=place + 1,
+        tau=walk.config.dyco.tau,
+        of_role=of_role,
+        score=number(scores[place]),
+        mean=number(scores.exp().mean()),
+        weight=number(weights[place]),
+        sum=number(weights.sum(), 1),
+        token_table=token_table(walk),
+        weights_picture=pictures,
+    )
+
+
+def token_table(walk: Walk) -> str:
+    """Every token of the bad answer, its second half beside the first."""
+    bad, signals = walk.bad, walk.rollout.signals
+    columns = (signals.visual_shift, signals.text_shift, walk.batch.scores, walk.weights)
+    cells = []
+    for place in range(bad.length):
+        of_token = [number(values[bad.row, place]) for values in columns]
+        of_token.insert(2, ROLES[int(walk.batch.roles[bad.row, place])])
+        cells.append([place + 1, bad.token(place), *of_token])
+    heads = ["", "token", "visual shift", "text shift", "role", "score", "weight"]
+    if len(cells) % 2:
+        cells.append([""] * len(heads))
+    half = len(cells) // 2
+    rows = [left + right for left, right in zip(cells[:half], cells[half:], strict=True)]
+    return table(heads + heads, rows)
+
+
+def section_5(walk: Walk) -> str:
+    batch, settings = walk.batch, walk.config.reward
+    of_group = batch.rewards[0].double()
+    advantages = rl_algos.group_advantages(batch.rewards[:1], walk.config.algo.scale)[0]
+    texts = [number(reward, 2) for reward in of_group]
     rows = []
-    for place in range(answer.length):
-        cells = [number(values[answer.row, place]) for values in columns]
-        cells.insert(4, ROLES[int(roles[place])])
-        rows.append([place + 1, answer.token(place), *cells])
-    heads = ("", "token", "visual mass", "text mass", "visual shift", "text shift")
-    return table((*heads, "role", "score", "weight"), rows)
-
-
-def the_rewards(walk: Walk) -> str:
-    """Section 5."""
-    batch, settings, size = walk.batch, walk.config.reward, walk.rollout.group_size
-    advantages = rl_algos.group_advantages(batch.rewards, walk.config.algo.scale)
-    rows = []
-    for group in walk.groups:
-        for place in range(size):
-            cells = [batch.accuracy, batch.format]
-            rows.append(
-                [
-                    group + 1,
-                    place + 1,
-                    *(number(values[group, place], 0) for values in cells),
-                    number(batch.rewards[group, place], 2),
-                    number(advantages[group, place]),
-                ]
-            )
-    equal = ""
-    if not bool(batch.rewards[0].max() > batch.rewards[0].min()):
-        equal = sentences(
-            "**All rewards of the first prompt are equal**, so its advantages are 0: this step learns",
-            "nothing from it, and good and bad are only names for its first two answers.",
-        )
-    return section(
-        "5. Rewards and group advantages, by hand",
-        sentences(
-            "So far nobody asked whether an answer is right. Now a program compares what stands",
-            "between the answer tags with the right answer: 1 or 0. It also checks the form, one",
-            f"think block and one answer block: 1 or 0. The reward is {settings.accuracy_weight} ×",
-            f"right + {settings.format_weight} × form, plus whatever rewards of your own you add.",
-            "The *group advantage* of an answer is its reward less the group's mean, divided by the",
-            "group's standard deviation; 0.0001 keeps that from dividing by 0.",
-        ),
-        table(("prompt", "answer", "right", "form", "reward", "group advantage"), rows),
-        equal,
-        reward_arithmetic(walk, batch.rewards[0].double(), advantages[0]),
-        where={
-            "rewards/__init__.py": "accuracy format",
-            "train.py": "give_rewards",
-            "rl_algos.py": "group_advantages",
-        },
-        without="Without the mean, every answer with a reward would be made likelier, the wrong one "
-        "too, only less. The mean is what turns a low reward into a punishment: a negative group "
-        "advantage makes all tokens of an answer less likely.",
-    )
-
-
-def reward_arithmetic(walk: Walk, rewards: Tensor, advantages: Tensor) -> str:
-    """Mean, standard deviation and two advantages of the first group, line by line."""
-    count = len(rewards)
-    mean, std = number(rewards.mean(), 4), number(rewards.std(), 4)
-    texts = [number(reward, 2) for reward in rewards]
+    for place, reward in enumerate(texts):
+        checks = [number(values[0, place], 0) for values in (batch.accuracy, batch.format)]
+        rows.append([place + 1, *checks, reward, number(advantages[place])])
+    mean, std = number(of_group.mean()), number(of_group.std(), 4)
     squares = " + ".join(f"({reward} − {mean})^2" for reward in texts)
-    lines = [
-        f"mean:  ({' + '.join(texts)}) / {count} = {mean}",
-        f"standard deviation:  sqrt(({squares}) / {count - 1}) = {std}",
-    ]
     divisor = "1" if walk.config.algo.scale == "none" else f"({std} + 0.0001)"
-    for answer in (walk.good, walk.bad):
+
+    def by_hand(answer: Answer) -> str:
         value = number(advantages[answer.row])
-        lines.append(f"{answer.name}:  ({texts[answer.row]} − {mean}) / {divisor} = {value}")
-    return block(lines)
+        return f"({texts[answer.row]} − {mean}) / {divisor} = {value}"
 
-
-def the_advantages(walk: Walk) -> str:
-    """Section 6."""
-    alpha, place = walk.config.dyco.alpha, walk.parting
-    rows, lines = [], []
-    for answer in (walk.good, walk.bad):
-        advantage = group_advantage(walk, answer)
-        weights = walk.weights[answer.row, : answer.length]
-        chosen = {"heaviest": int(weights.argmax()), "lightest": int(weights.argmin())}
-        for what, at in {**chosen, "where they part": place}.items():
-            weight = number(weights[at])
-            factor = number(1 + alpha * weights[at])
-            pushed = number(walk.batch.advantages[answer.row, at])
-            cells = (at + 1, answer.token(at), ROLES[int(walk.batch.roles[answer.row, at])])
-            rows.append([f"{answer.name}, {what}", *cells, weight, factor, pushed])
-            if what != "where they part":
-                product = f"(1 + {alpha} × {weight}) × {number(advantage)}"
-                lines.append(f"{answer.name}, {what}:  {product} = {pushed}")
-    heads = ("token", "", "", "role", "weight", "factor", "token advantage")
-    return section(
-        "6. The token advantages",
-        sentences(
-            "GRPO would give every token the group advantage of its answer. Eq. 8 multiplies it by a",
-            f"factor, 1 + {alpha} × weight; the {alpha} is called α. The result is the *token",
-            "advantage*.",
-        ),
-        table(heads, rows),
-        block(lines),
-        sentences(
-            "Look at the signs. The factor is always above 1, and does not know whether the answer is",
-            "right. In an answer with a positive group advantage, the heaviest token is praised most.",
-            "In one with a negative group advantage, the same factor meets a negative number, and the",
-            "heaviest token is punished most. This is why a well-aligned token of a wrong answer is",
-            "punished *harder*: high score, high weight, large factor, larger punishment. You may find",
-            "that odd; the authors' later code turns it round (`dyco.rule=signed`: 1 minus instead of",
-            "1 plus where the group advantage is negative), see `docs/differences.md`.",
-        ),
-        sentences(
-            "Note what DyCo-RL does not know: which token was the mistake. The two answers are the",
-            f"same up to token {place + 1}. A row belongs to the place *before* its token, so at that",
-            "token both still have the same row and the same score, whatever was then drawn. Only the",
-            "group advantage tells them apart there.",
-        ),
-        where={"train.py": "assign_advantages", "dyco.py": "reweight_advantages _paper"},
-        without=f"Without the factor this is GRPO. Since its mean is {number(1 + alpha, 1)}, eq. 8 "
-        "also takes larger steps; to know what the choice of tokens is worth, compare with "
-        "`dyco.control=uniform`, where all tokens of an answer get the same factor.",
+    return SECTION_5.format(
+        accuracy_weight=settings.accuracy_weight,
+        format_weight=settings.format_weight,
+        reward_table=table(("answer", "right", "form", "reward", "group advantage"), rows),
+        equal="" if len(set(texts)) > 1 else ALL_EQUAL,
+        mean_line=f"({' + '.join(texts)}) / {len(texts)} = {mean}",
+        std_line=f"sqrt(({squares}) / {len(texts) - 1}) = {std}",
+        good_line=by_hand(walk.good),
+        bad_line=by_hand(walk.bad),
     )
 
 
-def group_advantage(walk: Walk, answer: Answer) -> float:
-    """Â of one answer to the first prompt."""
-    rewards = walk.batch.rewards[:1]
-    return float(rl_algos.group_advantages(rewards, walk.config.algo.scale)[0, answer.row])
-
-
-# --------------------------------------------------------------------------- the loss and the step
-
-
-@dataclass
-class HostLoss:
-    """What one host makes of some log-probabilities of the batch."""
-
-    loss: float
-    slopes: Tensor  # [B, T], of the loss along each token's log-probability
-    clipped: float  # share
-
-
-def loss_of_host(walk: Walk, host: Config, logprobs: Tensor) -> HostLoss:
-    """rl_algos.policy_loss on the whole batch, its advantages those that train.py would assign."""
-    batch = train.Batch(
-        walk.rollout,
-        rewards=walk.batch.rewards,
-        accuracy=walk.batch.accuracy,
-        format=walk.batch.format,
-        old_logprobs=walk.batch.old_logprobs,
-    )
-    train.assign_advantages(host, batch, STEP)
-    settings = SimpleNamespace(**vars(host.algo), max_new_tokens=host.rollout.max_new_tokens)
-    logprobs = logprobs.detach().clone().requires_grad_()
-    loss, logged = rl_algos.policy_loss(
-        host.algo.name,
-        logprobs,
-        batch.old_logprobs,
-        advantages=batch.advantages,
-        mask=train.loss_mask(host, walk.rollout),
-        settings=settings,
-        ref_logprobs=batch.old_logprobs,  # at a run's first step the reference is the policy
-    )
-    (slopes,) = torch.autograd.grad(loss, logprobs)
-    return HostLoss(float(loss.detach()), slopes, float(logged["clip_fraction"]))
-
-
-def the_losses(walk: Walk, new_logprobs: Tensor) -> str:
-    """Section 7."""
-    batch, answer, place = walk.batch, walk.bad, walk.parting
-    at = (answer.row, place)
-    mask = walk.rollout.mask
-    ratios = (new_logprobs - batch.old_logprobs).exp()
+def section_6(walk: Walk) -> str:
+    alpha = walk.config.dyco.alpha
     rows = []
-    slopes = {}
+    for name, answer in (("good", walk.good), ("bad", walk.bad)):
+        advantage = number(group_advantage(walk, answer, walk.config.algo.scale))
+        weights = walk.weights[answer.row, : answer.length]
+        places = {
+            "largest weight": int(weights.argmax()),
+            "smallest weight": int(weights.argmin()),
+            "where they part": walk.parting,
+        }
+        for what, place in places.items():
+            role = ROLES[int(walk.batch.roles[answer.row, place])]
+            weight = number(weights[place])
+            pushed = number(walk.batch.advantages[answer.row, place])
+            by_hand = f"(1 + {alpha} × {weight}) × {advantage} = {pushed}"
+            cells = [f"{name} answer, {what}", place + 1, answer.token(place), role, weight]
+            rows.append([*cells, by_hand])
+    heads = ("", "", "token", "role", "weight", "token advantage")
+    return SECTION_6.format(
+        alpha=alpha,
+        advantage_table=table(heads, rows),
+        place=walk.parting + 1,
+        mean_factor=number(1 + alpha, 1),
+    )
+
+
+def group_advantage(walk: Walk, answer: Answer, scale: str) -> Tensor:
+    """Â of an answer to the first prompt."""
+    return rl_algos.group_advantages(walk.batch.rewards[:1], scale)[0, answer.row]
+
+
+class HostLoss:
+    """What one host makes of some log-probabilities [B, T] of the batch."""
+
+    def __init__(self, walk: Walk, host: Config, logprobs: Tensor):
+        batch = train.Batch(
+            walk.rollout,
+            rewards=walk.batch.rewards,
+            accuracy=walk.batch.accuracy,
+            format=walk.batch.format,
+            old_logprobs=walk.batch.old_logprobs,
+        )
+        train.assign_advantages(host, batch, STEP)
+        settings = SimpleNamespace(**vars(host.algo), max_new_tokens=host.rollout.max_new_tokens)
+        logprobs = logprobs.detach().clone().requires_grad_()
+        loss, logged = rl_algos.policy_loss(
+            host.algo.name,
+            logprobs,
+            batch.old_logprobs,
+            advantages=batch.advantages,
+            mask=train.loss_mask(host, walk.rollout),
+            settings=settings,
+            ref_logprobs=batch.old_logprobs,  # at a run's first step the reference is the policy
+        )
+        self.loss = number(loss.detach())
+        (self.slopes,) = torch.autograd.grad(1000 * loss, logprobs)
+        self.clipped = number(100 * logged["clip_fraction"], 0)
+
+
+def section_7(walk: Walk, new_logprobs: Tensor) -> str:
+    batch, bad, place = walk.batch, walk.bad, walk.parting
+    ratios = (new_logprobs - batch.old_logprobs).exp()
+    of_tokens = ratios[walk.rollout.mask]
+    rows = []
     for name, host in walk.hosts.items():
-        before = loss_of_host(walk, host, batch.old_logprobs)
-        after = loss_of_host(walk, host, new_logprobs)
-        slopes[name] = 1000 * before.slopes[at]
-        figures = [number(slopes[name]), number(1000 * after.slopes[at])]
-        losses = [number(before.loss), number(after.loss)]
-        rows.append([name, *losses, *figures, number(100 * after.clipped, 0)])
-    heads = ("host", "loss before", "loss after", "slope before, × 1000", "slope after, × 1000")
-    return section(
-        "7. The loss of each host on the same batch",
-        sentences(
-            "The algorithm around DyCo-RL is its *host*. It takes the token advantages and never hears",
-            "of attention. Its loss rests on the *ratio* of a token: its probability under the model",
-            "as it is now, divided by that when it was drawn. Before the step all ratios are 1. To see",
-            "the hosts differ, the step of section 8 was taken, and the same answers were scored again:",
-            f"now the ratios lie between {number(ratios[mask].min())} and {number(ratios[mask].max())}.",
-        ),
-        sentences(
-            "What a host teaches one token is the *slope* of its loss: how the loss changes with the",
-            "token's log-probability. The update goes downhill, so a positive slope makes the token less",
-            f"likely. The table follows token {place + 1} of the bad answer, {answer.token(place)},",
-            f"whose ratio is {number(ratios[at])} after the step.",
-        ),
-        table((*heads, "clipped after, %"), rows),
-        slope_arithmetic(walk, slopes),
-        sentences(
-            "Before the step, `grpo`, `gspo` and `sapo` have the same slope: minus the token advantage,",
-            "divided by the length of the answer and the number of answers. `dapo` and `cispo` divide",
-            "by all tokens of the batch, so a token counts the same in a long answer as in a short one.",
-            "`dr_grpo` divides by the longest length allowed, and its group advantage is not divided by",
-            "the standard deviation. The losses themselves say little, for advantages cancel out.",
-        ),
-        sentences(
-            "After the step they part. `grpo`, `dapo` and `dr_grpo` stop a token that has gone far",
-            f"enough: a punished one has no slope left once its ratio is below {number(1 - walk.hosts['grpo'].algo.clip_low, 1)}.",
-            "`gspo` looks at the mean over the whole answer, and its limits are a thousand times as",
-            "narrow. `sapo` has no limit: its slope fades as the ratio leaves 1. `cispo` multiplies the",
-            "slope by the ratio and has no lower limit. What is left where a token is stopped is the",
-            "KL term of `grpo` and `gspo`, which pulls back to the model that training began with.",
-        ),
-        where={
-            "rl_algos.py": "policy_loss clipped_objective gspo_objective sapo_objective "
-            "cispo_objective"
-        },
-        without="Without the limits, answers that are learned from several times would be pushed on "
-        "and on, although the model that drew them is gone. At ratio 1 they do nothing: that is why "
-        "`train.updates_per_rollout=2` is the default, and this page shows only the first update.",
+        before = HostLoss(walk, host, batch.old_logprobs)
+        after = HostLoss(walk, host, new_logprobs)
+        slope = number(before.slopes[bad.row, place])
+        if name in ("cispo", "dr_grpo", "grpo"):
+            slope = f"{slope_by_hand(walk, name)} = {slope}"
+        end = number(after.slopes[bad.row, place])
+        rows.append([f"`{name}`", slope, end, after.clipped, before.loss, after.loss])
+    heads = ("host", "slope before", "slope after", "% of tokens stopped", "loss before")
+    return SECTION_7.format(
+        lowest=number(of_tokens.min()),
+        highest=number(of_tokens.max()),
+        place=place + 1,
+        token=bad.token(place),
+        ratio=number(ratios[bad.row, place]),
+        host_table=table((*heads, "loss after"), rows),
+        floor=number(1 - walk.hosts["grpo"].algo.clip_low, 1),
     )
 
 
-def slope_arithmetic(walk: Walk, slopes: dict[str, Tensor]) -> str:
-    """The slopes of three hosts by hand. 0 − … is how the sign of the loss is said."""
-    answer, place, alpha = walk.bad, walk.parting, walk.config.dyco.alpha
-    count, tokens = len(walk.rollout.mask), int(walk.rollout.mask.sum())
-    scaled = rl_algos.group_advantages(walk.batch.rewards[:1])[0, answer.row]
-    centred = rl_algos.group_advantages(walk.batch.rewards[:1], scale="none")[0, answer.row]
-    weight = walk.weights[answer.row, place]
-    pushed = number((1 + alpha * weight) * scaled)
-    unscaled = number((1 + alpha * weight) * centred)
-    longest = walk.config.rollout.max_new_tokens
-    return block(
-        [
-            f"grpo:  0 − 1000 × ({pushed}) / ({answer.length} × {count}) = {number(slopes['grpo'])}",
-            f"cispo:  0 − 1000 × ({pushed}) / {tokens} = {number(slopes['cispo'])}",
-            f"dr_grpo:  0 − 1000 × ({unscaled}) / ({longest} × {count}) = {number(slopes['dr_grpo'])}",
-        ]
-    )
+def slope_by_hand(walk: Walk, host: str) -> str:
+    """What divides the token advantage differs from host to host."""
+    bad, count = walk.bad, len(walk.rollout.mask)
+    divisor = {
+        "cispo": str(int(walk.rollout.mask.sum())),
+        "dr_grpo": f"({walk.config.rollout.max_new_tokens} × {count})",
+        "grpo": f"({bad.length} × {count})",
+    }[host]
+    factor = 1 + walk.config.dyco.alpha * walk.weights[bad.row, walk.parting]
+    pushed = factor * group_advantage(walk, bad, walk.hosts[host].algo.scale)
+    return f"1000 × {number(-pushed)} / {divisor}"
 
 
 @dataclass
@@ -790,180 +851,163 @@ class Taken:
     """What the optimizer step did."""
 
     rate: float
-    norm: float  # of the gradient before it was clipped
-    name: str  # of one weight matrix
-    gradient: Tensor  # its first values, clipped
+    norm: float  # of the gradient before it was cut
+    name: str  # of one matrix of the model
+    gradient: Tensor  # its first values, as the optimizer got them
     change: Tensor
     logprobs: Tensor  # [B, T] after the step
-    greedy_before: list[str]
-    greedy_after: list[str]
-
-
-def greedy(walk: Walk) -> list[str]:
-    """The likeliest answer to each prompt, token by token."""
-    limit = walk.config.rollout.max_new_tokens
-    return generate(
-        walk.training.policy, walk.rollout.prompts, group_size=1, max_new_tokens=limit, key=None
-    ).texts
+    greedy_before: str
+    greedy_after: str
 
 
 def take_step(walk: Walk) -> Taken:
-    """Stage 6. The optimizer tells the gradient of one matrix before it forgets it."""
-    training, rollout = walk.training, walk.rollout
+    """Stage 6. One matrix is watched: the gradient is forgotten with the step."""
+    training = walk.training
     trained = {name: p for name, p in training.policy.named_parameters() if p.requires_grad}
-    name = [name for name in trained if "q_proj" in name or name == list(trained)[-1]][-1]
+    name = [name for name in trained if "q_proj" in name][-1]
     gradients = []
 
-    def keep(optimizer, arguments, options) -> None:
-        gradients.append(trained[name].grad.flatten()[:6].clone())
+    def first_values(matrix: Tensor) -> Tensor:
+        return matrix.detach().flatten()[:SHOWN_WEIGHTS].float().cpu()
 
-    before = greedy(walk)
-    old = trained[name].detach().flatten()[:6].clone()
+    def keep(optimizer, arguments, options) -> None:
+        gradients.append(first_values(trained[name].grad).clone())
+
+    greedy_before = greedy_answers(walk)
+    before = first_values(trained[name]).clone()
     training.optimizer.register_step_pre_hook(keep)
     rate = train.set_learning_rate(walk.config, training.optimizer)
     logged = train.update(training, walk.batch, walk.groups)
     if not gradients:
-        raise WalkthroughError("the loss or its gradient is not finite; no step was taken")
-    logprobs, _ = train.compute_logprobs(training, training.policy, rollout, [walk.groups])
+        raise WalkthroughError("the loss or its gradient is not finite, so no step was taken")
+    logprobs, _ = train.compute_logprobs(training, training.policy, walk.rollout, [walk.groups])
     return Taken(
         rate=rate,
         norm=logged["grad_norm"],
         name=name,
-        gradient=gradients[0].cpu(),
-        change=(trained[name].detach().flatten()[:6] - old).cpu(),
-        logprobs=logprobs.cpu(),
-        greedy_before=before,
-        greedy_after=greedy(walk),
+        gradient=gradients[0],
+        change=first_values(trained[name]) - before,
+        logprobs=logprobs,
+        greedy_before=greedy_before,
+        greedy_after=greedy_answers(walk),
     )
 
 
-def the_update(walk: Walk, taken: Taken) -> str:
-    """Section 8."""
-    before, after = walk.rollout.logprobs.sum(1), taken.logprobs.sum(1)
-    advantages = rl_algos.group_advantages(walk.batch.rewards, walk.config.algo.scale).flatten()
-    rows = []
-    for row in range(len(before)):
-        group, place = divmod(row, walk.rollout.group_size)
-        chances = (figure(float(before[row].exp())), figure(float(after[row].exp())))
-        rows.append([group + 1, place + 1, number(advantages[row]), *chances])
-    lines = []
-    for answer in (walk.good, walk.bad):
-        value = number((after - before)[answer.row].exp(), 2)
-        lines.append(
-            f"{answer.name}, after / before:  exp({number(after[answer.row])} − "
-            f"{number(before[answer.row])}) = {value}"
-        )
-    greedy_rows = []
-    for group, texts in enumerate(zip(taken.greedy_before, taken.greedy_after, strict=True)):
-        for when, text in zip(("before", "after"), texts, strict=True):
-            right = number(train.rewards.accuracy(text, walk.samples[group].answer), 0)
-            greedy_rows.append([group + 1, when, code(answer_in(text)), right])
-    clip = walk.config.optim.grad_clip
-    return section(
-        "8. The gradient, and what changed after the step",
-        sentences(
-            f"The host of this run is `{walk.config.algo.name}`. Going backwards through the model",
-            "turns the slopes of section 7 into a gradient, one number for each weight of the model:",
-            f"here its length is {number(taken.norm)}. It is shortened to at most {clip}. AdamW divides",
-            "each number by its usual size. At the very first step that is the number itself, so each",
-            f"weight moves by the learning rate, {figure(taken.rate)}, one way or the other, however",
-            f"long the gradient was. Six weights of {code(taken.name)}:",
-        ),
-        block(
-            [
-                "gradient  " + "  ".join(figure(x) for x in taken.gradient.tolist()),
-                "change    " + "  ".join(figure(x) for x in taken.change.tolist()),
-            ]
-        ),
-        sentences(
-            "What did the step do? The probability of each sampled answer, before and after.",
-            "Answers with a negative group advantage should have become less likely, the others likelier.",
-        ),
-        table(("prompt", "answer", "group advantage", "probability before", "probability after"), rows),
-        block(lines),
-        sentences("And what the model answers when it always takes the likeliest token:"),
-        table(("prompt", "step", "answer without dice", "right"), greedy_rows),
-        sentences(
-            "One step on so few answers is mostly luck; a run takes hundreds, each on new prompts. The",
-            "whole of it, in the order of this page, is `train_step` in `train.py`.",
-        ),
-        where={"train.py": "update backward_of set_learning_rate compute_logprobs"},
-        without="Without shortening, one odd batch with a huge gradient would fill AdamW's memory of "
-        "usual sizes, and the steps after it would be too small. Without new samples for the next "
-        "step, the model would learn from answers that it no longer gives.",
+def greedy_answers(walk: Walk) -> str:
+    """What the policy answers to each prompt without dice, and whether it is right."""
+    limit = walk.config.rollout.max_new_tokens
+    prompts = walk.rollout.prompts
+    texts = generate(walk.training.policy, prompts, 1, max_new_tokens=limit, key=None).texts
+    answers = []
+    for text, sample in zip(texts, walk.samples, strict=True):
+        start = max(text.rfind("<answer>"), 0)
+        verdict = "right" if rewards.accuracy(text, sample.answer) == 1 else "wrong"
+        answers.append(code(f"{text[start:][-60:]} ({verdict})"))
+    return " and ".join(answers)
+
+
+def section_8(walk: Walk, taken: Taken) -> str:
+    before = walk.rollout.logprobs.sum(1)
+    after = taken.logprobs.sum(1)
+
+    def by_hand(answer: Answer) -> str:
+        sums = f"{number(after[answer.row])} − ({number(before[answer.row])})"
+        return f"exp({sums}) = {number((after - before)[answer.row].exp(), 2)}"
+
+    return SECTION_8.format(
+        host=walk.config.algo.name,
+        norm=number(taken.norm),
+        clip=walk.config.optim.grad_clip,
+        rate=f"{taken.rate:f}".rstrip("0"),
+        name=code(taken.name.removeprefix("hf.model.")),
+        gradient="  ".join(number(value) for value in 1000 * taken.gradient),
+        change="  ".join(number(value) for value in 1000 * taken.change),
+        chance_table=chance_table(walk, before, after),
+        good_line=by_hand(walk.good),
+        bad_line=by_hand(walk.bad),
+        greedy_before=taken.greedy_before,
+        greedy_after=taken.greedy_after,
     )
 
 
-def answer_in(text: str) -> str:
-    """What stands between the last answer tags, or the end of the text."""
-    begin = text.rfind("<answer>")
-    return text[begin:] if begin >= 0 else text[-40:]
+def chance_table(walk: Walk, before: Tensor, after: Tensor) -> str:
+    """The probability of each answer, from its log-probability [B] before and after the step."""
+    size = walk.rollout.group_size
+    advantages = rl_algos.group_advantages(walk.batch.rewards, walk.config.algo.scale)
+    heads = ["answer"]
+    rows = [[place + 1] for place in range(size)]
+    for group in walk.groups:
+        heads += [f"prompt {group + 1}: group advantage", "probability before", "after"]
+        for place in range(size):
+            row = group * size + place
+            chances = [figure(float(sums[row].exp())) for sums in (before, after)]
+            rows[place] += [number(advantages[group, place]), *chances]
+    return table(heads, rows)
 
 
 # ---------------------------------------------------------------------------------------- the walk
 
 
 def walk_along(walk: Walk) -> Iterator[str]:
-    """The page, part by part; stages 3 to 6 of train.train_step on the way."""
+    """The page, part by part, and on the way stages 3 to 6 of train.train_step."""
     training, batch = walk.training, walk.batch
     yield introduction(walk)
-    yield the_prompt(walk)
-    yield the_rollout(walk)
+    yield section_1(walk)
+    yield section_2(walk)
     train.add_logprobs(training, batch, [walk.groups])
     train.assign_advantages(walk.config, batch, STEP)
     batch.loss_mask = train.loss_mask(walk.config, walk.rollout)
-    yield the_attention(walk)
-    yield the_roles(walk)
-    yield the_rewards(walk)
-    yield the_advantages(walk)
+    yield section_3(walk)
+    yield section_4(walk)
+    yield section_5(walk)
+    yield section_6(walk)
     taken = take_step(walk)
-    yield the_losses(walk, taken.logprobs)
-    yield the_update(walk, taken)
+    yield section_7(walk, taken.logprobs)
+    yield section_8(walk, taken)
 
 
 def draw_pictures(walk: Walk) -> dict[str, str]:
-    """File name -> SVG of the three pictures, all of the bad answer."""
-    rollout, answer = walk.rollout, walk.bad
-    image, prompt = walk.samples[0].images[0], rollout.prompts[0]
-    rows = rows_of_attention(walk)[answer.row]
-    rows = rows[: answer.length, : len(prompt.visual_mask)][:, prompt.visual_mask]
-    grids = visual_grids(prompt, walk.training.policy.image_processor.merge_size)
-    (place,), heat = heat_maps(rows, grids)
-    cells = (-(-place["height"] // place["block"]), -(-place["width"] // place["block"]))
-    panels = []
-    for token in (walk.looking, walk.reading):
-        panels.append((f"{token + 1} {short(answer.tokens[token])}", heat[token].tolist()))
+    """How the name of a file ends -> its SVG. All three are about the bad answer."""
+    bad, prompt, image = walk.bad, walk.rollout.prompts[0], walk.samples[0].images[0]
 
     def of_answer(values: Tensor) -> list:
-        return values[answer.row, : answer.length].tolist()
+        return values[bad.row, : bad.length].tolist()
 
-    labels = [short(token) for token in answer.tokens]
-    signals = rollout.signals
+    def label(place: int) -> str:
+        token = bad.tokens[place]
+        return token if len(token) <= 14 else f"{token[:13]}…"
+
+    labels = [label(place) for place in range(bad.length)]
     marked = [walk.looking, walk.reading]
     roles = [ROLES[role] for role in of_answer(walk.batch.roles)]
-    visual, words = of_answer(signals.visual_shift), of_answer(signals.text_shift)
+    shifts = walk.rollout.signals
+    visual_shifts, text_shifts = of_answer(shifts.visual_shift), of_answer(shifts.text_shift)
+    rows = walk.rows[:, : len(prompt.visual_mask)][:, prompt.visual_mask]
+    grids = visual_grids(prompt, walk.training.policy.image_processor.merge_size)
+    (grid,), heat = heat_maps(rows, grids)
+    cells = (-(-grid["height"] // grid["block"]), -(-grid["width"] // grid["block"]))
+    panels = []
+    for place in marked:
+        title = f"token {place + 1} {labels[place]}: {number(rows[place].sum())} on the picture"
+        panels.append((title, heat[place].tolist()))
     return {
         "attention": attention_picture(picture(image), image.size, cells, panels=panels),
-        "shifts": shifts_picture(labels, visual, words, marked=marked),
+        "shifts": shifts_picture(labels, visual_shifts, text_shifts, marked=marked),
         "weights": weights_picture(labels, of_answer(walk.weights), roles),
     }
-
-
-def short(token: str, most: int = 14) -> str:
-    return token if len(token) <= most else token[: most - 1] + "…"
 
 
 # ------------------------------------------------------------------------------------- the command
 
 
-def own_sample(options) -> Sample | None:
+def own_sample(options: argparse.Namespace) -> Sample | None:
     """The reader's own question about one image, if the options ask one. No model is needed."""
     given = [options.image, options.question, options.answer]
     if given == [None, None, None]:
         return None
     if None in given:
         raise WalkthroughError(
-            "--image, --question and --answer go together: expected all three of them, or none"
+            "--image, --question and --answer go together: expected all three, or none of them"
         )
     question = options.question
     if "<image>" not in question:
@@ -974,13 +1018,13 @@ def own_sample(options) -> Sample | None:
     try:
         answer = train.reference_of(options.answer)
     except DataError as error:
-        raise WalkthroughError(f"--answer {options.answer!r:.100}: {error}") from error
+        raise WalkthroughError(f"--answer {excerpt(options.answer)!r}: {error}") from error
     path = Path(options.image).resolve()
     return Sample("yours", (load_image(path.name, path.parent),), question, answer)
 
 
-def read_configs(options, prompts: int) -> tuple[Config, dict[str, Config]]:
-    """The settings of the walk, and the same with each host. Raises ConfigError."""
+def read_configs(options: argparse.Namespace, prompts: int) -> tuple[Config, dict[str, Config]]:
+    """The settings of the step, and the same with each host. Raises ConfigError."""
     file = DEFAULTS
     overrides = ["rollout.group_size=4", "optim.warmup_steps=0"]
     if options.model is not None:
@@ -988,83 +1032,82 @@ def read_configs(options, prompts: int) -> tuple[Config, dict[str, Config]]:
         file = evaluate.config_file_of(options.model) or DEFAULTS
         overrides.append(f"model.path={options.model}")
     overrides += options.overrides
+    # What a page is made of: one update on two prompts of the toy, or on one of the reader's own.
     overrides += ["data.path=toy", "data.eval_path=null", "train.updates_per_rollout=1"]
     overrides.append(f"rollout.prompts_per_step={prompts}")
     config = load_config(file, overrides)
-    found = {name: getattr(config.dyco, name) for name in EXPLAINED}
-    if found != EXPLAINED or len(config.dyco.layers) > 1:
-        wanted = " ".join(f"dyco.{name}={str(value).lower()}" for name, value in EXPLAINED.items())
-        raise WalkthroughError(
-            f"the page explains the paper's first version, in one layer: expected {wanted} and one "
-            "layer in dyco.layers; found other values"
-        )
+    for name, value in EXPLAINED.items():
+        if getattr(config.dyco, name) != value:
+            raise WalkthroughError(
+                f"dyco.{name}: found {str(getattr(config.dyco, name)).lower()}; the page explains "
+                f"the paper's first version, so expected {str(value).lower()}"
+            )
+    if len(config.dyco.layers) > 1:
+        raise WalkthroughError("dyco.layers: found several; the page shows rows of one layer")
     hosts = {}
-    for name in rl_algos.ALGORITHMS:
+    for name in sorted(rl_algos.ALGORITHMS):
         hosts[name] = load_config(file, [*overrides, f"algo.name={name}"])
     return config, hosts
 
 
-def prepare(options) -> Walk:
-    """Check the options, load the model, and sample the step's batch."""
+def where_from(config: Config, places: list[int], enough: bool) -> str:
+    """Where the toy's prompts come from, in words."""
+    size = config.rollout.group_size
+    chosen = " and ".join(str(place) for place in places)
+    task = (
+        "The task: a picture holds shapes in colours, each colour is worth a number, and the "
+        "question asks for the sum over some shapes. "
+    )
+    if enough:
+        rule = f"Held-out questions were tried from number 0 on, until two had {size} answers with"
+    else:
+        rule = f"No two of the first {SEARCHED} held-out questions had {size} answers with"
+    return f"{task}{rule} different rewards. These are {chosen}; sections 1 to 6 follow the first."
+
+
+def prepare(options: argparse.Namespace) -> Walk:
+    """Check the options, load the model, and sample the batch of the step."""
     sample = own_sample(options)
     prompts = 2 if sample is None else 1
     config, hosts = read_configs(options, prompts)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     training = train.build(config, distributed.start())
-    dataset = training.held_out if sample is None else [sample]
-    training = training._replace(dataset=dataset)
-    batch, places, enough = collect_groups(training, prompts, searched=SEARCHED)
+    training = training._replace(dataset=training.held_out if sample is None else [sample])
+    batch, places, enough = collect_groups(training, prompts)
     good, bad = answers_of(training, batch)
-    stem = Path(options.out).stem if options.out else None
+    found = "The prompt is your question about your picture."
+    if sample is None:
+        found = where_from(config, places, enough=enough)
     return Walk(
         training,
         hosts,
-        [dataset[place] for place in places],
-        batch,
-        how_found(sample, config, places, enough=enough),
-        good,
-        bad,
-        stem,
+        samples=[training.dataset[place] for place in places],
+        batch=batch,
+        found=found,
+        good=good,
+        bad=bad,
+        rows=rows_of_attention(training, batch, bad.row),
+        stem=Path(options.out).stem if options.out else None,
     )
 
 
-def how_found(sample: Sample | None, config: Config, places: list[int], enough: bool) -> str:
-    """Where the prompts come from, in words."""
-    size = config.rollout.group_size
-    if sample is not None:
-        return f"The prompt is your own question; {size} answers to it were sampled."
-    numbers_of = " and ".join(str(place) for place in places)
-    task = (
-        "The toy's pictures hold shapes in colours, a colour is worth a number, and the question "
-        "asks for the sum over some shapes. "
-    )
-    if enough:
-        return task + (
-            f"To learn from a prompt, its {size} answers must have different rewards. The held-out "
-            "questions were tried from number 0 on, and the first two with right and wrong answers "
-            f"taken: numbers {numbers_of}. Sections 1 to 4 follow the first of them."
-        )
-    return task + (
-        f"Among the first {SEARCHED} held-out questions there were no two whose {size} answers have "
-        f"different rewards, so these are numbers {numbers_of}. Sections 1 to 4 follow the first."
-    )
-
-
-def run_walkthrough(options) -> None:
-    out = Path(options.out) if options.out else None
+def run_walkthrough(options: argparse.Namespace) -> None:
+    out = None if options.out is None else Path(options.out)
     if out is not None and (out.suffix != ".md" or out.is_dir()):
-        raise WalkthroughError(f"--out {options.out!r:.200}: expected a file that ends in .md")
+        raise WalkthroughError(f"--out: found {options.out!r}; expected a file that ends in .md")
     walk = prepare(options)
+    parts = []
+    for part in walk_along(walk):
+        parts.append(wrapped(part))
+        if out is None:
+            print(printable(parts[-1]), end="\n\n", flush=True)
     if out is None:
-        for part in walk_along(walk):
-            print(printable(part), end="\n\n", flush=True)
         return
-    text = "\n\n".join(walk_along(walk)) + "\n"
     out.parent.mkdir(parents=True, exist_ok=True)
     for name, content in draw_pictures(walk).items():
         write_file(out.with_name(f"{out.stem}-{name}.svg"), content.encode())
-    write_file(out, text.encode())
+    write_file(out, ("\n\n".join(parts) + "\n").encode())
     print(f"wrote {out} and three pictures", file=sys.stderr)
 
 
@@ -1072,7 +1115,7 @@ def run_walkthrough(options) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.walkthrough",
-        description="One step of training as a page to read, with every number in it.",
+        description="One step of training as a page to read, with its numbers.",
     )
     parser.add_argument("--out", help="a .md file; three pictures are written beside it")
     parser.add_argument("--model", help="a Hugging Face directory or hub id; by default the toy's")
@@ -1083,7 +1126,7 @@ def main(arguments: list[str] | None = None) -> None:
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="over config.yaml, such as rollout.max_new_tokens=512",
+        help="over the config's values, such as rollout.max_new_tokens=512",
     )
     run_walkthrough(parser.parse_args(arguments))
 

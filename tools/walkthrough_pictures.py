@@ -144,7 +144,7 @@ def shifts_picture(
         for place in marked:
             x, y = points[place].split()
             parts.append(tag("circle", cx=x, cy=y, r=4, fill=color))
-    names = {"visual shift": COLORS["visual"], "text shift": COLORS["text"]}
+    names = {"visual shift, radians": COLORS["visual"], "text shift, radians": COLORS["text"]}
     title = "Shifts of attention along the response, in radians"
     return drawing(CHART_WIDTH, CHART_HEIGHT, title, [*legend(names), *parts])
 
