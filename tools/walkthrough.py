@@ -90,10 +90,9 @@ SECTION_1 = """
 {found} The question is {question}, and the right answer {answer}.
 
 The picture becomes numbers in two steps. It is cut into patches, small squares of pixels. Each is
-a row of numbers: three colours and two frames, because to this model a picture is a film that
-stands still. Then the part of the model that sees makes one *image token* of every few
-neighbours: a vector like that of a word. The text becomes token numbers, with a placeholder for
-each image token.
+a row of numbers: three colours, and two frames as of a film that stands still. Then the part of
+the model that sees makes one *image token* of every few neighbouring patches: a vector like that
+of a word. Words become token numbers, and image tokens placeholders among them.
 ```
 patches  {patches}
 tokens   {tokens}
@@ -101,9 +100,9 @@ image tokens, by their places in the prompt:  {first} … {last}
 numbers in a patch:  3 × {frames} × {patch} × {patch} = {patch_numbers}
 count of image tokens:  {high} × {wide} / ({merge} × {merge}) = {visual}
 ```
-**Where:** `data.py`: `encode_prompt`; `model.py`: `Policy.embed`. **Left out?** The list of the
-places that hold image tokens is all that DyCo-RL will know of the picture. Were it off by one, a
-word would count as picture, and every number below would be wrong without an error.
+**Where:** `data.py`: `encode_prompt`; `model.py`: `Policy.embed`. **Left out?** The list of
+places that hold image tokens is all that DyCo-RL knows of the picture. Were it off by one, a word
+would count as picture.
 """
 
 SECTION_2 = """
@@ -118,13 +117,12 @@ distribution.
 prompt tokens to read without a shared prefill:  {size} × {prompt} = {unshared}
 probability of answer {bad}, from the sum of its tokens' logarithms:  exp({bad_sum}) = {bad_chance}
 ```
-Two are followed from here: the *good answer*, number {good}, the first with the highest reward
-(see section 5), and the *bad answer*, number {bad}, the first with the lowest. {parting}
+Two are followed: the *good answer*, number {good}, is the first with the highest reward (section
+5), and the *bad answer*, number {bad}, the first with the lowest. {parting}
 
 **Where:** `rollout.py`: `generate`, `sample_tokens`; `attention.py`: `PackedGroups`, `Decoding`.
-**Left out?** Without the shared prefill the picture is read once for each answer. Without the
-probabilities, which are kept as tokens are drawn, section 7 could not say how far the model has
-moved since.
+**Left out?** Without the prefill, the picture is read once for each answer. Without the
+probabilities, which are kept, section 7 could not say how far the model has moved.
 """
 
 SECTION_3 = """
@@ -133,8 +131,7 @@ SECTION_3 = """
 When the model chooses a token, it stands at the token before and looks back over all that is
 there. How much it takes from each place is the *row* of the new token: shares that add up to 1.
 DyCo-RL takes the rows of the last layer, averaged over its heads. For token {place} of the bad
-answer,
-{token}:
+answer, {token}:
 ```
 row  {row}
 picture + text from the picture on + what stands before it:  {masses} = {total}
@@ -143,9 +140,9 @@ The first two sums are the *visual mass* and the *text mass* of the token (eq. 1
 question and the answer so far. What stands before the picture is not counted: models park
 attention there that they have no use for.
 
-How far did attention *move* since the token before? Look inside the picture alone. Divide its
-shares by the visual mass, so that they add up to 1 (eq. 2). Do the same with the row of the token
-before. For each image token, multiply the two results and take the root.
+How far did attention *move* since the token before? Look inside the picture alone. In this row
+and in that of the token before, divide its shares by the visual mass, so that they add up to 1
+(eq. 2). For each image token, multiply the two and take the root.
 
 {overlap_table}
 
@@ -169,9 +166,8 @@ This token was chosen because its lead is the largest of the bad answer. {attent
 its own past, so a small part that moves can win over a large one that rests.
 """
 
-ATTENTION_PICTURES = """On the left is where it looks, the darker the less. On the right is token
-{reading}, {reading_token}, whose lead is the smallest. Below are both shifts along the answer,
-with dots at these two tokens.
+ATTENTION_PICTURES = """On the left is where it looks, the darker the less; on the right where
+token {reading} does, {reading_token}, whose lead is the smallest. Below, dots mark both.
 
 ![where two tokens look in the picture]({stem}-attention.svg)
 ![shifts of attention along the answer]({stem}-shifts.svg)
@@ -212,11 +208,11 @@ weights are there to choose among its tokens.
 SECTION_5 = """
 ## 5. Rewards and group advantages, by hand
 
-So far nobody asked whether an answer is right. Now a program compares what stands between the
-answer tags with the right answer: 1 or 0. It also checks the form, one think block and one answer
-block: 1 or 0. The reward is {accuracy_weight} × right plus {format_weight} × form, and any reward
-of your own. The *group advantage* is the reward less the mean of the group, divided by its
-standard deviation; 0.0001 is there so that nothing is divided by 0. {equal}For the first prompt:
+So far nobody asked whether an answer is right. Now a program compares what stands between its
+answer tags with the right answer, and checks its form, one think block and one answer block: 1 or
+0 each. The reward is {accuracy_weight} × right plus {format_weight} × form, and any reward of
+your own. The *group advantage* is the reward less the mean of the group, divided by its standard
+deviation; 0.0001 is there so that nothing is divided by 0. {equal}For the first prompt:
 
 {reward_table}
 ```
@@ -232,7 +228,7 @@ advantage below 0 makes every token of the answer less likely.
 """
 
 ALL_EQUAL = """**All rewards of this prompt are equal, so its advantages are 0:** the step learns
-nothing from it, and good and bad are only names here, for its first two answers.  """
+nothing from it, and good and bad are only names here, for its first two answers. """
 
 SECTION_6 = """
 ## 6. The token advantages
@@ -247,12 +243,12 @@ advantage is positive, the token of the largest weight is praised most. Where it
 same factor meets a negative number, and the token of the largest weight is punished most. This is
 why a well-aligned token of a wrong answer is punished *harder*: a high score makes a large
 weight, a large weight a large factor, and the factor enlarges the punishment. The authors' later
-code turns it round (`dyco.rule=signed`): for a wrong answer its factor is 1 − {alpha} × weight,
-see `docs/differences.md`.
+code turns it round: by `dyco.rule=signed`, tokens with a role in a wrong answer have the factor 1
+− {alpha} × weight.
 
-DyCo-RL does not know which token was the mistake. The row of a token belongs to the place
-*before* it. So where the two answers part, at token {place}, both have the same row and the same
-score, whatever was then drawn. Only the group advantage tells them apart there.
+DyCo-RL does not know which token was the mistake. A row belongs to the place *before* its token.
+So where the two answers part, at token {place}, both have the same row and score, whatever was
+then drawn. Only the group advantage differs.
 
 **Where:** `train.py`: `assign_advantages`; `dyco.py`: `reweight_advantages`, `_paper`. **Left
 out?** Without the factor this is GRPO. The factor has the mean {mean_factor}, so eq. 8 also takes
@@ -289,17 +285,16 @@ KL term of `grpo` and `gspo` still pulls back to the model that training began w
 
 **Where:** `rl_algos.py`: `policy_loss`, `clipped_objective`, `gspo_objective`, `sapo_objective`,
 `cispo_objective`. **Left out?** Without limits, answers that are learned from more than once
-would be pushed on and on, while the model that drew them is long gone.
+would be pushed on and on.
 """
 
 SECTION_8 = """
 ## 8. The gradient, and what changed after the step
 
 The host of this step is `{host}`. The way back through the model turns the slopes into a
-gradient, one number for each weight of the model. Its length is {norm}, and it is cut to at most
-{clip}. AdamW divides each number by its usual size. At the very first step that is its own size,
-so each weight moves by the learning rate, {rate}, against its gradient. Some of {name}, all times
-1000:
+gradient, a number for each weight. Its length is {norm}, and it is cut to at most {clip}. AdamW
+divides each number by its usual size. At the very first step that is its own size, so each weight
+moves by the learning rate, {rate}, against its gradient. For example, {name}, all times 1000:
 ```
 gradient  {gradient}
 change    {change}
@@ -317,9 +312,8 @@ after the step. One step on so few answers is mostly luck. A run takes a hundred
 new answers: `train_step` in `train.py` is this page, in its order.
 
 **Where:** `train.py`: `update`, `backward_of`, `set_learning_rate`, `compute_logprobs`. **Left
-out?** Without the cut, one huge gradient would stay in AdamW's idea of usual sizes, and later
-steps would be too small. Without new answers for each step, the model would learn from what it no
-longer says.
+out?** Without the cut, one huge gradient would spoil AdamW's idea of usual sizes. Without new
+answers for each step, the model would learn from what it no longer says.
 """
 
 
@@ -586,9 +580,8 @@ def parting_in_words(walk: Walk) -> str:
         return "They are equal, token by token."
     chances = walk.rollout.logprobs[:, place].exp()
     return (
-        f"They part at token {place + 1}: there the good one has {good.token(place)}, of "
-        f"probability {number(chances[good.row])}, and the bad one {bad.token(place)}, of "
-        f"{number(chances[bad.row])}."
+        f"They part at token {place + 1}: {good.token(place)} (probability "
+        f"{number(chances[good.row])}) or {bad.token(place)} ({number(chances[bad.row])})."
     )
 
 
