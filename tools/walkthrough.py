@@ -91,14 +91,13 @@ SECTION_1 = """
 
 The picture becomes numbers in two steps. It is cut into patches, small squares of pixels. Each is
 a row of numbers: three colours, and two frames as of a film that stands still. Then the part of
-the model that sees makes one *image token* of every few neighbouring patches: a vector like that
-of a word. Words become token numbers, and image tokens placeholders among them.
+the model that sees makes one *image token* of every few neighbouring patches: a vector like a
+word's. Words become token numbers.
 ```
 patches  {patches}
 tokens   {tokens}
-image tokens, by their places in the prompt:  {first} … {last}
 numbers in a patch:  3 × {frames} × {patch} × {patch} = {patch_numbers}
-count of image tokens:  {high} × {wide} / ({merge} × {merge}) = {visual}
+image tokens, at the places {first} … {last}:  {high} × {wide} / ({merge} × {merge}) = {visual}
 ```
 **Where:** `data.py`: `encode_prompt`; `model.py`: `Policy.embed`. **Left out?** The list of
 places that hold image tokens is all that DyCo-RL knows of the picture. Were it off by one, a word
@@ -121,8 +120,8 @@ Two are followed: the *good answer*, number {good}, is the first with the highes
 5), and the *bad answer*, number {bad}, the first with the lowest. {parting}
 
 **Where:** `rollout.py`: `generate`, `sample_tokens`; `attention.py`: `PackedGroups`, `Decoding`.
-**Left out?** Without the prefill, the picture is read once for each answer. Without the
-probabilities, which are kept, section 7 could not say how far the model has moved.
+**Left out?** Without the prefill, the picture is read once for each answer. Without the kept
+probabilities, section 7 could not tell how far the model moved.
 """
 
 SECTION_3 = """
@@ -201,8 +200,7 @@ weights add up to {sum}, one per token.
 
 **Where:** `dyco.py`: `assign_roles`, `alignment_scores`, `token_weights`. **Left out?** Without
 roles a score would be the size of a mass, and where the text is long only reading would ever
-score. Without the mean of 1, an answer with high scores would be pushed harder as a whole, but
-weights are there to choose among its tokens.
+score. Without the mean of 1, answers with high scores would be pushed harder as a whole.
 """
 
 SECTION_5 = """
@@ -312,8 +310,8 @@ after the step. One step on so few answers is mostly luck. A run takes a hundred
 new answers: `train_step` in `train.py` is this page, in its order.
 
 **Where:** `train.py`: `update`, `backward_of`, `set_learning_rate`, `compute_logprobs`. **Left
-out?** Without the cut, one huge gradient would spoil AdamW's idea of usual sizes. Without new
-answers for each step, the model would learn from what it no longer says.
+out?** Without the cut, a huge gradient would spoil AdamW's usual sizes. Without new answers, it
+would learn from what it no longer says.
 """
 
 
