@@ -41,6 +41,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -480,8 +481,11 @@ def run_one(cell: str, seed: int, scratch: Path) -> dict:
 
     Raises RuntimeError for a run that did not end, or during which the code or config changed.
     """
-    folder = scratch / f"{cell}-{seed}".replace("/", "-").replace(" ", "_").replace(":", "")
-    shutil.rmtree(folder, ignore_errors=True)  # a run that was cut off begins anew
+    name = f"{cell}-{seed}-".replace("/", "-").replace(" ", "_").replace(":", "")
+    # A folder of its own: where the grid was killed, what it had started may still be writing.
+    scratch.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=name, dir=scratch))
+    folder = place / "run"
     origin = present_origin(cell, seed)
     started = time.perf_counter()
     settings = [*CELLS[cell], f"train.seed={seed}", f"run.dir={folder}"]
@@ -505,7 +509,7 @@ def run_one(cell: str, seed: int, scratch: Path) -> dict:
         "settings": CELLS[cell],
         **read_curves(folder / "metrics.jsonl"),
     }
-    shutil.rmtree(folder)
+    shutil.rmtree(place)
     line["seconds"] = round(time.perf_counter() - started, 1)
     return line
 
@@ -514,6 +518,8 @@ def read_curves(path: Path) -> dict[str, list]:
     """What is kept of a run's metrics.jsonl."""
     rows = [row for _, row in read_jsonl(path)]
     evaluations = [row for row in rows if "eval/accuracy" in row]
+    if [row["step"] for row in rows] != list(range(len(rows))):
+        raise RuntimeError(f"{path}: the steps are not 0, 1, 2, …: not of one run from its start")
     curves = {
         "steps": [row["step"] for row in evaluations],
         "accuracy": [row["eval/accuracy"] for row in evaluations],
@@ -536,6 +542,7 @@ def run_missing(missing: list[tuple[str, int]], jobs: int, out: Path) -> None:
     lock = Lock()
     stopping = Event()
     scratch = out.resolve() / "unfinished"
+    shutil.rmtree(scratch, ignore_errors=True)  # a run that was cut off begins anew
     with tqdm(total=len(missing), desc="runs") as bar, ThreadPoolExecutor(jobs) as pool:
 
         def work(one: tuple[str, int]) -> None:

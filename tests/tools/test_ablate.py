@@ -544,7 +544,8 @@ CHANGES = 'pathlib.Path("train.py").write_text("pass")\n'
 
 
 def test_one_run_becomes_one_line_and_an_unfinished_one_none(tmp_path, monkeypatch):
-    """A stopped run exits with 0 and has no final/; what it left goes when it is run again."""
+    """A stopped run exits with 0 and has no final/. Each run has a folder of its own, so that one
+    which a killed grid left behind cannot write into another's."""
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
     program = tmp_path / "train.py"
     scratch = tmp_path / "scratch"
@@ -553,6 +554,8 @@ def test_one_run_becomes_one_line_and_an_unfinished_one_none(tmp_path, monkeypat
     for _ in range(2):
         with pytest.raises(RuntimeError, match="grpo/paper, seed 3, did not end"):
             ablate.run_one("grpo/paper", 3, scratch)
+    left = set(scratch.iterdir())
+    assert len(left) == 2
 
     program.write_text(FAKE + ENDS)
     row = ablate.run_one("grpo/paper", 3, scratch)
@@ -562,7 +565,11 @@ def test_one_run_becomes_one_line_and_an_unfinished_one_none(tmp_path, monkeypat
     assert row["entropy"] == [1, 1]
     assert "grad_norm" not in row
     assert (row["config"], row["code"]) == ablate.present_origin("grpo/paper", 3)
-    assert list(scratch.iterdir()) == []
+    assert set(scratch.iterdir()) == left
+
+    program.write_text(FAKE.replace("rows =", "rows = [{'step': 32}] +", 1) + ENDS)
+    with pytest.raises(RuntimeError, match="metrics.jsonl: the steps are not 0, 1, 2"):
+        ablate.run_one("grpo/paper", 3, scratch)
 
     program.write_text(FAKE + ENDS + CHANGES)
     with pytest.raises(RuntimeError, match="seed 3: the code or the config changed while it ran"):
