@@ -106,6 +106,8 @@ def header(training) -> str:
     rule = "DyCo off"
     if d.enabled:
         rule = f"DyCo rule {d.rule}: {dyco.RULES[d.rule].what}; ratio {d.ratio}, α {d.alpha:g}"
+        if d.control != "none":
+            rule += f"; control {d.control}"
     if held_out is None:
         held_out_rows = "none held out: there will be no held-out accuracy (see data.eval_path)"
     else:

@@ -3,6 +3,7 @@
     python -m tools.ablate                     # runs what is missing, seed after seed; tabulates
     python -m tools.ablate table --seeds 4     # some parts of the grid, first seeds first
     python -m tools.ablate --dry-run           # only says how many runs that is, and how long
+    python -m tools.ablate credit              # the rules of token credit (docs/credit.md)
     python -m tools.ablate --report            # only tabulates the runs that came with the project
     python -m tools.ablate --report --out DIR  # only tabulates the runs of yours in DIR
 
@@ -40,6 +41,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -51,15 +53,18 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+import dyco
 from config import DEFAULTS, Config, load_config
 from rows import append_jsonl, read_jsonl
 from run_folder import exclusive
 from tools.charts import ticks
 from tools.command import command
 from tools.estimates import bootstrap_mean
+from tools.rule_table import Answer, answer_of, gain_text, rule_lines
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"  # came with the project
+CREDIT_RESULTS = RESULTS / "credit"  # so did these, of the part "credit"
 OUT = Path("runs/ablation")
 
 
@@ -194,6 +199,7 @@ PARTS = {  # of each seed, in the order in which they are run
         **cells_of("grpo", credit_cells(), "level 3: ", extra=("toy.level=3",)),
     },
 }
+DEFAULT_PARTS = [part for part in PARTS if part != "credit"]
 CELLS = {  # cell -> all its overrides
     cell: [*REGIME, *overrides] for cells in PARTS.values() for cell, overrides in cells.items()
 }
@@ -345,17 +351,34 @@ def read_lines(folder: Path) -> list[tuple[int, dict]]:
     return read_jsonl(path, growing=True) if path.exists() else []
 
 
-def read_shipped() -> Runs:
-    """The runs in results/, which were made by earlier code.
+def in_present_spelling(settings: list[str]) -> list[str]:
+    """Sorted; earlier code had names for a rule and its control together.
+
+    >>> in_present_spelling(["dyco.rule=shuffled", "dyco.ratio=relative"])
+    ['dyco.control=shuffled', 'dyco.ratio=relative', 'dyco.rule=paper']
+    """
+    spelled = []
+    for setting in settings:
+        name = setting.removeprefix("dyco.rule=")
+        if name != setting and name in dyco.FORMER_NAMES:
+            rule, control = dyco.FORMER_NAMES[name]
+            spelled += [f"dyco.rule={rule}", f"dyco.control={control}"]
+        else:
+            spelled.append(setting)
+    return sorted(spelled)
+
+
+def read_shipped(folder: Path) -> Runs:
+    """The runs in a folder of results/, which were made by earlier code.
 
     Raises ValueError for a line that was made with other overrides than its cell has now: it would
     stand in the tables under a name that means something else.
     """
     runs = {}
-    for line, row in read_lines(RESULTS):
-        if row["settings"] != CELLS.get(row["cell"]):
+    for line, row in read_lines(folder):
+        if in_present_spelling(row["settings"]) != sorted(CELLS.get(row["cell"], [])):
             raise ValueError(
-                f"{RESULTS / 'runs.jsonl'}, line {line}: {row['cell']}, seed {row['seed']}, was "
+                f"{folder / 'runs.jsonl'}, line {line}: {row['cell']}, seed {row['seed']}, was "
                 f"run with {' '.join(row['settings'])}, which is not what that cell is now; "
                 "move the file away, or take the line out"
             )
@@ -398,7 +421,7 @@ class Plan(NamedTuple):
 def plan_runs(parts: list[str], seeds: int, folder: Path) -> Plan:
     """Seed after seed, so that tables of few seeds are complete early."""
     runs, others = read_runs(folder)
-    cells = [cell for part in dict.fromkeys(parts) for cell in PARTS[part]]
+    cells = cells_of_parts(parts)
     wanted = [(cell, seed) for seed in range(seeds) for cell in cells]
     missing = [run for run in wanted if run not in runs]
     seconds = [row["seconds"] for row in runs.values()]
@@ -458,8 +481,11 @@ def run_one(cell: str, seed: int, scratch: Path) -> dict:
 
     Raises RuntimeError for a run that did not end, or during which the code or config changed.
     """
-    folder = scratch / f"{cell}-{seed}".replace("/", "-").replace(" ", "_").replace(":", "")
-    shutil.rmtree(folder, ignore_errors=True)  # a run that was cut off begins anew
+    name = f"{cell}-{seed}-".replace("/", "-").replace(" ", "_").replace(":", "")
+    # A folder of its own: where the grid was killed, what it had started may still be writing.
+    scratch.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=name, dir=scratch))
+    folder = place / "run"
     origin = present_origin(cell, seed)
     started = time.perf_counter()
     settings = [*CELLS[cell], f"train.seed={seed}", f"run.dir={folder}"]
@@ -483,7 +509,7 @@ def run_one(cell: str, seed: int, scratch: Path) -> dict:
         "settings": CELLS[cell],
         **read_curves(folder / "metrics.jsonl"),
     }
-    shutil.rmtree(folder)
+    shutil.rmtree(place)
     line["seconds"] = round(time.perf_counter() - started, 1)
     return line
 
@@ -492,6 +518,8 @@ def read_curves(path: Path) -> dict[str, list]:
     """What is kept of a run's metrics.jsonl."""
     rows = [row for _, row in read_jsonl(path)]
     evaluations = [row for row in rows if "eval/accuracy" in row]
+    if [row["step"] for row in rows] != list(range(len(rows))):
+        raise RuntimeError(f"{path}: the steps are not 0, 1, 2, …: not of one run from its start")
     curves = {
         "steps": [row["step"] for row in evaluations],
         "accuracy": [row["eval/accuracy"] for row in evaluations],
@@ -514,6 +542,7 @@ def run_missing(missing: list[tuple[str, int]], jobs: int, out: Path) -> None:
     lock = Lock()
     stopping = Event()
     scratch = out.resolve() / "unfinished"
+    shutil.rmtree(scratch, ignore_errors=True)  # a run that was cut off begins anew
     with tqdm(total=len(missing), desc="runs") as bar, ThreadPoolExecutor(jobs) as pool:
 
         def work(one: tuple[str, int]) -> None:
@@ -632,11 +661,26 @@ def against_hosts(runs: dict, cells: list[str]) -> list[Comparison]:
     return comparisons
 
 
-def against_each_other(runs: dict, ran: set[str]) -> list[Comparison]:
+def against_own_controls(runs: dict, parts: list[str]) -> list[Answer]:
+    """The rules of token credit against their own shuffled controls, of the runs that are there."""
+    answers = []
+    for cell, (rule, _) in CREDIT_RULES.items():
+        pairs = {
+            level: (f"{prefix}grpo/{cell}", f"{prefix}grpo/{control_name(rule, 'shuffled')}")
+            for level, prefix in {"level 1": "", "level 3": "level 3: "}.items()
+        }
+        if "credit" in parts and all(shared_seeds(runs, list(pair)) for pair in pairs.values()):
+            of_levels = {
+                level: differences(runs, [mine], [control], "area")
+                for level, (mine, control) in pairs.items()
+            }
+            answers.append(answer_of(cell, of_levels))
+    return answers
+
+
+def against_each_other(runs: dict, ran: set[str], parts: list[str]) -> list[Comparison]:
     """The comparisons of AGAINST, and the variants of the ablations against `paper`."""
-    prefixes = dict.fromkeys(
-        cell.split("/")[0] for cells in PARTS.values() for cell in cells if cell in ran
-    )
+    prefixes = dict.fromkeys(cell.split("/")[0] for cell in cells_of_parts(parts) if cell in ran)
     comparisons = []
     for rule, others in AGAINST.items():
         for other in others:
@@ -664,13 +708,6 @@ def against_each_other(runs: dict, ran: set[str]) -> list[Comparison]:
     return comparisons
 
 
-def gain_text(gain: tuple | None) -> str:
-    if gain is None:
-        return "–"
-    form = "{:+.1f}" if gain[1] is None else "{:+.1f} ({:+.1f} … {:+.1f})"
-    return form.format(*gain).replace("-", "−")
-
-
 def table_line(comparison: Comparison, described: dict, means: bool) -> str:
     """A line of Markdown, bold where several hosts are averaged; with or without the means."""
     label = comparison.label
@@ -684,11 +721,17 @@ def table_line(comparison: Comparison, described: dict, means: bool) -> str:
     return f"| {' | '.join(fields)} |"
 
 
-def tabulate(runs: Runs, folder: Path) -> str:
-    """Write table.md, table.json, gains.svg and curves.svg of some runs.
+def cells_of_parts(parts: list[str]) -> list[str]:
+    return [cell for part in dict.fromkeys(parts) for cell in PARTS[part]]
+
+
+def tabulate(runs: Runs, folder: Path, parts: list[str] = DEFAULT_PARTS) -> str:
+    """Write table.md, table.json, gains.svg and curves.svg of the runs of some parts.
 
     Returns the Markdown.
     """
+    wanted = set(cells_of_parts(parts))
+    runs = {run: row for run, row in runs.items() if run[0] in wanted}
     ran = {cell for cell, _ in runs}
     described: dict[str, dict] = {}
 
@@ -707,8 +750,8 @@ def tabulate(runs: Runs, folder: Path) -> str:
         "number). First three: on held-out samples; last: of the responses sampled in training. "
         "Bold: mean over the hosts of each seed, all four or those without SAPO.",
     ]
-    for part, cells in PARTS.items():
-        cells = [cell for cell in cells if cell in ran]
+    for part in parts:
+        cells = [cell for cell in PARTS[part] if cell in ran]
         if cells:
             heads = " | ".join(f"{label} | gain" for label in MEASURES.values())
             lines += ["", f"## {part}", "", f"| cell | seeds | {heads} |"]
@@ -717,11 +760,26 @@ def tabulate(runs: Runs, folder: Path) -> str:
     lines += ["", "## against each other", "", "Differences, paired by seed.", ""]
     lines.append("| | seeds | " + " | ".join(MEASURES.values()) + " |")
     lines.append("|---|---|" + "---|" * len(MEASURES))
-    lines += table_lines(against_each_other(runs, ran), means=False)
+    lines += table_lines(against_each_other(runs, ran, parts), means=False)
+    answers = against_own_controls(runs, parts)
+    if answers:
+        lines += [
+            "",
+            "## each rule against its own shuffled control",
+            "",
+            "Mean over the curve, rule − control, paired by seed; an exact sign-flip test over all "
+            "pairs, once they are complete, corrected by Holm.",
+            "",
+            *rule_lines(answers),
+        ]
 
     (folder / "table.md").write_text("\n".join([*lines, ""]))
     (folder / "table.json").write_text(json.dumps(described, indent=1))
-    (folder / "gains.svg").write_text(gains_figure(described))
+    groups, title = groups_of(described), "Gain"
+    if answers:
+        groups = {f"{answer.rule} − shuffled": answer.gains for answer in answers}
+        title = "Rule − its own shuffled control"
+    (folder / "gains.svg").write_text(gains_figure(groups, title))
     (folder / "curves.svg").write_text(curves_figure(runs))
     return "\n".join(lines)
 
@@ -734,7 +792,11 @@ COLORS = {
     "gspo": "#009e73",
     "sapo": "#aa4499",
     "all": "#111111",
+    "level 1": "#0072b2",
+    "level 3": "#d55e00",
+    "both": "#111111",
 }
+BOLD = ("all", "both")
 CURVES = {"host": "#888888", "paper": "#0072b2", "shuffled": "#d55e00", "signed minmax": "#009e73"}
 GAIN_STEPS = 8  # between the ticks of the gains' axis, about
 
@@ -763,35 +825,40 @@ def gains_of(described: dict, rule: str, other: str) -> dict[str, tuple]:
     return gains
 
 
-def gains_figure(described: dict) -> str:
-    """What rules gain over the host and over their controls in the mean height of the curve.
-
-    One line for each host and, bold, one for all.
-    """
-    groups = {
+def groups_of(described: dict) -> dict[str, dict[str, tuple]]:
+    """{"rule − other": gains_of it}: what rules gain over the host and over their controls."""
+    return {
         f"{rule} − {other}": gains_of(described, rule, other)
         for rule in (*TABLE, *CONTROLS)
         if rule != "host"
         for other in ("host", *AGAINST.get(rule, ()))
     }
-    ends = [abs(end) for gains in groups.values() for gain in gains.values() for end in gain]
-    bound = max([2.0, *ends])
+
+
+def gains_figure(groups: dict[str, dict[str, tuple]], title: str) -> str:
+    """Gains in the mean height of the curve, {group: {name: (mean, low, high)}}.
+
+    One line for each name and, bold, one for all. Without an interval there is a dot alone.
+    """
+    ends = [end for gains in groups.values() for gain in gains.values() for end in gain]
+    bound = max([2.0, *(abs(end) for end in ends if end is not None)])
 
     def x(value: float) -> float:
         return 436 + value / bound * 190
 
     marks = []
     y = 34
-    for title, gains in groups.items():
+    for group, gains in groups.items():
         if gains:
             y += 8
             middle = y + 7 * len(gains) + 4
-            marks.append(f'<text x="14" y="{middle}">{html.escape(title)}</text>')
+            marks.append(f'<text x="14" y="{middle}">{html.escape(group)}</text>')
         for host, (mean, low, high) in gains.items():
             y += 14
             color = COLORS[host]
-            width = 3 if host == "all" else 1.5
-            hint = html.escape(f"{host}: {title}") + f" {mean:+.2f} ({low:+.2f} … {high:+.2f})"
+            width = 3 if host in BOLD else 1.5
+            low, high = (mean if end is None else end for end in (low, high))
+            hint = html.escape(f"{host}: {group}") + f" {mean:+.2f} ({low:+.2f} … {high:+.2f})"
             marks.append(
                 f'<g stroke="{color}" fill="{color}"><title>{hint}</title>'
                 f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y}" y2="{y}" '
@@ -809,8 +876,8 @@ def gains_figure(described: dict) -> str:
             f'stroke="{color}"/>'
             f'<text x="{x(value):.1f}" y="{y + 30}" text-anchor="middle" fill="#555">{name}</text>'
         )
-    title = "Gain, mean over the held-out curve, percentage points (95 % intervals)"
-    return svg(640, y + 40, title, [*axis, *marks])
+    heading = f"{title}, mean over the held-out curve, percentage points (95 % intervals)"
+    return svg(640, y + 40, heading, [*axis, *marks])
 
 
 def curves_panel(runs: dict, host: str, left: int, top: int) -> list[str]:
@@ -874,9 +941,13 @@ def positive(text: str) -> int:
     return number
 
 
+def is_shipped(folder: Path) -> bool:
+    return folder.resolve() in (RESULTS.resolve(), CREDIT_RESULTS.resolve())
+
+
 def check_out(out: Path) -> None:
     """Raise ValueError for a folder whose files would be written over, though they are not ours."""
-    if out.resolve() == RESULTS.resolve():
+    if is_shipped(out):
         raise ValueError(f"--out {out}: these are the shipped runs; give a folder of your own")
     if not (out / "runs.jsonl").exists():
         for name in ("table.md", "table.json", "gains.svg", "curves.svg"):
@@ -887,16 +958,16 @@ def check_out(out: Path) -> None:
                 )
 
 
-def report_shipped() -> None:
-    runs = read_shipped()
-    print(tabulate(runs, RESULTS))
+def report_shipped(folder: Path, parts: list[str]) -> None:
+    runs = read_shipped(folder)
+    print(tabulate(runs, folder, parts))
     print(
         f"\nThese are the {len(runs)} runs that came with the project. Earlier code made them: "
         "they say nothing of your changes."
     )
 
 
-def report_folder(out: Path) -> None:
+def report_folder(out: Path, parts: list[str]) -> None:
     """Tabulate the runs of a folder. Raises ValueError if none of them counts."""
     check_out(out)
     runs, others = read_runs(out)
@@ -905,7 +976,7 @@ def report_folder(out: Path) -> None:
             f"--out {out}: no run there was made with the present code and config "
             f"({others} with others)"
         )
-    print(tabulate(runs, out))
+    print(tabulate(runs, out, parts))
     if others:
         print(f"\n{others} runs there were made with other code or another config: left out")
 
@@ -926,7 +997,7 @@ def run_grid(parts: list[str], seeds: int, jobs: int, out: Path, dry: bool = Fal
                 f"the code or the config changed after the grid began: {others - plan.others} more "
                 f"runs in {out} do not count; the same command makes them again"
             )
-        print(tabulate(runs, out))
+        print(tabulate(runs, out, parts))
 
 
 @command(RuntimeError, ValueError, OSError, advice="; the same command goes on")
@@ -934,7 +1005,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.ablate", description="Run the grid of cells × seeds, and tabulate it."
     )
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument(
+        "parts", nargs="*", help=f"of {', '.join(PARTS)}; all but credit by default"
+    )
     parser.add_argument("--seeds", type=positive, default=8)
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument(
@@ -953,12 +1026,13 @@ def main(arguments: list[str] | None = None) -> None:
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         sys.exit(f"error: no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
-    if options.report and (options.out or RESULTS).resolve() == RESULTS.resolve():
-        report_shipped()
+    parts = options.parts or DEFAULT_PARTS
+    shipped = CREDIT_RESULTS if parts == ["credit"] else RESULTS
+    if options.report and is_shipped(options.out or shipped):
+        report_shipped(options.out or shipped, parts)
     elif options.report:
-        report_folder(options.out)
+        report_folder(options.out, parts)
     else:
-        parts = options.parts or [part for part in PARTS if part != "credit"]
         out = options.out or OUT
         run_grid(parts, options.seeds, jobs=options.jobs, out=out, dry=options.dry_run)
 

@@ -246,6 +246,41 @@ def capture() -> Iterator[dict]:
         yield measured | {"peak_mb": memory}
 
 
+def one_signal_of_credit(size: str, visual: int, way: str) -> Way:
+    """A function that scores one group, "seeing" or "blind", or that samples, "sampling" alone or
+    "recording" entropies and similarities to the image as well."""
+    policy = policy_of(size)
+    policy.eos_ids = set()
+    prompts = prompts_of(policy, visual, PROMPTS)
+    tokens = torch.randint(0, 300, (GROUP, NEW), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+
+    @torch.no_grad()
+    def run():
+        if way in ("seeing", "blind"):
+            return policy(prompts[:1], tokens, mask, blind=way == "blind").logprobs
+        record = ("entropy", "image_similarity") if way == "recording" else ()
+        return generate(policy, prompts, GROUP, NEW, key=(0, 0), capture=CAPTURE, record=record)
+
+    return run
+
+
+def credit() -> Iterator[dict]:
+    """What the signals of token credit cost: a look without images beside the scoring of the same
+    group, and sampling with entropies and similarities recorded beside sampling without."""
+    pairs = {("blind", "seeing"): ">= 1", ("recording", "sampling"): ">= 0.95"}
+    for size, visual in (("3M", 100), ("40M", 600)):
+        for (ours, theirs), target in pairs.items():
+            yield compare(
+                "credit",
+                f"{setting_of(size, visual)}, {ours} / {theirs}",
+                ours=one_signal_of_credit(size, visual, ours),
+                theirs=one_signal_of_credit(size, visual, theirs),
+                rounds=5,
+                target=target,
+            )
+
+
 # ----------------------------------------------------------------------------------------- the step
 
 
@@ -573,6 +608,7 @@ ROWS = {
     "capture": capture,
     "step": step,
     "dyco": dyco_cost,
+    "credit": credit,
     "logprobs": logprobs,
     "signals": signals,
     "growth": growth,

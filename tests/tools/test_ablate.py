@@ -3,6 +3,7 @@
 And whose runs count: those of the present code, config and seed, and never the shipped ones.
 """
 
+import doctest
 import functools
 import json
 import shutil
@@ -12,7 +13,7 @@ import pytest
 
 from config import DEFAULTS, load_config
 from run_folder import FolderError, exclusive
-from tools import ablate
+from tools import ablate, rule_table
 
 SVG = "{http://www.w3.org/2000/svg}"
 OUTPUTS = ("table.md", "table.json", "gains.svg", "curves.svg")
@@ -65,9 +66,13 @@ def test_every_cell_is_a_config_and_has_its_host():
             load_config(DEFAULTS, [*ablate.REGIME, *overrides])
             host = cell.rsplit("/", 1)[0] + "/host"
             assert any(host in others for others in ablate.PARTS.values()), cell
-    names = [cell for cells in ablate.PARTS.values() for cell in cells]
-    assert len(names) == len(set(names))
+    # A cell that stands in two parts is the same in both.
+    for cells in ablate.PARTS.values():
+        for cell, overrides in cells.items():
+            assert ablate.CELLS[cell] == [*ablate.REGIME, *overrides]
     assert len(ablate.PARTS["table"]) == 16
+    # Ten rules with their controls, a host and one more control, on two levels.
+    assert len(ablate.PARTS["credit"]) == 2 * (10 * 2 + 2)
     assert len(ablate.PARTS["controls"]) == 20
 
 
@@ -126,7 +131,7 @@ def fork(tmp_path, monkeypatch):
 
 def test_a_changed_rule_is_other_code(fork):
     assert ablate.code_fingerprint() == present_code()  # wherever the sources stand
-    fork("dyco.py", '"paper": Rule(_paper,', '"paper": Rule(_off,')
+    fork("dyco.py", '_paper, "eq. 8', '_off, "eq. 8')
     assert ablate.code_fingerprint() != present_code()
 
 
@@ -253,7 +258,7 @@ def test_shipped_lines_of_another_regime_are_refused(results):
     write_lines(results, [row])
     expected = "runs.jsonl, line 1: grpo/host, seed 0, was run with train.steps=41"
     with pytest.raises(ValueError, match=expected):
-        ablate.read_shipped()
+        ablate.read_shipped(ablate.RESULTS)
 
 
 # ----------------------------------------------------------------------------------- what is to do
@@ -275,7 +280,7 @@ def test_the_time_is_estimated_from_the_runs_there(results, tmp_path):
 
 def test_without_any_there_the_shipped_ones_tell_the_time(shipped, tmp_path):
     """464 runs of 104.6 s, two at a time, are 24259 s."""
-    plan = ablate.plan_runs(list(ablate.PARTS), 8, tmp_path / "out")
+    plan = ablate.plan_runs(ablate.DEFAULT_PARTS, 8, tmp_path / "out")
     text = ablate.describe_plan(plan, 2, tmp_path / "out")
     assert text.startswith("464 runs wanted (58 cells × 8 seeds), 0 of them in ")
     assert (
@@ -334,6 +339,57 @@ def test_what_is_missing_is_run_seed_after_seed(made, tmp_path):
     assert {seed for _, seed in made[32:]} == {2, 3}
 
 
+def test_credit_runs_have_a_table_of_their_own(made, tmp_path, capsys, monkeypatch):
+    """Each rule against its own control: those called …/paper are ten points better at the end.
+
+    Two of the curve's three steps of 8, 16 lie on that end: 10 · ½ · ⅔ = 3.3 points of the mean.
+    """
+    out = tmp_path / "out"
+    ablate.run_grid(["credit"], 1, jobs=1, out=out)
+    text = (out / "table.md").read_text()
+    assert "| grpo/vppo | 1 |" in text and "| level 3: grpo/phrases uniform | 1 |" in text
+    assert "| paper | 2 | +3.3 | +3.3 | +3.3 | – | – |" in text
+    assert "| siblings | 2 | +0.0 | +0.0 | +0.0 | – | – |" in text
+    assert "## table" not in text
+    monkeypatch.setattr(rule_table, "SEEDS", 2)
+    ablate.run_grid(["credit"], 2, jobs=1, out=out)
+    text = (out / "table.md").read_text()
+    # 2 of 16 choices of signs; the other nine rules are at 1. Ten times 2/16 is above 1.
+    assert "| 0.125 | 1.000 |" in text
+    figure = (out / "gains.svg").read_text()
+    assert figure.count("− shuffled</text>") == 10
+    made.clear()
+    capsys.readouterr()
+    ablate.main(["credit", "--report", "--out", str(out)])
+    assert "against its own shuffled control" in capsys.readouterr().out
+    assert not made
+
+
+def test_earlier_names_of_rules_are_understood_in_shipped_runs(results):
+    row = line("grpo/shuffled", 0, [0.1, 0.2, 0.3])
+    settings = [s for s in row["settings"] if not s.startswith(("dyco.rule", "dyco.control"))]
+    row["settings"] = [*settings, "dyco.rule=shuffled"]
+    write_lines(results, [row])
+    assert ablate.read_shipped(results).keys() == {("grpo/shuffled", 0)}
+    row["settings"] = [*settings, "dyco.rule=uniform"]
+    write_lines(results, [row])
+    with pytest.raises(ValueError, match="grpo/shuffled, seed 0, was run with"):
+        ablate.read_shipped(results)
+
+
+def test_sign_flip_and_holm():
+    """All signs alike is the most extreme of 2^n choices, and so is its opposite."""
+    assert doctest.testmod(rule_table).failed == 0
+    assert doctest.testmod(ablate).failed == 0
+    assert rule_table.sign_flip([1.0] * 16) == 2 / 2**16
+    # |1 + 2 − 3| = 0, as far as any other: each mean is at least as far from 0.
+    assert rule_table.sign_flip([1.0, 2.0, -3.0]) == 1
+    # Sums of 0.1 in different orders differ by rounding, and still count as equal: 2 of 8.
+    assert rule_table.sign_flip([0.1, 0.2, 0.3]) == 0.25
+    assert rule_table.holm([0.2, 0.001, 0.5]) == pytest.approx([0.4, 0.003, 0.5])
+    assert rule_table.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
 def test_an_interrupted_grid_goes_on_where_it_was(made, tmp_path, monkeypatch):
     """Also over a line that was half-written when the machine went down."""
     out = tmp_path / "out"
@@ -377,7 +433,7 @@ def test_other_code_runs_again_beside_the_old_lines(made, fork, tmp_path, capsys
     command = ["table", "--seeds", "1", "--jobs", "1", "--out", str(out)]
     ablate.main(command)
     old = (out / "runs.jsonl").read_bytes()
-    fork("dyco.py", '"paper": Rule(_paper,', '"paper": Rule(_off,')
+    fork("dyco.py", '_paper, "eq. 8', '_off, "eq. 8')
     with pytest.raises(SystemExit, match=r"no run there .* config \(16 with others\)"):
         ablate.main(["--report", "--out", str(out)])
 
@@ -399,7 +455,7 @@ def test_code_that_changes_while_the_grid_runs_is_said(made, fork, tmp_path, mon
     def run_and_change(cell, seed, scratch):
         row = plain(cell, seed, scratch)
         if len(made) == 16:
-            fork("dyco.py", '"paper": Rule(_paper,', '"paper": Rule(_off,')
+            fork("dyco.py", '_paper, "eq. 8', '_off, "eq. 8')
         return row
 
     monkeypatch.setattr(ablate, "run_one", run_and_change)
@@ -488,7 +544,8 @@ CHANGES = 'pathlib.Path("train.py").write_text("pass")\n'
 
 
 def test_one_run_becomes_one_line_and_an_unfinished_one_none(tmp_path, monkeypatch):
-    """A stopped run exits with 0 and has no final/; what it left goes when it is run again."""
+    """A stopped run exits with 0 and has no final/. Each run has a folder of its own, so that one
+    which a killed grid left behind cannot write into another's."""
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
     program = tmp_path / "train.py"
     scratch = tmp_path / "scratch"
@@ -497,6 +554,8 @@ def test_one_run_becomes_one_line_and_an_unfinished_one_none(tmp_path, monkeypat
     for _ in range(2):
         with pytest.raises(RuntimeError, match="grpo/paper, seed 3, did not end"):
             ablate.run_one("grpo/paper", 3, scratch)
+    left = set(scratch.iterdir())
+    assert len(left) == 2
 
     program.write_text(FAKE + ENDS)
     row = ablate.run_one("grpo/paper", 3, scratch)
@@ -506,7 +565,11 @@ def test_one_run_becomes_one_line_and_an_unfinished_one_none(tmp_path, monkeypat
     assert row["entropy"] == [1, 1]
     assert "grad_norm" not in row
     assert (row["config"], row["code"]) == ablate.present_origin("grpo/paper", 3)
-    assert list(scratch.iterdir()) == []
+    assert set(scratch.iterdir()) == left
+
+    program.write_text(FAKE.replace("rows =", "rows = [{'step': 32}] +", 1) + ENDS)
+    with pytest.raises(RuntimeError, match="metrics.jsonl: the steps are not 0, 1, 2"):
+        ablate.run_one("grpo/paper", 3, scratch)
 
     program.write_text(FAKE + ENDS + CHANGES)
     with pytest.raises(RuntimeError, match="seed 3: the code or the config changed while it ran"):

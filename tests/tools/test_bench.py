@@ -83,6 +83,18 @@ def test_both_ways_of_scoring_run_and_leave_gradients_only_if_asked():
         bench.one_scoring(way, tokens=8, vocabulary=50, backward=backward)()
 
 
+def test_all_ways_of_the_signals_of_credit_run(fresh_policy, monkeypatch):
+    monkeypatch.setattr(bench, "NEW", 3)
+    blind = bench.one_signal_of_credit("3M", 100, "blind")()
+    seeing = bench.one_signal_of_credit("3M", 100, "seeing")()
+    assert blind.shape == seeing.shape == (bench.GROUP, 3)
+    assert (blind - seeing).abs().min() > 0
+    recorded = bench.one_signal_of_credit("3M", 100, "recording")()
+    plain = bench.one_signal_of_credit("3M", 100, "sampling")()
+    assert torch.equal(recorded.tokens, plain.tokens)
+    assert recorded.entropy is not None and plain.entropy is None
+
+
 @pytest.mark.parametrize("way", ["ours", "generate", "naive"])
 def test_all_ways_of_a_rollout_run(fresh_policy, way):
     bench.one_rollout("3M", 100, way, new=3)()
