@@ -22,7 +22,7 @@ from tools import walkthrough
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "walkthrough.md"
-NUMBER = r"−?\d[\d,]*(?:\.\d+)?(?:e−\d+)?"
+NUMBER = r"−?\d+(?:,\d{3})*(?:\.\d+)?(?:e−\d+)?"
 # What a line by hand may hold, besides numbers and signs.
 FUNCTIONS = {"sqrt": math.sqrt, "exp": math.exp, "arccos": math.acos}
 WORDS_OF_THE_TOOL = inspect.getsource(walkthrough)
