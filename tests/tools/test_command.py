@@ -26,6 +26,7 @@ WORK = {
     "tools.intervene": (OBSERVED, "run_intervene"),
     "tools.report": (["folder"], "write"),
     "tools.roles": (OBSERVED, "run_roles"),
+    "tools.walkthrough": ([], "prepare"),
     "tools.trl_peer": (["3M", "600", "4", "2"], "step_seconds"),
     "evaluate": (["score", "--benchmark", "MME", "--data", "x", "--responses", "y"], "score"),
 }
