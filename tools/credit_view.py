@@ -5,7 +5,7 @@ import re
 import dyco
 from tools.charts import decimals, interval, svg_text, ticks
 from tools.gradients import ORACLES
-from tools.markup import Html, join, tag
+from tools.markup import Html, tag
 
 # ------------------------------------------------------------------------------------------- names
 
@@ -40,7 +40,7 @@ def by_gain(rules: dict[str, dict]) -> list[str]:
 
 
 def percent(values: list[float | None]) -> str:
-    return "–" if values[0] is None else f"{100 * values[0]:.0f}"
+    return "–" if values[0] is None else f"{100 * values[0]:.0f}".replace("-", "−")
 
 
 def number(values: list[float | None], digits: int = 2) -> str:
@@ -117,7 +117,8 @@ def notes(content: dict, with_decisions: bool) -> list[str]:
     lines += [
         "- *gain*: in 100 · cosine with the reference.",
         "- *shuffled control*: the same factors on other tokens of the same response, drawn once "
-        "for each batch. What a rule gains over it, it gains by finding the tokens that matter. A "
+        "for each batch. What a rule gains over it, it gains by its choice of tokens. That can be "
+        "much although it gains nothing over the host: large factors on random tokens do harm. A "
         "rule with one factor for the whole response gains 0 by definition.",
     ]
     if with_decisions:
@@ -142,6 +143,7 @@ RULE_COLOR = "#0072b2"
 ORACLE_COLOR = "#009e73"
 DECIDING_COLOR = "#111111"
 WRONG_COLOR = "#d55e00"
+RING_COLOR = "#aa4499"
 GREY = "#555555"
 
 
@@ -177,25 +179,28 @@ def text(x: float, y: float, content: str, **attributes) -> Html:
 
 
 def gains_axis(rules: dict[str, dict]) -> Axis:
-    """An axis that holds 0 and all intervals."""
-    ends = [0.0, *(100 * end for row in rules.values() for end in row["over shuffled"] if end)]
-    low = min(ends)
-    high = max(ends)
-    margin = 0.04 * (high - low) or 1
-    return Axis(GAINS, low - margin, high + margin)
+    """An axis that holds 0, all intervals and all gains over the host."""
+    values = [0.0]
+    for row in rules.values():
+        values += [100 * end for end in (*row["over shuffled"], row["gain"][0]) if end is not None]
+    margin = 0.04 * (max(values) - min(values)) or 1
+    return Axis(GAINS, min(values) - margin, max(values) + margin)
 
 
-def gain_mark(axis: Axis, name: str, estimate: list[float | None], y: float) -> Html:
-    """A dot with its interval."""
+def gain_mark(axis: Axis, name: str, row: dict, y: float) -> Html:
+    """A dot with its interval, and a ring for the gain over the host."""
     color = ORACLE_COLOR if name in ORACLES else RULE_COLOR
-    value, low, high = (None if end is None else axis.x(100 * end) for end in estimate)
-    hint = f"{label(name)}: {interval(estimate, 100)} over its own shuffled control"
+    over_shuffled = row["over shuffled"]
+    value, low, high = (None if end is None else axis.x(100 * end) for end in over_shuffled)
+    hint = f"{label(name)}: {interval(over_shuffled, 100)} over its own shuffled control, "
+    hint += f"{interval(row['gain'], 100)} over the host"
     parts = [tag("title", hint)]
     if low is not None:
         ends = {"x1": f"{low:.1f}", "x2": f"{high:.1f}", "y1": y, "y2": y}
         parts.append(tag("line", **ends, stroke_width=2))
-    if value is not None:
-        parts.append(tag("circle", cx=f"{value:.1f}", cy=y, r=4))
+    parts.append(tag("circle", cx=f"{value:.1f}", cy=y, r=4))
+    ring = f"{axis.x(100 * row['gain'][0]):.1f}"
+    parts.append(tag("circle", cx=ring, cy=y, r=4, fill="none", stroke=RING_COLOR))
     return tag("g", *parts, class_="gain", stroke=color, fill=color)
 
 
@@ -232,19 +237,26 @@ def gains_panel(rules: dict[str, dict], names: list[str], bottom: float) -> list
     """The first column: what does a rule gain by choosing its tokens?"""
     axis = gains_axis(rules)
     middle = sum(GAINS) / 2
-    caption = "gain in 100 · cosine with the gradient of many other batches"
+    caption = "gain in 100 · cosine with the sum of other batches"
     parts = [
-        text(GAINS[0], 58, "Gain over the same factors on other tokens", font_weight="bold"),
-        text(GAINS[0], 74, "right of 0: the rule chooses better tokens than chance does"),
+        text(GAINS[0], 58, "Does its gradient point in a better direction …", font_weight="bold"),
+        text(GAINS[0], 74, "● than with the same factors on other tokens?", fill=RULE_COLOR),
+        text(GAINS[0], 89, "○ than the gradient of the host?", fill=RING_COLOR),
         *axis.draw(ticks(axis.low, axis.high, 6), strong=0, bottom=bottom),
         text(middle, bottom + 34, caption, fill=GREY, text_anchor="middle"),
-        text(middle, bottom + 49, "lines: 95 % intervals", fill=GREY, text_anchor="middle"),
+        text(
+            middle,
+            bottom + 49,
+            "right of 0 is better; lines: 95 % intervals",
+            fill=GREY,
+            text_anchor="middle",
+        ),
     ]
     for place, name in enumerate(names):
         y = TOP + ROW * place
         color = ORACLE_COLOR if name in ORACLES else "#000000"
         parts.append(text(NAMES_END, y + 4, label(name), fill=color, text_anchor="end"))
-        parts.append(gain_mark(axis, name, rules[name]["over shuffled"], y))
+        parts.append(gain_mark(axis, name, rules[name], y))
     return parts
 
 
@@ -261,10 +273,12 @@ def credit_figure(rules: dict[str, dict]) -> str:
         *gains_panel(rules, names, bottom),
     ]
     if with_decisions:
+        what = "Oracles know what each token decides; the one with blame knows the errors, too."
+        parts.append(text(14, 41, what, fill=ORACLE_COLOR))
         parts += areas_panel(rules, names, bottom)
     picture = tag(
         "svg",
-        join("\n" + part for part in parts),
+        Html("\n".join(parts)),
         xmlns="http://www.w3.org/2000/svg",
         viewBox=f"0 0 {WIDTH} {height}",
         width=WIDTH,

@@ -202,6 +202,11 @@ def test_gradient_command(start, capsys):
     [
         (["--rules", "paper,papper"], "no rule papper; expected some of off, paper"),
         (
+            ["--rules", "vppo/shufled"],
+            "no control shufled; expected one of none, shuffled, uniform",
+        ),
+        (["--rules", "signed_uniform"], "signed_uniform is called signed/uniform now"),
+        (
             ["rollout.prompts_per_step=4"],
             "6 samples make 1 batches of rollout.prompts_per_step=4; expected 2 or more",
         ),
