@@ -1,6 +1,7 @@
 """credit_view.py: what `credit` measures, as a Markdown table and as a figure."""
 
 import re
+from typing import NamedTuple
 
 import dyco
 from tools.charts import decimals, interval, svg_text, ticks
@@ -31,9 +32,11 @@ def by_gain(rules: dict[str, dict]) -> list[str]:
     host."""
     oracles = [name for name in rules if name in ORACLES]
     others = [name for name in rules if name not in ORACLES and name != "off"]
-    for names in (oracles, others):
-        names.sort(key=lambda name: rules[name]["over shuffled"][0], reverse=True)
-    return oracles + others
+
+    def gain(name: str) -> float:
+        return rules[name]["over shuffled"][0]
+
+    return sorted(oracles, key=gain, reverse=True) + sorted(others, key=gain, reverse=True)
 
 
 # ------------------------------------------------------------------------------------------- table
@@ -55,12 +58,12 @@ def cells(name: str, row: dict, with_decisions: bool) -> list[str]:
     if with_decisions:
         line += [interval(row["deciding"]), interval(row["wrong"])]
     if name == "off":
-        line += ["0", "", ""]
+        line += ["0", "–", "–"]
     else:
         line += [number(row["angle"], 1), interval(row["gain"], 100)]
         line.append(f"**{interval(row['over shuffled'], 100)}**")
     if with_decisions:
-        line.append("" if name == "off" else percent(row["share"]))
+        line.append("–" if name == "off" else percent(row["share"]))
     return line
 
 
@@ -147,13 +150,12 @@ RING_COLOR = "#aa4499"
 GREY = "#555555"
 
 
-class Axis:
-    """Where values lie between two places of the figure."""
+class Axis(NamedTuple):
+    """Where values from low to high lie between two places of the figure."""
 
-    def __init__(self, ends: tuple[float, float], low: float, high: float):
-        self.ends = ends
-        self.low = low
-        self.high = high
+    ends: tuple[float, float]
+    low: float
+    high: float
 
     def x(self, value: float) -> float:
         left, right = self.ends
@@ -170,12 +172,12 @@ class Axis:
             parts.append(tag("line", x1=x, x2=x, y1=TOP - 12, y2=bottom, stroke=color))
             # Adding 0.0 turns a negative zero into a plain one.
             name = f"{round(mark, digits) + 0.0:.{digits}f}".replace("-", "−")
-            parts.append(text(self.x(mark), bottom + 16, name, fill=GREY, text_anchor="middle"))
+            parts.append(caption(self.x(mark), bottom + 16, name))
         return parts
 
 
-def text(x: float, y: float, content: str, **attributes) -> Html:
-    return svg_text(x, y, content, **attributes)
+def caption(x: float, y: float, content: str) -> Html:
+    return svg_text(x, y, content, fill=GREY, text_anchor="middle")
 
 
 def gains_axis(rules: dict[str, dict]) -> Axis:
@@ -221,12 +223,12 @@ def areas_panel(rules: dict[str, dict], names: list[str], bottom: float) -> list
     axis = Axis(AREAS, 0, 1)
     left = AREAS[0]
     parts = [
-        text(left, 58, "How well its factors find …", font_weight="bold"),
-        text(left, 74, "● tokens that decide something", fill=DECIDING_COLOR),
-        text(left, 89, "● wrong decisions in bad responses", fill=WRONG_COLOR),
+        svg_text(left, 58, "How well its factors find …", font_weight="bold"),
+        svg_text(left, 74, "● tokens that decide something", fill=DECIDING_COLOR),
+        svg_text(left, 89, "● wrong decisions in bad responses", fill=WRONG_COLOR),
         *axis.draw([0, 0.25, 0.5, 0.75, 1], strong=0.5, bottom=bottom),
-        text(axis.x(0.5), bottom + 34, "area under the ROC curve", fill=GREY, text_anchor="middle"),
-        text(axis.x(0.5), bottom + 49, "0.5 is chance, 1 is all", fill=GREY, text_anchor="middle"),
+        caption(axis.x(0.5), bottom + 34, "area under the ROC curve"),
+        caption(axis.x(0.5), bottom + 49, "0.5 is chance, 1 is all"),
     ]
     for place, name in enumerate(names):
         parts += area_marks(axis, name, rules[name], TOP + ROW * place)
@@ -237,25 +239,20 @@ def gains_panel(rules: dict[str, dict], names: list[str], bottom: float) -> list
     """The first column: what does a rule gain by choosing its tokens?"""
     axis = gains_axis(rules)
     middle = sum(GAINS) / 2
-    caption = "gain in 100 · cosine with the sum of other batches"
     parts = [
-        text(GAINS[0], 58, "Does its gradient point in a better direction …", font_weight="bold"),
-        text(GAINS[0], 74, "● than with the same factors on other tokens?", fill=RULE_COLOR),
-        text(GAINS[0], 89, "○ than the gradient of the host?", fill=RING_COLOR),
-        *axis.draw(ticks(axis.low, axis.high, 6), strong=0, bottom=bottom),
-        text(middle, bottom + 34, caption, fill=GREY, text_anchor="middle"),
-        text(
-            middle,
-            bottom + 49,
-            "right of 0 is better; lines: 95 % intervals",
-            fill=GREY,
-            text_anchor="middle",
+        svg_text(
+            GAINS[0], 58, "Does its gradient point in a better direction …", font_weight="bold"
         ),
+        svg_text(GAINS[0], 74, "● than with the same factors on other tokens?", fill=RULE_COLOR),
+        svg_text(GAINS[0], 89, "○ than the gradient of the host?", fill=RING_COLOR),
+        *axis.draw(ticks(axis.low, axis.high, 6), strong=0, bottom=bottom),
+        caption(middle, bottom + 34, "gain in 100 · cosine with the sum of other batches"),
+        caption(middle, bottom + 49, "right of 0 is better; lines: 95 % intervals"),
     ]
     for place, name in enumerate(names):
         y = TOP + ROW * place
         color = ORACLE_COLOR if name in ORACLES else "#000000"
-        parts.append(text(NAMES_END, y + 4, label(name), fill=color, text_anchor="end"))
+        parts.append(svg_text(NAMES_END, y + 4, label(name), fill=color, text_anchor="end"))
         parts.append(gain_mark(axis, name, rules[name], y))
     return parts
 
@@ -269,12 +266,12 @@ def credit_figure(rules: dict[str, dict]) -> str:
     title = "Which rule of token credit finds the tokens that matter?"
     parts = [
         tag("rect", width=WIDTH, height=height, fill="white"),
-        text(14, 24, title, font_weight="bold", font_size=16),
+        svg_text(14, 24, title, font_weight="bold", font_size=16),
         *gains_panel(rules, names, bottom),
     ]
     if with_decisions:
         what = "Oracles know what each token decides; the one with blame knows the errors, too."
-        parts.append(text(14, 41, what, fill=ORACLE_COLOR))
+        parts.append(svg_text(14, 41, what, fill=ORACLE_COLOR))
         parts += areas_panel(rules, names, bottom)
     picture = tag(
         "svg",
