@@ -225,7 +225,7 @@ def areas_panel(rules: dict[str, dict], names: list[str], bottom: float) -> list
     parts = [
         svg_text(left, 58, "How well its factors find …", font_weight="bold"),
         svg_text(left, 74, "● tokens that decide something", fill=DECIDING_COLOR),
-        svg_text(left, 89, "● wrong decisions in bad responses", fill=WRONG_COLOR),
+        svg_text(left, 89, "● wrong decisions", fill=WRONG_COLOR),
         *axis.draw([0, 0.25, 0.5, 0.75, 1], strong=0.5, bottom=bottom),
         caption(axis.x(0.5), bottom + 34, "area under the ROC curve"),
         caption(axis.x(0.5), bottom + 49, "0.5 is chance, 1 is all"),
