@@ -238,6 +238,11 @@ def test_a_run_without_held_out_data_says_so(start, tmp_path, capsys):
     assert "held out at step" not in output
 
 
+def test_a_control_is_said(start, capsys):
+    start("train.steps=0", "dyco.control=shuffled", "eval.samples=2")
+    assert greeting(capsys.readouterr().out)["method"].endswith("; control shuffled")
+
+
 # ---------------------------------------------------------------- starts.jsonl
 
 

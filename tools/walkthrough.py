@@ -45,7 +45,7 @@ from tools.command import command
 from tools.examples import heat_maps, picture, visual_grids
 from tools.walkthrough_pictures import attention_picture, shifts_picture, weights_picture
 
-COLUMNS = 120  # at which sentences are wrapped
+COLUMNS = 140  # at which sentences are wrapped
 SPACE = "\ue000"  # stands for a space at which no line may break
 SEARCHED = 40  # held-out prompts that are tried for groups whose rewards differ
 SHOWN_PLACES = 3  # of the image in the table of section 3
@@ -74,14 +74,14 @@ INTRODUCTION = """
 
 You know GRPO: a model answers a prompt several times, each answer gets a reward, and an answer
 above the mean of its group is made likelier, one below it less likely, with one push for all its
-tokens. DyCo-RL (arXiv [2606.08035](https://arxiv.org/abs/2606.08035)) changes the last words:
-each token gets a push of its own, by what the model's attention did while the token was chosen.
-Here is one such step.
+tokens. DyCo-RL (arXiv [2606.08035](https://arxiv.org/abs/2606.08035)) gives each token a push of
+its own, by what the model's attention did while the token was chosen. Here is one such step.
 
-`.venv/bin/python -m tools.walkthrough` prints this page. The model has {weights} weights in
+`.venv/bin/python -m tools.walkthrough` prints this page. The model has {weights} parameters in
 {depth} layers, and only a copy in memory is changed. With `--model DIR --image FILE --question
 TEXT --answer TEXT` it is about your model and your picture. A line with an equals sign can be
-redone by hand with the rounded numbers in it; angles are in radians.
+redone by hand with the numbers in it, up to their last digit, which is rounded; angles are in
+radians. **Where** names the code of a section, and **Left out?** says what breaks without it.
 """
 
 SECTION_1 = """
@@ -110,7 +110,7 @@ SECTION_2 = """
 The answers share their prompt. So the model reads it once, which is called the *prefill*, and
 then writes all answers side by side, a token of each at a time. A token is drawn at random from
 the model's own distribution, not from the likeliest few alone, because section 7 scores that
-distribution.
+distribution. The probability of each drawn token is kept.
 ```
 {answers}
 prompt tokens to read without a shared prefill:  {size} × {prompt} = {unshared}
@@ -133,11 +133,11 @@ DyCo-RL takes the rows of the last layer, averaged over its heads. For token {pl
 answer, {token}:
 ```
 row  {row}
-picture + text from the picture on + what stands before it:  {masses} = {total}
+image tokens + all text behind the first of them + all text before it:  {masses} = {total}
 ```
-The first two sums are the *visual mass* and the *text mass* of the token (eq. 1). Text is the
-question and the answer so far. What stands before the picture is not counted: models park
-attention there that they have no use for.
+The first two of these are the *visual mass* and the *text mass* of the token (eq. 1): what the
+image tokens get, and what the question and the answer so far get. Text before the picture is not
+counted: models park attention there that they have no use for.
 
 How far did attention *move* since the token before? Look inside the picture alone. In this row
 and in that of the token before, divide its shares by the visual mass, so that they add up to 1
@@ -148,13 +148,14 @@ and in that of the token before, divide its shares by the visual mass, so that t
 The sum of the last column is the *overlap*: 1 if attention lies as before, 0 if it lies on other
 places altogether. Eq. 3 turns it into an angle, the *shift*, from 0 (nothing moved) to 3.142,
 which is π (all of it moved). This is the Fisher-Rao distance. The text has a shift of its own,
-from its own part of the rows.
+from its own part of the rows. There the newest token is a place that the row before did not have:
+its share counts as 0 then, so attention to the newest token always counts as movement.
 ```
 image token {most}, this token:  {by_mass}
 image token {most}, root:  {root}
 overlap in the picture:  {overlap}
 visual shift:  2 × arccos({visual_overlap}) = {visual_shift}
-text shift:  2 × arccos({text_overlap}) = {text_shift}
+text shift, from an overlap summed likewise:  2 × arccos({text_overlap}) = {text_shift}
 its lead, visual − text:  {visual_shift} − {text_shift} = {lead}
 ```
 This token was chosen because its lead is the largest of the bad answer. {attention_pictures}
@@ -177,8 +178,8 @@ SECTION_4 = """
 
 **Role (eq. 5).** Did attention move more inside the picture than inside the text, by over {tau}?
 Then the token *looks*, and its role is visual. Did it move more inside the text, by over {tau}?
-Then the token *reads*, and its role is text. All others are neutral, and so is the first token,
-which has none before it.
+Then the token *reads*, and its role is text. All others are neutral, and so is the first token of
+the answer: no row is kept from before it, so its shifts are set to 0.
 
 **Score (eq. 4 and 6).** Is the attention where the role says? The score is the share that the
 mass of the role has in both masses, between 0 and 1. A token that looks and has most of its
@@ -199,8 +200,8 @@ weights add up to {sum}, one per token.
 {weights_picture}
 
 **Where:** `dyco.py`: `assign_roles`, `alignment_scores`, `token_weights`. **Left out?** Without
-roles a score would be the size of a mass, and where the text is long only reading would ever
-score. Without the mean of 1, answers with high scores would be pushed harder as a whole.
+roles only the larger mass could count, and where the text is long that is nearly always the
+text's. Without the mean of 1, answers with high scores would be pushed harder as a whole.
 """
 
 SECTION_5 = """
@@ -245,13 +246,14 @@ code turns it round: by `dyco.rule=signed`, tokens with a role in a wrong answer
 − {alpha} × weight.
 
 DyCo-RL does not know which token was the mistake. A row belongs to the place *before* its token.
-So where the two answers part, at token {place}, both have the same row and score, whatever was
-then drawn. Only the group advantage differs.
+So where the two answers part, at token {place}, both have the same row, role and score, whatever
+was then drawn. Their weights may differ a little, since each answer has its own mean of exp, but
+that says nothing of this token. Only the sign of the group advantage tells right from wrong.
 
 **Where:** `train.py`: `assign_advantages`; `dyco.py`: `reweight_advantages`, `_paper`. **Left
-out?** Without the factor this is GRPO. The factor has the mean {mean_factor}, so eq. 8 also takes
-larger steps. A run with `dyco.control=uniform`, where all tokens of an answer have the same
-factor, tells what the choice of tokens is worth.
+out?** Without the factor this is GRPO. The factor has the mean {mean_factor}, so every answer is
+pushed that much harder as a whole. With `dyco.control=uniform` all tokens have the factor
+{mean_factor}: a run of that tells what the choice of tokens is worth.
 """
 
 SECTION_7 = """
@@ -265,7 +267,8 @@ scored again: now the ratios lie between {lowest} and {highest}.
 What a host teaches a token is the *slope* of its loss: how the loss changes with the logarithm of
 the token's probability. The step goes downhill, so a positive slope makes the token less likely.
 Here are the slopes, times 1000, for token {place} of the bad answer, {token}, whose ratio becomes
-{ratio}.
+{ratio}. The batch is all answers to all prompts: {count} answers of at most {longest} tokens,
+{tokens} together.
 
 {host_table}
 
@@ -273,13 +276,15 @@ Here are the slopes, times 1000, for token {place} of the bad answer, {token}, w
 changed, divided by the length of the answer and by the number of answers. `dapo` and `cispo`
 divide by all tokens of the batch, so that tokens of long answers count as much. `dr_grpo` divides
 by the greatest length allowed, and leaves out the standard deviation of section 5. The losses say
-little: advantages of both signs cancel out.
+little: advantages of both signs cancel out, and `cispo` and `sapo` have other losses, not slopes.
 
 **After it** they differ in when they stop. `grpo`, `dapo` and `dr_grpo` stop a token of a bad
-answer once its ratio is below {floor}. `gspo` looks at the mean over the whole answer, and its
-limits are hundreds of times as narrow. `sapo` has no limit: its slope fades as the ratio leaves
-1. `cispo` has no lower one: it multiplies the slope by the ratio. Where a token is stopped, the
-KL term of `grpo` and `gspo` still pulls back to the model that training began with.
+answer once its ratio is below {floor}, and one of a good answer above {ceiling} (`dapo`: {dapo}).
+`gspo` takes one ratio for the whole answer, the geometric mean of its tokens' ratios, and stops a
+bad answer as a whole below {gspo}. `sapo` has no limit: its slope fades as the ratio leaves 1. `cispo` has
+no lower limit: its slope is multiplied by the ratio. Where a token is stopped, the KL term, a
+penalty for leaving the model that training began with, still pulls back, with the coefficient
+{grpo_kl} in `grpo` and {gspo_kl} in `gspo`.
 
 **Where:** `rl_algos.py`: `policy_loss`, `clipped_objective`, `gspo_objective`, `sapo_objective`,
 `cispo_objective`. **Left out?** Without limits, answers that are learned from more than once
@@ -290,9 +295,10 @@ SECTION_8 = """
 ## 8. The gradient, and what changed after the step
 
 The host of this step is `{host}`. The way back through the model turns the slopes into a
-gradient, a number for each weight. Its length is {norm}, and it is cut to at most {clip}. AdamW
-divides each number by its usual size. At the very first step that is its own size, so each weight
-moves by the learning rate, {rate}, against its gradient. For example, {name}, all times 1000:
+gradient, a number for each parameter. Its length is {norm}; were it above {clip}, it would be cut
+to that. AdamW divides each number by its usual size. At the very first step that is its own size,
+so each parameter moves by the learning rate, {rate}, against its gradient, however hard the push.
+For example, {name}, all times 1000:
 ```
 gradient  {gradient}
 change    {change}
@@ -600,8 +606,9 @@ class RowPair:
         for place in self.shown:
             rows.append([place + 1, *(number(column[place], 4) for column in columns)])
         others = [number(column.sum() - column[self.shown].sum(), 4) for column in columns]
-        rows.append([f"{len(self.roots) - len(self.shown)} others", *others])
-        heads = ("image token", "token before", "this token", "before / mass", "this / mass")
+        rows.append([f"{len(self.roots) - len(self.shown)} others, summed", *others])
+        masses = [number(part.sum()) for part in self.attention]
+        heads = ("image token", "token before", "this token", *(f"/ {mass}" for mass in masses))
         return table((*heads, "root of their product"), rows)
 
     def by_hand(self) -> dict[str, str]:
@@ -821,6 +828,14 @@ def section_7(walk: Walk, new_logprobs: Tensor) -> str:
         ratio=number(ratios[bad.row, place]),
         host_table=table((*heads, "loss after"), rows),
         floor=number(1 - walk.hosts["grpo"].algo.clip_low, 1),
+        ceiling=number(1 + walk.hosts["grpo"].algo.clip_high, 1),
+        dapo=number(1 + walk.hosts["dapo"].algo.clip_high, 2),
+        gspo=number(1 - walk.hosts["gspo"].algo.clip_low, 4),
+        grpo_kl=walk.hosts["grpo"].algo.kl,
+        gspo_kl=walk.hosts["gspo"].algo.kl,
+        count=len(walk.rollout.mask),
+        longest=walk.config.rollout.max_new_tokens,
+        tokens=int(walk.rollout.mask.sum()),
     )
 
 
@@ -1050,10 +1065,16 @@ def where_from(config: Config, places: list[int], enough: bool) -> str:
         "question asks for the sum over some shapes. "
     )
     if enough:
-        rule = f"Held-out questions were tried from number 0 on, until two had {size} answers with"
+        rule = (
+            "Questions that training does not see were tried from number 0 on, until two were "
+            f"found whose {size} answers did not all get the same reward."
+        )
     else:
-        rule = f"No two of the first {SEARCHED} held-out questions had {size} answers with"
-    return f"{task}{rule} different rewards. These are {chosen}; sections 1 to 6 follow the first."
+        rule = (
+            f"None of the first {SEARCHED} questions that training does not see, or one alone, had "
+            f"{size} answers with different rewards."
+        )
+    return f"{task}{rule} These are {chosen}; sections 1 to 6 follow the first."
 
 
 def prepare(options: argparse.Namespace) -> Walk:

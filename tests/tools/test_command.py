@@ -19,6 +19,7 @@ WORK = {
     "tools.ablate": (["--dry-run", "--out", "nowhere"], "run_grid"),
     "tools.agreement": ([], "installed"),
     "tools.bench": (["step"], "measure"),
+    "tools.credit": (OBSERVED, "run_credit"),
     "tools.estimate": ([], "plan"),
     "tools.export": (["checkpoint", "folder"], "export"),
     "tools.gradient": (OBSERVED, "run_gradient"),

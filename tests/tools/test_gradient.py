@@ -14,7 +14,8 @@ import train
 from config import DEFAULTS, load_config
 from dyco import Signals
 from rollout import Rollout, generate
-from tools import gradient
+from tools import gradient, gradients
+from tools.gradients import HOST, Weighting
 from tools.observed import AnalysisError
 from tools.toy_decisions import toy_decisions
 
@@ -74,7 +75,8 @@ def test_gradients_and_angles_by_autograd(make_policy, prompts):
     hosts = [slow_gradient(policy, batches[i], "off") for i in (2, 4)]
     papers = [slow_gradient(policy, batches[i], "paper") for i in (2, 4)]
     policy.zero_grad()
-    described = gradient.describe_gradients(config, policy, batches, ["paper"])["paper"]
+    paper = {"paper": Weighting("paper")}
+    described = gradient.describe_gradients(config, policy, batches, paper)["paper"]
 
     def cosine(a, b) -> float:
         return float(cosine_similarity(a, b, dim=0))
@@ -97,7 +99,7 @@ def test_gradients_and_angles_by_autograd(make_policy, prompts):
     assert described["factor"][0] == pytest.approx(1.2, abs=1e-4)
     assert described["spread"][0] > 0.01
     with pytest.raises(AnalysisError, match="all gradients are zero"):
-        gradient.describe_gradients(config, policy, batches[2:4], ["paper"])
+        gradient.describe_gradients(config, policy, batches[2:4], paper)
 
 
 @pytest.fixture
@@ -133,7 +135,7 @@ def test_oracles_know_what_decides_and_whom_to_blame(two_responses, tokenizer):
     batch, decides, wrong = two_responses
 
     def marked(blame: bool) -> list[list[int]]:
-        scores = gradient.oracle_scores(batch, [SCENE], tokenizer, blame)
+        scores = gradients.oracle_scores(batch, [SCENE], tokenizer, blame)
         return [row.nonzero().flatten().tolist() for row in scores]
 
     assert marked(blame=False) == [decides, decides]
@@ -142,7 +144,7 @@ def test_oracles_know_what_decides_and_whom_to_blame(two_responses, tokenizer):
 
 def test_scores_of_an_oracle_go_through_eq_7_and_8(two_responses, tokenizer, monkeypatch):
     batch, _, _ = two_responses
-    blame = gradient.oracle_scores(batch, [SCENE], tokenizer, blame=True)
+    blame = gradients.oracle_scores(batch, [SCENE], tokenizer, blame=True)
 
     def update(training, batch, groups):
         training.optimizer.gradient = batch.advantages
@@ -150,8 +152,9 @@ def test_scores_of_an_oracle_go_through_eq_7_and_8(two_responses, tokenizer, mon
     monkeypatch.setattr(train, "update", update)
     config = load_config(DEFAULTS)
     policy = SimpleNamespace(parameters=list)
-    by_oracle = gradient.batch_gradient(config, policy, batch, "oracle", 0, blame)
-    host = gradient.batch_gradient(config, policy, batch, "off", 0)
+    oracle = Weighting("paper", scores=[blame])
+    by_oracle = gradients.batch_gradient(config, policy, batch, oracle, 0)
+    host = gradients.batch_gradient(config, policy, batch, HOST, 0)
     weights = dyco.token_weights(blame, batch.rollout.mask)
     torch.testing.assert_close(by_oracle, (1 + 0.2 * weights) * host)
 
@@ -165,28 +168,28 @@ def start(make_policy, tmp_path, monkeypatch):
 
 
 def test_gradient_command(start, capsys):
-    """The host is 0 degrees away from itself, exactly; `uniform` only makes its gradient 1.2 times
-    as long."""
+    """The host is 0 degrees away from itself, exactly; `paper/uniform` only makes its gradient 1.2
+    times as long."""
     settings = ["rollout.prompts_per_step=2", "algo.kl=0.5", "optim.grad_clip=0.1"]
-    out = start("--rules", "uniform,paper", *settings)
+    out = start("--rules", "paper/uniform,paper", *settings)
     written = json.loads((out / "gradient.json").read_text())
     assert written["batches"] == 3
-    assert set(written["rules"]) == {"off", "uniform", "paper"}
+    assert set(written["rules"]) == {"off", "paper/uniform", "paper"}
 
     off = written["rules"]["off"]
     assert off["angle"] == off["gain"] == off["spread"] == [0, 0, 0]
     assert off["length"] == [1, 1, 1]
     assert off["summed"] == [0, None, None]
 
-    uniform = written["rules"]["uniform"]
+    uniform = written["rules"]["paper/uniform"]
     assert uniform["length"] == pytest.approx([1.2] * 3, abs=1e-4)
     assert uniform["angle"][2] < 0.01
     assert abs(uniform["gain"][0]) < 1e-4
 
     paper = written["rules"]["paper"]
     over_uniform = paper["gain"][0] - uniform["gain"][0]
-    assert paper["over uniform"][0] == pytest.approx(over_uniform, abs=2e-5)
-    assert "over shuffled" not in paper
+    assert paper["over paper/uniform"][0] == pytest.approx(over_uniform, abs=2e-5)
+    assert "over paper/shuffled" not in paper
     assert paper["summed"][0] > 0.05
     assert paper["angle"][0] > 0.05
     towards = off["reference"][0] + paper["gain"][0]
@@ -198,6 +201,11 @@ def test_gradient_command(start, capsys):
     "more, message",
     [
         (["--rules", "paper,papper"], "no rule papper; expected some of off, paper"),
+        (
+            ["--rules", "vppo/shufled"],
+            "no control shufled; expected one of none, shuffled, uniform",
+        ),
+        (["--rules", "signed_uniform"], "signed_uniform is called signed/uniform now"),
         (
             ["rollout.prompts_per_step=4"],
             "6 samples make 1 batches of rollout.prompts_per_step=4; expected 2 or more",

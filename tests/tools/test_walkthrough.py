@@ -301,7 +301,7 @@ def test_text_of_a_model_stays_text(write_page, tmp_path, monkeypatch):
 def test_rows_come_from_before_the_step(write_page, tmp_path):
     """Masses of the printed row are those that the rollout read, and the picture says the same."""
     page = write_page()
-    mass = re.search(r"what stands before it:  ([\d.]+) ", page)[1]
+    mass = re.search(r"all text before it:  ([\d.]+) ", page)[1]
     svg = (tmp_path / "out" / "walkthrough-attention.svg").read_text()
     assert f"{mass} on the picture" in svg
     by_mass = re.search(r"this token:  [\d.]+ / ([\d.]+)", page)[1]
@@ -343,5 +343,5 @@ def test_too_few_groups_with_different_rewards_are_said(write_page, monkeypatch)
     monkeypatch.setattr(rewards, "accuracy", lambda text, answer: 0.0)
     monkeypatch.setattr(walkthrough, "SEARCHED", 3)
     page = " ".join(write_page().split())
-    assert "No two of the first 3 held-out questions had 4 answers with different rewards" in page
+    assert "None of the first 3 questions that training does not see, or one alone, had 4" in page
     assert "All rewards of this prompt are equal" in page
