@@ -281,10 +281,10 @@ little: advantages of both signs cancel out, and `cispo` and `sapo` have other l
 **After it** they differ in when they stop. `grpo`, `dapo` and `dr_grpo` stop a token of a bad
 answer once its ratio is below {floor}, and one of a good answer above {ceiling} (`dapo`: {dapo}).
 `gspo` takes one ratio for the whole answer, the geometric mean of its tokens' ratios, and stops a
-bad answer as a whole below {gspo}. `sapo` has no limit: its slope fades as the ratio leaves 1. `cispo` has
-no lower limit: its slope is multiplied by the ratio. Where a token is stopped, the KL term, a
-penalty for leaving the model that training began with, still pulls back, with the coefficient
-{grpo_kl} in `grpo` and {gspo_kl} in `gspo`.
+bad answer as a whole below {gspo}. `sapo` has no limit: its slope fades as the ratio leaves 1.
+`cispo` has no lower limit: its slope is multiplied by the ratio. Where a token is stopped, the KL
+term, a penalty for leaving the model that training began with, still pulls back, with the
+coefficient {grpo_kl} in `grpo` and {gspo_kl} in `gspo`.
 
 **Where:** `rl_algos.py`: `policy_loss`, `clipped_objective`, `gspo_objective`, `sapo_objective`,
 `cispo_objective`. **Left out?** Without limits, answers that are learned from more than once

@@ -27,8 +27,8 @@ WORK = {
     "tools.intervene": (OBSERVED, "run_intervene"),
     "tools.report": (["folder"], "write"),
     "tools.roles": (OBSERVED, "run_roles"),
-    "tools.walkthrough": ([], "prepare"),
     "tools.trl_peer": (["3M", "600", "4", "2"], "step_seconds"),
+    "tools.walkthrough": ([], "prepare"),
     "evaluate": (["score", "--benchmark", "MME", "--data", "x", "--responses", "y"], "score"),
 }
 
