@@ -290,10 +290,10 @@ def test_out_of_memory_names_the_groups(start, monkeypatch, capsys):
 
     plain, calls = train.Policy.forward, iter(range(10**6))
 
-    def forward(self, prompts, *args):
+    def forward(self, prompts, *args, **kwargs):
         if next(calls) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return plain(self, prompts, *args)
+        return plain(self, prompts, *args, **kwargs)
 
     monkeypatch.setattr(train.Policy, "forward", forward)
     monkeypatch.setattr(

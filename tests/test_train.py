@@ -469,8 +469,8 @@ def test_dynamic_sampling_keeps_mixed_groups_up_to_the_quota(start, monkeypatch)
     monkeypatch.setattr(
         train,
         "assign_advantages",
-        lambda config, batch, step, plain=train.assign_advantages: (
-            learned.append(batch) or plain(config, batch, step)
+        lambda config, batch, step, world, plain=train.assign_advantages: (
+            learned.append(batch) or plain(config, batch, step, world)
         ),
     )
     folder = start("algo.name=dapo", "algo.mask_truncated=false", "eval.every=100", "train.steps=1")

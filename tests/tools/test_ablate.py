@@ -246,11 +246,19 @@ def test_shipped_lines_never_count(shipped, tmp_path):
         assert plan.others == others
 
 
-def test_the_shipped_report_says_so_and_is_the_shipped_table(shipped, capsys):
-    before = {path.name: path.read_bytes() for path in shipped.iterdir()}
+def contents(folder):
+    """{file: its bytes} of a folder and of those in it."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_shipped_report_says_so_and_is_the_shipped_table(shipped, capsys, monkeypatch):
+    before = contents(shipped)
     ablate.main(["--report"])
-    assert {path.name: path.read_bytes() for path in shipped.iterdir()} == before
     assert "These are the 464 runs that came with the project" in capsys.readouterr().out
+    monkeypatch.setattr(ablate, "CREDIT_RESULTS", shipped / "credit")
+    ablate.main(["credit", "--report"])
+    assert "runs that came with the project" in capsys.readouterr().out
+    assert contents(shipped) == before
 
 
 def test_shipped_lines_of_another_regime_are_refused(results):
@@ -414,12 +422,12 @@ def test_an_interrupted_grid_goes_on_where_it_was(made, tmp_path, monkeypatch):
 
 
 def test_a_grid_leaves_the_shipped_results_alone(made, shipped, tmp_path, capsys):
-    before = {path.name: path.read_bytes() for path in shipped.iterdir()}
+    before = contents(shipped)
     out = tmp_path / "out"
     ablate.main(["table", "--seeds", "1", "--jobs", "1", "--out", str(out)])
     assert len(made) == 16
     assert {path.name for path in out.iterdir()} == {".lock", "runs.jsonl", *OUTPUTS}
-    assert {path.name: path.read_bytes() for path in shipped.iterdir()} == before
+    assert contents(shipped) == before
     assert "| grpo/paper | 1 | 80.0 | +10.0 |" in capsys.readouterr().out
 
     table = (out / "table.md").read_text()
