@@ -510,6 +510,17 @@ def _parse(text: str, wanted: Any) -> Any:
 # ----------------------------------------------------------------------------- merging and checking
 
 
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """`load_config` of a file that a run wrote, whose rule may have a name of earlier versions."""
+    written = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    rule = (written.get("dyco") or {}).get("rule") if isinstance(written, dict) else None
+    now = []
+    if isinstance(rule, str) and rule in dyco.FORMER_NAMES:
+        name, control = dyco.FORMER_NAMES[rule]
+        now = [f"dyco.rule={name}", f"dyco.control={control}"]
+    return load_config(path, [*now, *overrides])
+
+
 def load_config(path: str | Path = DEFAULTS, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file over the defaults in config.yaml, then apply overrides section.key=value.
 
@@ -759,6 +770,13 @@ def _contradictions(c: Config, sections: Sections, sources: list[str]) -> list[s
         "a folder of its own, not this repository, your home folder or one above the current one",
     )
     need(bool(c.dyco.layers), "dyco.layers", "at least one decoder layer")
+    # These rules give all tokens of a response one factor.
+    need(
+        c.dyco.control == "none" or c.dyco.rule not in ("off", "response"),
+        "dyco.control",
+        f"none, since a control does not change dyco.rule={c.dyco.rule}",
+        other="dyco.rule",
+    )
     need(bool(c.lora.targets), "lora.targets", "at least one linear layer")
     for name in c.lora.targets:
         if name not in lora.TARGETS:

@@ -301,6 +301,8 @@ def _response(t: Tokens) -> Tensor:
     tokens_with_role = _with_role(t).sum(-1).clamp(min=1)
     mean_score = torch.where(_with_role(t), t.scores, 0).sum(-1) / tokens_with_role
     groups = _in_groups(t, mean_score)
+    if not len(groups):
+        return _off(t)
     distance_from_mean = groups - groups.mean(-1, keepdim=True)
     std = groups.std(-1, keepdim=True, unbiased=t.group_size > 1)
     # Scores lie in 0 … 1. Means that differ by rounding alone must not be standardised into ±1.
@@ -342,7 +344,7 @@ def _mean(x: Tensor, mask: Tensor) -> Tensor:
 
 def _entropy(t: Tokens) -> Tensor:
     kept = _highest_of_batch(t.entropy, t.mask, percent=20)
-    # The mean over all tokens becomes one over the kept ones.
+    # A mean over all tokens of the batch becomes one over the kept ones.
     return kept * (t.mask.sum().to(t.entropy.dtype) / kept.sum().clamp(min=1))
 
 
@@ -355,6 +357,8 @@ def _blindness(t: Tokens) -> Tensor:
 def _vppo(t: Tokens) -> Tensor:
     dependence = _blindness(t).clamp(max=10)
     kept = _highest(dependence, t.mask, percent=40)
+    if not len(kept):
+        return kept.to(dependence.dtype)
     # The responses that depend more on the image weigh more; the mean over responses is 1.
     responses = t.mask.any(-1)[None]
     height = _minmax(_mean(dependence, t.mask).T, responses)
@@ -415,13 +419,12 @@ def _phrases(t: Tokens) -> Tensor:
     tokens = torch.where(t.mask, t.tokens, -1)
     phrases = F.pad(tokens, (2, 0), value=-1).unfold(-1, 3, 1)  # [B, T, 3], the last is token t
     rewards = _in_groups(t, t.rewards)
-    change = []
-    for of_group, mask, reward in zip(
-        _in_groups(t, phrases), _in_groups(t, t.mask), rewards, strict=True
-    ):
+    change = _in_groups(t, torch.zeros_like(t.advantages))
+    groups = zip(_in_groups(t, phrases), _in_groups(t, t.mask), rewards, strict=True)
+    for group, (of_group, mask, reward) in enumerate(groups):
         beginning = _worth_of_phrases(of_group[..., :2], mask, reward)
-        change.append(_worth_of_phrases(of_group, mask, reward) - beginning)
-    return _paper(t._replace(scores=_scores_of_change(t, torch.cat(change))))
+        change[group] = _worth_of_phrases(of_group, mask, reward) - beginning
+    return _paper(t._replace(scores=_scores_of_change(t, change.flatten(0, 1))))
 
 
 def _worth_of_phrases(phrases: Tensor, mask: Tensor, rewards: Tensor) -> Tensor:
@@ -457,10 +460,12 @@ def _shuffle(factors: Tensor, among: Tensor, generator) -> Tensor:
             "control 'shuffled' needs a generator: one torch.Generator, or a sequence with one for "
             "each response"
         )
+    one_for_all = isinstance(generator, torch.Generator)
+    if not one_for_all and len(generator) != len(factors):
+        raise ValueError(f"{len(generator)} generators; expected one for all, or {len(factors)}")
     shuffled = factors.clone()
     for row in range(len(factors)):
         places = among[row].nonzero().squeeze(-1)
-        one_for_all = isinstance(generator, torch.Generator)
         source = generator if one_for_all else generator[row]
         order = torch.randperm(len(places), generator=source, device=source.device)
         shuffled[row, places] = factors[row, places[order.to(places.device)]]
@@ -527,7 +532,7 @@ RULES = {
         _entropy,
         "N/⌈0.2·N⌉·Â on the 20 % of the batch's N tokens with the highest entropy, else 0",
         "arXiv 2506.01939 (80/20)",
-        "1 over the batch: the loss is averaged over the kept tokens",
+        "1 over the batch: a loss that is averaged over tokens (dapo) is one over the kept tokens",
         needs=("entropy",),
         over_batch=True,
     ),

@@ -257,10 +257,10 @@ def config_of(model: str) -> Config:
 
     train.py writes the model to RUN_DIR/final and its settings to RUN_DIR/config.yaml.
     """
-    from config import load_config
+    from config import load_config, load_run_config
 
     file = config_file_of(model)
-    return load_config() if file is None else load_config(file)
+    return load_config() if file is None else load_run_config(file)
 
 
 def config_file_of(model: str) -> Path | None:

@@ -406,8 +406,9 @@ class Policy(nn.Module):
         )
         with self.autocast():
             embedded = self.embed(prompts, responses)
-            row = self.decoder(embedded, positions[:, None], layout)[0]
-            hidden = row[torch.tensor(predictors, dtype=torch.long, device=self.device)]
+            hidden = self.decoder(embedded, positions[:, None], layout)[0]
+            images = mean_image_states(hidden.detach(), prompts, layout) if similarity else None
+            hidden = hidden[torch.tensor(predictors, dtype=torch.long, device=self.device)]
         mask = mask.to(self.device)
         logprobs, entropy = TokenLogprobs.apply(
             hidden.to(self.dtype),
@@ -426,7 +427,6 @@ class Policy(nn.Module):
         signals = None if tap is None else self._take_signals(tap, len(prompts), mask)
         similar = None
         if similarity:
-            images = mean_image_states(row.detach(), prompts, layout)
             lengths_of_groups = mask.sum(1).view(len(prompts), group_size).sum(1)
             of_tokens = images.repeat_interleave(lengths_of_groups, dim=0)
             similar = unpack(image_similarity(hidden.detach(), of_tokens))

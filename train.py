@@ -344,6 +344,11 @@ def add_logprobs(training: Training, batch: Batch, minibatches: list[list[int]])
         batch.blind_logprobs, _ = compute_logprobs(
             training, policy, rollout, minibatches=minibatches, blind=True
         )
+        # Without an image both looks are the same; what they differ by is rounding.
+        has_image = [prompt.pixel_values is not None for prompt in rollout.prompts]
+        has_image = torch.tensor(has_image, dtype=torch.bool, device=rollout.mask.device)
+        sees = has_image.repeat_interleave(rollout.group_size)[:, None]
+        batch.blind_logprobs = torch.where(sees, batch.blind_logprobs, batch.old_logprobs)
     if reference is not None:
         with lora.off(reference):
             batch.ref_logprobs, _ = compute_logprobs(

@@ -27,8 +27,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import distributed
+import dyco
 import lora
-from config import Config, ConfigError, load_config
+from config import Config, ConfigError, load_run_config
 from distributed import World
 from rows import RowError, append_jsonl
 from run_folder.console import (
@@ -151,7 +152,7 @@ class RunFolder:
             self.facts = read_facts(self.checkpoint)
             self._refuse_changes(self.facts["config"])
         elif self.metrics.exists():  # a run that ended before its first checkpoint begins again
-            self._refuse_changes(asdict(load_config(self.path / "config.yaml")))
+            self._refuse_changes(asdict(load_run_config(self.path / "config.yaml")))
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Do something on the main process. If that fails, all raise an error. Collective."""
@@ -225,8 +226,12 @@ class RunFolder:
             }
 
         after = flat(asdict(self.config))
-        # Runs that know of no adapters have trained the weights themselves.
-        before = {"lora.rank": 0, **flat(old)}
+        # Runs that know of no adapters have trained the weights themselves, and runs that know of
+        # no control had a name for rule and control together.
+        before = {"lora.rank": 0, "dyco.control": "none", **flat(old)}
+        former = dyco.FORMER_NAMES.get(before.get("dyco.rule"))
+        if former is not None:
+            before["dyco.rule"], before["dyco.control"] = former
         for key, value in after.items():
             if key not in before:  # an option that the code has got since then
                 self.say(f"new since the checkpoint: {key} {value!r}")

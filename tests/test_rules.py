@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dyco
-from config import ConfigError, load_config
+from config import ConfigError, load_config, load_run_config
 
 ALPHA = 0.2
 F64 = dict(rtol=1e-12, atol=1e-12)  # a few thousand roundings of float64
@@ -524,6 +524,38 @@ def test_no_advantage_stays_none_and_nothing_is_learned_through_weights(rule, co
         for name, values in given.items()
     }
     assert not reweight(advantages, mask, leaves, rule, control).requires_grad
+
+
+@pytest.mark.parametrize("rule, control", ALL)
+def test_a_process_without_responses_has_no_advantages(rule, control):
+    """Dynamic sampling may leave a process of several without any group."""
+    advantages, mask, given = batch(0)
+    nothing = {name: values[:0] for name, values in given.items()}
+    assert reweight(advantages[:0], mask[:0], nothing, rule, control).shape == mask[:0].shape
+
+
+def test_there_is_a_generator_for_each_response():
+    advantages, mask, given = batch(0)
+    with pytest.raises(ValueError, match="2 generators; expected one for all, or 6"):
+        dyco.reweight_advantages(
+            advantages, mask=mask, generator=[rng(0), rng(1)], control="shuffled", **given
+        )
+
+
+@pytest.mark.parametrize("rule", ["off", "response"])
+def test_a_control_that_would_change_nothing_is_refused(rule):
+    with pytest.raises(ConfigError, match=f"dyco.control: expected none.*dyco.rule={rule}"):
+        load_config(overrides=[f"dyco.rule={rule}", "dyco.control=shuffled"])
+
+
+def test_a_file_that_a_run_wrote_may_have_a_former_name(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("dyco: {rule: signed_shuffled, alpha: 0.3}\n")
+    config = load_run_config(file, ["dyco.tau=0.1"])
+    assert (config.dyco.rule, config.dyco.control) == ("signed", "shuffled")
+    assert (config.dyco.alpha, config.dyco.tau) == (0.3, 0.1)
+    with pytest.raises(ConfigError, match="dyco.rule=signed dyco.control=shuffled"):
+        load_config(file)
 
 
 @pytest.mark.parametrize("rule", dyco.RULES)

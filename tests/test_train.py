@@ -426,6 +426,7 @@ def test_another_run_cannot_resume(start, capsys):
         ("train.seed", 0, 1),
         ("algo.kl", 0.04, 0.5),
         ("dyco.rule", "paper", "signed"),
+        ("dyco.control", "none", "shuffled"),
         ("reward.format_weight", 1.0, 0.5),
     ]:
         with pytest.raises(SystemExit):
@@ -433,6 +434,24 @@ def test_another_run_cannot_resume(start, capsys):
         assert (
             f"holds a run with another {key} ({before!r}, now {after!r})" in capsys.readouterr().err
         )
+    # A run of earlier versions, which had no such key, or one name for both.
+    (checkpoint,) = (start() / "checkpoints").iterdir()
+    facts = json.loads((checkpoint / "facts.json").read_text())
+
+    def rewrite(facts: dict) -> None:
+        (checkpoint / "facts.json").write_text(json.dumps(facts))
+        (checkpoint / "checksums.json").unlink()
+        run_folder.write_checksums(checkpoint)
+
+    for rule, wanted in (("paper", "shuffled"), ("shuffled", "none")):
+        earlier = json.loads(json.dumps(facts))
+        del earlier["config"]["dyco"]["control"]
+        earlier["config"]["dyco"]["rule"] = rule
+        rewrite(earlier)
+        with pytest.raises(SystemExit):
+            start(f"dyco.control={wanted}", "train.steps=3")
+        assert "holds a run with another dyco.control" in capsys.readouterr().err
+    rewrite(facts)
     start(
         "optim.lr=1e-4", "reward.custom_on_error=zero", "train.steps=3"
     )  # what the error of a failing reward advises

@@ -60,7 +60,7 @@ from run_folder import exclusive
 from tools.charts import ticks
 from tools.command import command
 from tools.estimates import bootstrap_mean
-from tools.rule_table import Answer, answer_of, gain_text, rule_lines
+from tools.rule_table import SEEDS, Answer, answer_of, gain_text, rule_lines
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"  # came with the project
@@ -662,7 +662,9 @@ def against_hosts(runs: dict, cells: list[str]) -> list[Comparison]:
 
 
 def against_own_controls(runs: dict, parts: list[str]) -> list[Answer]:
-    """The rules of token credit against their own shuffled controls, of the runs that are there."""
+    """The rules of token credit against their own shuffled controls, of the seeds that were planned
+    and the runs that are there."""
+    runs = {(cell, seed): row for (cell, seed), row in runs.items() if seed < SEEDS}
     answers = []
     for cell, (rule, _) in CREDIT_RULES.items():
         pairs = {
@@ -725,11 +727,23 @@ def cells_of_parts(parts: list[str]) -> list[str]:
     return [cell for part in dict.fromkeys(parts) for cell in PARTS[part]]
 
 
+def parts_to_show(runs: Runs, asked: list[str]) -> list[str]:
+    """The parts that were asked for, and those of which cells that no other part has were run."""
+    ran = {cell for cell, _ in runs}
+
+    def was_run(part: str) -> bool:
+        others = cells_of_parts([other for other in PARTS if other != part])
+        return bool(ran & (set(PARTS[part]) - set(others)))
+
+    return [part for part in PARTS if part in asked or was_run(part)]
+
+
 def tabulate(runs: Runs, folder: Path, parts: list[str] = DEFAULT_PARTS) -> str:
     """Write table.md, table.json, gains.svg and curves.svg of the runs of some parts.
 
     Returns the Markdown.
     """
+    parts = parts_to_show(runs, parts)
     wanted = set(cells_of_parts(parts))
     runs = {run: row for run, row in runs.items() if run[0] in wanted}
     ran = {cell for cell, _ in runs}
@@ -770,7 +784,7 @@ def tabulate(runs: Runs, folder: Path, parts: list[str] = DEFAULT_PARTS) -> str:
             "Mean over the curve, rule − control, paired by seed; an exact sign-flip test over all "
             "pairs, once they are complete, corrected by Holm.",
             "",
-            *rule_lines(answers),
+            *rule_lines(answers, planned=len(CREDIT_RULES)),
         ]
 
     (folder / "table.md").write_text("\n".join([*lines, ""]))
@@ -958,8 +972,10 @@ def check_out(out: Path) -> None:
                 )
 
 
-def report_shipped(folder: Path, parts: list[str]) -> None:
+def report_shipped(folder: Path) -> None:
+    """All parts that came with the project in this folder: a table of some would replace it."""
     runs = read_shipped(folder)
+    parts = DEFAULT_PARTS if folder.resolve() == RESULTS.resolve() else ["credit"]
     print(tabulate(runs, folder, parts))
     print(
         f"\nThese are the {len(runs)} runs that came with the project. Earlier code made them: "
@@ -1029,7 +1045,7 @@ def main(arguments: list[str] | None = None) -> None:
     parts = options.parts or DEFAULT_PARTS
     shipped = CREDIT_RESULTS if parts == ["credit"] else RESULTS
     if options.report and is_shipped(options.out or shipped):
-        report_shipped(options.out or shipped, parts)
+        report_shipped(options.out or shipped)
     elif options.report:
         report_folder(options.out, parts)
     else:

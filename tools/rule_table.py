@@ -78,8 +78,11 @@ def gain_text(gain: tuple | None) -> str:
     return form.format(*gain).replace("-", "−")
 
 
-def rule_lines(answers: list[Answer]) -> list[str]:
-    """A table in Markdown: every rule against its own shuffled control."""
+def rule_lines(answers: list[Answer], planned: int) -> list[str]:
+    """A table in Markdown: every rule against its own shuffled control.
+
+    planned: how many rules are tested together. There are no p-values before all of them have run.
+    """
     levels = list(answers[0].gains)
     lines = [
         "| rule − its shuffled control | pairs | " + " | ".join(levels) + " | p | p, corrected |",
@@ -97,7 +100,7 @@ def rule_lines(answers: list[Answer]) -> list[str]:
         cells = [gain_text(answer.gains[level]) for level in levels]
         p_values = ["–", "–"]
         # Holm's correction is for all of them together.
-        if len(tested) == len(answers):
+        if len(tested) == planned:
             p_values = [f"{answer.p:.3f}", f"{corrected[answer.rule]:.3f}"]
         lines.append(f"| {' | '.join([answer.rule, str(answer.pairs), *cells, *p_values])} |")
     return lines

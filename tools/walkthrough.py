@@ -35,7 +35,7 @@ import rewards
 import rl_algos
 import train
 from attention import Tap
-from config import DEFAULTS, Config, load_config
+from config import DEFAULTS, Config, load_run_config
 from data import Sample
 from rollout import Rollout, generate
 from rows import DataError, check_special_tokens, excerpt, load_image, printable
@@ -1041,7 +1041,7 @@ def read_configs(options: argparse.Namespace, prompts: int) -> tuple[Config, dic
     # What a page is made of: one update on two prompts of the toy, or on one of the reader's own.
     overrides += ["data.path=toy", "data.eval_path=null", "train.updates_per_rollout=1"]
     overrides.append(f"rollout.prompts_per_step={prompts}")
-    config = load_config(file, overrides)
+    config = load_run_config(file, overrides)
     for name, value in EXPLAINED.items():
         if getattr(config.dyco, name) != value:
             raise WalkthroughError(
@@ -1052,7 +1052,7 @@ def read_configs(options: argparse.Namespace, prompts: int) -> tuple[Config, dic
         raise WalkthroughError("dyco.layers: found several; the page shows rows of one layer")
     hosts = {}
     for name in sorted(rl_algos.ALGORITHMS):
-        hosts[name] = load_config(file, [*overrides, f"algo.name={name}"])
+        hosts[name] = load_run_config(file, [*overrides, f"algo.name={name}"])
     return config, hosts
 
 

@@ -256,6 +256,7 @@ def test_the_shipped_report_says_so_and_is_the_shipped_table(shipped, capsys, mo
     ablate.main(["--report"])
     assert "These are the 464 runs that came with the project" in capsys.readouterr().out
     monkeypatch.setattr(ablate, "CREDIT_RESULTS", shipped / "credit")
+    ablate.main(["rate", "--report"])  # one part would otherwise take the place of all
     ablate.main(["credit", "--report"])
     assert "runs that came with the project" in capsys.readouterr().out
     assert contents(shipped) == before
@@ -359,6 +360,10 @@ def test_credit_runs_have_a_table_of_their_own(made, tmp_path, capsys, monkeypat
     assert "| paper | 2 | +3.3 | +3.3 | +3.3 | – | – |" in text
     assert "| siblings | 2 | +0.0 | +0.0 | +0.0 | – | – |" in text
     assert "## table" not in text
+    # Another part in the same folder leaves this one's table there.
+    ablate.run_grid(["rate"], 1, jobs=1, out=out)
+    assert "## credit" in (out / "table.md").read_text()
+    assert "## rate" in (out / "table.md").read_text()
     monkeypatch.setattr(rule_table, "SEEDS", 2)
     ablate.run_grid(["credit"], 2, jobs=1, out=out)
     text = (out / "table.md").read_text()
@@ -396,6 +401,17 @@ def test_sign_flip_and_holm():
     assert rule_table.sign_flip([0.1, 0.2, 0.3]) == 0.25
     assert rule_table.holm([0.2, 0.001, 0.5]) == pytest.approx([0.4, 0.003, 0.5])
     assert rule_table.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_no_p_value_before_all_planned_runs_are_there():
+    full = rule_table.answer_of("mine", {"level 1": [1.0] * 8, "level 3": [1.0] * 8})
+    short = rule_table.answer_of("other", {"level 1": [1.0] * 8, "level 3": [1.0] * 7})
+    assert full.p == 2 / 2**16 and short.p is None
+    assert rule_table.rule_lines([full], planned=1)[-1].endswith("| 0.000 | 0.000 |")
+    for answers, planned in (([full], 2), ([full, short], 2)):
+        assert all(
+            line.endswith("| – | – |") for line in rule_table.rule_lines(answers, planned)[2:]
+        )
 
 
 def test_an_interrupted_grid_goes_on_where_it_was(made, tmp_path, monkeypatch):
