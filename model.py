@@ -38,13 +38,12 @@ from rows import first_line
 PRODUCT_CHUNKS = 4  # whose slopes are kept for one product in 16 bits: 600 MB for Qwen's vocabulary
 
 
-def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, suppressed: Tensor) -> Tensor:
-    """The logits of the one distribution of this project, which is sampled and scored. float32.
+def scaled_logits(logits: Tensor, temperature: float, suppressed: Tensor) -> Tensor:
+    """The logits of the one distribution of this project, which is sampled and scored.
 
-    hidden [M, D], weight [V, D], suppressed [n] ids -> [M, V]. Suppressed ids get the lowest
-    float32: with −∞ the entropy would be NaN.
+    logits [M, V] float32 as the head gives them, suppressed [n] ids -> [M, V]. Suppressed ids get
+    the lowest float32: with −∞ the entropy would be NaN.
     """
-    logits = float32_product(hidden, weight.T)
     if temperature != 1.0:
         logits = logits / temperature
     return logits.index_fill_(1, suppressed, torch.finfo(torch.float32).min)
@@ -52,7 +51,7 @@ def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, suppressed
 
 def _chunk_forward(hidden, weight, targets, temperature, suppressed):
     """Log-probability, entropy and log of the partition function of some tokens, [M] each."""
-    logits = scaled_logits(hidden, weight, temperature, suppressed)
+    logits = scaled_logits(float32_product(hidden, weight.T), temperature, suppressed)
     highest = logits.amax(dim=-1, keepdim=True)
     # One exponential serves the total and the entropy.
     shares = (logits - highest).exp_()
@@ -68,7 +67,7 @@ def _chunk_slope(hidden, weight, targets, temperature, suppressed, log_total, gr
 
     [M, V] in the weight's dtype.
     """
-    logits = scaled_logits(hidden, weight, temperature, suppressed)
+    logits = scaled_logits(float32_product(hidden, weight.T), temperature, suppressed)
     gradient = gradient[:, None] / temperature
     slope = logits.sub_(log_total[:, None]).exp_().mul_(-gradient)
     return slope.scatter_add_(1, targets[:, None], gradient).to(weight.dtype)
@@ -367,8 +366,12 @@ class Policy(nn.Module):
 
         weight: that of the language-model head, in the policy's dtype.
         """
-        temperature = temperature or self.temperature
-        return scaled_logits(hidden.to(self.dtype), weight, temperature, suppressed=self.suppressed)
+        hidden = hidden.to(self.dtype)
+        if decoder.has_few_rows(hidden):
+            logits = decoder.few_rows_product(hidden, weight)
+        else:
+            logits = float32_product(hidden, weight.T)
+        return scaled_logits(logits, temperature or self.temperature, self.suppressed)
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from conftest import picture, random_responses
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
+import decoder
 import dyco
 import model
 from attention import Tap
@@ -455,6 +456,43 @@ def test_products_into_float32_take_no_gradient(make_policy, prompts, monkeypatc
     policy(prompts, tokens, mask, policy.tap(DYCO)).logprobs.sum().backward()
     assert wants_gradient
     assert not any(wants_gradient)
+
+
+@pytest.mark.parametrize("rows, weight_first", [(1, True), (64, True), (65, False)])
+def test_few_rows_are_multiplied_weight_first_to_the_same_result(rows, weight_first):
+    generator = torch.Generator().manual_seed(rows)
+    module = torch.nn.Linear(24, 40, bias=False)
+    x = torch.randn(rows, 1, 24, generator=generator)
+    upstream = torch.randn(rows, 1, 40, generator=generator)
+    usual, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
+
+    expected = module(usual)
+    output = decoder.linear(module, ours)
+    # The product with the weight in front lies the other way round in memory.
+    assert (output[:, 0].T.is_contiguous()) == weight_first
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    expected_gradients = torch.autograd.grad(expected, [usual, module.weight], upstream)
+    output_gradients = torch.autograd.grad(output, [ours, module.weight], upstream)
+    torch.testing.assert_close(output_gradients, expected_gradients, rtol=1e-5, atol=1e-5)
+
+
+class Halved(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+@pytest.mark.parametrize(
+    "module, dtype",
+    [
+        (Halved(24, 40, bias=False), torch.float32),
+        (torch.nn.Linear(24, 40), torch.float32),
+        (torch.nn.Linear(24, 40, bias=False).bfloat16(), torch.bfloat16),
+    ],
+    ids=["other class", "bias", "16 bits"],
+)
+def test_other_linear_layers_are_called_as_they_are(module, dtype):
+    x = torch.randn(8, 1, 24).to(dtype)
+    assert torch.equal(decoder.linear(module, x), module(x))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
