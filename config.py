@@ -770,9 +770,8 @@ def _contradictions(c: Config, sections: Sections, sources: list[str]) -> list[s
         "a folder of its own, not this repository, your home folder or one above the current one",
     )
     need(bool(c.dyco.layers), "dyco.layers", "at least one decoder layer")
-    # These rules give all tokens of a response one factor.
     need(
-        c.dyco.control == "none" or c.dyco.rule not in ("off", "response"),
+        c.dyco.control == "none" or not dyco.RULES[c.dyco.rule].per_response,
         "dyco.control",
         f"none, since a control does not change dyco.rule={c.dyco.rule}",
         other="dyco.rule",

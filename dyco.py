@@ -192,7 +192,7 @@ def _minmax_mass(visual_mass: Tensor, text_mass: Tensor, mask: Tensor) -> tuple[
 
 
 # What a token's score compares: the modalities with one another (eq. 4), or each with itself over
-# the response.
+# the response (no ratio, but the authors' setting has this name).
 RATIOS = {"relative": _relative_mass, "minmax": _minmax_mass}
 
 
@@ -264,11 +264,12 @@ class Tokens(NamedTuple):
     entropy: Tensor | None = None  # [B, T], of the distribution that o_t was drawn from, in nats
     blind_logprobs: Tensor | None = None  # [B, T], log π(o_t) without the image
     image_similarity: Tensor | None = None  # [B, T], cosine of hidden state and image
-    tokens: Tensor | None = None  # [B, T] long, ids
+    tokens: Tensor | None = None  # [B, T] long, ids; anything on padding
     rewards: Tensor | None = None  # [B]
 
 
-# A rule returns what multiplies Â, one factor for each token [B, T].
+# A rule returns what multiplies Â, one factor for each token [B, T]. What it says of padding is
+# dropped.
 
 
 def _off(t: Tokens) -> Tensor:
@@ -348,19 +349,23 @@ def _entropy(t: Tokens) -> Tensor:
     return kept * (t.mask.sum().to(t.entropy.dtype) / kept.sum().clamp(min=1))
 
 
-def _blindness(t: Tokens) -> Tensor:
-    """k3 = e^d − d − 1, where d is how much likelier the token is without the image (in nats)."""
+def _image_dependence(t: Tokens) -> Tensor:
+    """k3 = e^d − d − 1, where d is how much likelier the token is without the image (in nats).
+
+    It estimates how far the distributions with and without the image are apart (Schulman's
+    estimator of a KL divergence).
+    """
     d = (t.blind_logprobs - t.logprobs).clamp(-20, 20)
     return (torch.expm1(d) - d).clamp(min=0)
 
 
 def _vppo(t: Tokens) -> Tensor:
-    dependence = _blindness(t).clamp(max=10)
+    dependence = _image_dependence(t).clamp(max=10)
     kept = _highest(dependence, t.mask, percent=40)
     if not len(kept):
         return kept.to(dependence.dtype)
     # The responses that depend more on the image weigh more; the mean over responses is 1.
-    responses = t.mask.any(-1)[None]
+    responses = t.mask.any(-1)[None]  # [1, B], as the three that follow
     height = _minmax(_mean(dependence, t.mask).T, responses)
     average = _mean(height, responses)
     of_response = torch.where(average > 0, 0.9 + 0.1 * height / average.clamp(min=1e-12), 1)
@@ -368,7 +373,7 @@ def _vppo(t: Tokens) -> Tensor:
 
 
 def _pgpo(t: Tokens) -> Tensor:
-    intensity = _minmax(_blindness(t).log1p(), t.mask)
+    intensity = _minmax(_image_dependence(t).log1p(), t.mask)
     threshold = 0.4
     above = 1 + 2 * (intensity - threshold) / (1 - threshold)
     weights = torch.where(intensity < threshold, intensity / threshold, above)
@@ -472,13 +477,13 @@ def _shuffle(factors: Tensor, among: Tensor, generator) -> Tensor:
     return shuffled
 
 
-def _level(factors: Tensor, among: Tensor, generator) -> Tensor:
+def _uniform(factors: Tensor, among: Tensor, generator) -> Tensor:
     """The marked tokens of each response get their mean factor."""
     return torch.where(among, _mean(factors, among), factors)
 
 
-# What any rule can be compared with: its own factors on other tokens, or without differences.
-CONTROLS = {"none": _as_it_is, "shuffled": _shuffle, "uniform": _level}
+# What a rule can be compared with: its own factors on other tokens, or without differences.
+CONTROLS = {"none": _as_it_is, "shuffled": _shuffle, "uniform": _uniform}
 
 
 def _all_tokens(t: Tokens) -> Tensor:
@@ -493,8 +498,9 @@ class Rule(NamedTuple):
     what: str  # one line, for people
     source: str
     average: str  # of the factors: rules that differ in it learn at different rates
-    needs: tuple[str, ...] = ()  # fields of Tokens that may be None for other rules
+    needs: tuple[str, ...] = ()  # fields of Tokens that it reads, of those that may be None
     over_batch: bool = False  # compares responses of different groups
+    per_response: bool = False  # one factor for a whole response: no control changes it
     among: Callable[[Tokens], Tensor] = _all_tokens  # [B, T] bool: the tokens a control touches
 
 
@@ -503,7 +509,13 @@ LATER = "the authors' later code"
 OURS = "this project"
 
 RULES = {
-    "off": Rule(_off, "Â for every token; the signals are only logged", "the host algorithm", "1"),
+    "off": Rule(
+        _off,
+        "Â for every token; the signals are only logged",
+        "the host algorithm",
+        "1",
+        per_response=True,
+    ),
     "paper": Rule(
         _paper, "eq. 8: (1 + α·w)·Â", f"{PAPER}, eq. 7 and 8", "1 + α over each response"
     ),
@@ -527,6 +539,7 @@ RULES = {
         "the idea of the authors' first release, which weighs responses instead of tokens",
         "about 1 over each group",
         needs=("group_size",),
+        per_response=True,
     ),
     "entropy": Rule(
         _entropy,
@@ -553,7 +566,7 @@ RULES = {
     ),
     "tor": Rule(
         _tor,
-        "Â on the 30 % of highest entropy, 0.5·Â on the 30 % that the image changes most, else 0",
+        "Â on the 30 % of highest entropy, else Â/2 on the 30 % most changed by the image, else 0",
         "arXiv 2603.25077 (ToR)",
         "0.3 to 0.45: the loss is still averaged over all tokens",
         needs=("logprobs", "entropy", "blind_logprobs"),
@@ -563,7 +576,7 @@ RULES = {
         _vgpo,
         "(1 + s − mean s)·Â, s the similarity to the image by minmax, the factor within 0.1 … 2",
         "arXiv 2604.09349 (VGPO)",
-        "1 over each response, where nothing is held",
+        "1 over each response, where no factor is clamped",
         needs=("image_similarity",),
     ),
     "surprise": Rule(
@@ -621,8 +634,8 @@ def reweight_advantages(
 
     advantages [B] or [B, T]; scores, roles and mask [B, T] -> [B, T], 0 on padding. Rows are
     group-major. `Tokens` says what the others are, and Rule.needs which of them a rule needs. The
-    control "shuffled" needs `generator`, one for all responses or one for each. For a few rules
-    (Rule.over_batch) all responses of the call belong together.
+    control "shuffled" needs `generator`, one for all responses or one for each. A few rules
+    (Rule.over_batch) compare responses of different groups: give them the whole batch at once.
 
     Raises ValueError for an unknown rule or control, or a missing argument.
 

@@ -34,6 +34,7 @@ from model import Policy, image_similarity, mean_image_states
 from rows import first_line
 
 PREFILL_TOKENS = 16384  # prompt tokens in one prefill
+RECORDABLE = ("entropy", "image_similarity")  # what `generate` can record
 BLOCK = 256  # at most so many ids of the vocabulary are one block for sampling
 
 
@@ -220,8 +221,11 @@ def generate(
     temperature: by default the policy's.
     greedy_last: the last response of each group is greedy, whatever the key.
     decoding: makes the layout of a wave; experiments pass a subclass that changes attention.
-    record: "entropy" and "image_similarity", to have these fields of the result.
+    record: of RECORDABLE, to have these fields of the result. Raises ValueError for another name.
     """
+    unknown = sorted(set(record) - set(RECORDABLE))
+    if unknown:
+        raise ValueError(f"record: {unknown} cannot be recorded; expected {list(RECORDABLE)}")
     lengths = [len(prompt.input_ids) for prompt in prompts]
     pace = pace_on(policy.device)
     training = policy.training

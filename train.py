@@ -51,7 +51,15 @@ from config import Config, ConfigError, load_config, split_arguments
 from data import DataError, JsonlDataset, Prompt, Sampler, check_lengths
 from distributed import ALONE, World
 from model import Policy, policy_from_config
-from rollout import Rollout, generate, join, keyed_generator, pad_and_stack, runs_within
+from rollout import (
+    RECORDABLE,
+    Rollout,
+    generate,
+    join,
+    keyed_generator,
+    pad_and_stack,
+    runs_within,
+)
 from rows import excerpt, first_line, printable
 from run_folder import RunError, RunFolder
 
@@ -161,7 +169,7 @@ def collect(training: Training, drawn: list[tuple[int, int]], step: int) -> Batc
             key=(config.train.seed, step),
             capture=config.dyco if while_decoding else None,
             max_cache_tokens=config.rollout.max_cache_tokens,
-            record=[name for name in needs(config) if name in ("entropy", "image_similarity")],
+            record=[name for name in needs(config) if name in RECORDABLE],
         )
     return give_rewards(training, rollout, samples)
 
@@ -341,20 +349,26 @@ def add_logprobs(training: Training, batch: Batch, minibatches: list[list[int]])
         if again:
             batch.old_logprobs = logprobs
     if "blind_logprobs" in needs(training.config):
-        batch.blind_logprobs, _ = compute_logprobs(
-            training, policy, rollout, minibatches=minibatches, blind=True
-        )
-        # Without an image both looks are the same; what they differ by is rounding.
-        has_image = [prompt.pixel_values is not None for prompt in rollout.prompts]
-        has_image = torch.tensor(has_image, dtype=torch.bool, device=rollout.mask.device)
-        sees = has_image.repeat_interleave(rollout.group_size)[:, None]
-        batch.blind_logprobs = torch.where(sees, batch.blind_logprobs, batch.old_logprobs)
+        batch.blind_logprobs = blind_logprobs(training, batch, minibatches)
     if reference is not None:
         with lora.off(reference):
             batch.ref_logprobs, _ = compute_logprobs(
                 training, reference, rollout, minibatches=minibatches
             )
     return logged
+
+
+def blind_logprobs(training: Training, batch: Batch, minibatches: list[list[int]]) -> Tensor:
+    """The log-probabilities of the responses, [B, T], where no text sees the image."""
+    rollout = batch.rollout
+    logprobs, _ = compute_logprobs(
+        training, training.policy, rollout, minibatches=minibatches, blind=True
+    )
+    # Without an image both looks are the same; what they differ by is rounding.
+    has_image = [prompt.pixel_values is not None for prompt in rollout.prompts]
+    has_image = torch.tensor(has_image, dtype=torch.bool, device=rollout.mask.device)
+    sees = has_image.repeat_interleave(rollout.group_size)[:, None]
+    return torch.where(sees, logprobs, batch.old_logprobs)
 
 
 # ---------- 4. advantage, 5. DyCo

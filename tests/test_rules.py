@@ -200,8 +200,9 @@ def batch(seed, group_size=3, groups=2, dtype=torch.float64):
     return advantages, mask, given
 
 
-def reweight(advantages, mask, given, rule, control="none", seed=0, group_size=3):
-    generators = [rng(1000 * seed + row) for row in range(len(mask))]
+def reweight(advantages, mask, given, rule, control="none", seed=0, group_size=3, rows=None):
+    """rows: whose generators the responses have."""
+    generators = [rng(1000 * seed + row) for row in rows or range(len(mask))]
     return dyco.reweight_advantages(
         advantages,
         mask=mask,
@@ -401,8 +402,16 @@ def test_a_rule_without_a_reference_is_named():
 # ---------------------------------------------------------------- controls
 
 
+MOVABLE = ("signed", "centered")  # their controls touch the tokens with a role alone
+
+
 def movable(rule, mask, given):
-    return mask & (given["roles"] != 0) if rule in ("signed", "centered") else mask
+    """The tokens that a control of the rule touches."""
+    if rule in MOVABLE:
+        return mask & (given["roles"] != 0)
+    if dyco.RULES[rule].among is not dyco.RULES["off"].among:
+        raise NotImplementedError(f"{rule!r} has an `among` of its own: repeat it here")
+    return mask
 
 
 @pytest.mark.parametrize("rule", dyco.RULES)
@@ -486,16 +495,15 @@ def test_what_stands_on_padding_does_not_matter(rule, control, garbage):
 @pytest.mark.parametrize("rule, control", ALL)
 def test_whole_groups_may_change_places_and_most_rules_need_no_others(rule, control):
     advantages, mask, given = batch(5)
-    whole = reweight(advantages, mask, given, rule)
     swapped = [3, 4, 5, 0, 1, 2]
     parts = [[3, 4, 5]] if not dyco.RULES[rule].over_batch else []
     # Where tokens of the batch are equal, the earlier rows are taken: no ties here.
     for name in ("entropy", "logprobs", "blind_logprobs"):
         given[name] = given[name] + torch.rand(mask.shape, generator=rng(6), dtype=torch.float64)
-    whole = reweight(advantages, mask, given, rule)
+    whole = reweight(advantages, mask, given, rule, control)
     for rows in (swapped, *parts):
         some = {name: values[rows] for name, values in given.items()}
-        result = reweight(advantages[rows], mask[rows], some, rule)
+        result = reweight(advantages[rows], mask[rows], some, rule, control, rows=rows)
         torch.testing.assert_close(result, whole[rows], **F64)
 
 

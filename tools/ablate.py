@@ -4,6 +4,7 @@
     python -m tools.ablate table --seeds 4     # some parts of the grid, first seeds first
     python -m tools.ablate --dry-run           # only says how many runs that is, and how long
     python -m tools.ablate credit              # the rules of token credit (docs/credit.md)
+    python -m tools.ablate mine                # a rule of yours, with its host and its controls
     python -m tools.ablate --report            # only tabulates the runs that came with the project
     python -m tools.ablate --report --out DIR  # only tabulates the runs of yours in DIR
 
@@ -158,6 +159,10 @@ VARIANTS = {
     "first layer": ["dyco.layers=[0]"],
     "all layers": ["dyco.layers=[0,1,2,3]"],
 }
+LEVELS = {  # of the toy, on which rules of token credit are compared: prefix and settings of cells
+    "level 1": ("", ()),
+    "level 3": ("level 3: ", ("toy.level=3",)),
+}
 # Rules of token credit, each with its own shuffled control: cell -> (rule, ratio).
 CREDIT_RULES = {
     "paper": ("paper", "relative"),
@@ -183,6 +188,28 @@ def credit_cells() -> dict[str, list[str]]:
     return cells
 
 
+def cells_on_levels(rules: dict[str, list[str]]) -> dict[str, list[str]]:
+    """With GRPO on the levels of LEVELS."""
+    cells = {}
+    for prefix, extra in LEVELS.values():
+        cells |= cells_of("grpo", rules, prefix, extra=extra)
+    return cells
+
+
+def cells_of_rule(rule: str) -> dict[str, list[str]]:
+    """A rule with its host and its controls."""
+    rules = {"host": OFF, rule: rule_settings(rule), **controls_of(rule)}
+    return cells_on_levels(rules)
+
+
+# Each rule that is in none of the other parts is a part by its own name. So whoever adds a rule to
+# dyco.RULES can ask for it. Where a response has one factor, no control would change it.
+KNOWN_RULES = {"paper", "signed", *(rule for rule, _ in CREDIT_RULES.values())}
+RULE_PARTS = [
+    rule for rule, entry in dyco.RULES.items() if rule not in KNOWN_RULES and not entry.per_response
+]
+
+
 PARTS = {  # of each seed, in the order in which they are run
     "table": cells_of_hosts(TABLE),
     "controls": cells_of_hosts(CONTROLS),
@@ -194,12 +221,10 @@ PARTS = {  # of each seed, in the order in which they are run
     "level2": cells_of(
         "grpo", SMALL, "level 2: ", extra=("toy.level=2", "rollout.max_new_tokens=96")
     ),
-    "credit": {
-        **cells_of("grpo", credit_cells()),
-        **cells_of("grpo", credit_cells(), "level 3: ", extra=("toy.level=3",)),
-    },
+    "credit": cells_on_levels(credit_cells()),
 }
 DEFAULT_PARTS = [part for part in PARTS if part != "credit"]
+PARTS |= {rule: cells_of_rule(rule) for rule in RULE_PARTS}
 CELLS = {  # cell -> all its overrides
     cell: [*REGIME, *overrides] for cells in PARTS.values() for cell, overrides in cells.items()
 }
@@ -207,6 +232,7 @@ AGAINST = {  # what a cell is set against besides its host
     "paper": (*controls_of("paper"), "response"),
     "paper minmax": ("uniform", "paper"),
     "signed minmax": tuple(controls_of("signed")),
+    **{rule: tuple(controls_of(rule)) for rule in RULE_PARTS},
 }
 
 MEASURES = {
@@ -661,17 +687,27 @@ def against_hosts(runs: dict, cells: list[str]) -> list[Comparison]:
     return comparisons
 
 
-def against_own_controls(runs: dict, parts: list[str]) -> list[Answer]:
-    """The rules of token credit against their own shuffled controls, of the seeds that were planned
+def questions_of(parts: list[str]) -> list[dict[str, str]]:
+    """Which rules are asked about together, {cell: rule} each: Holm's correction is for a question.
+
+    Those of credit are one, and each rule that is a part of its own is another one.
+    """
+    credit = {cell: rule for cell, (rule, _) in CREDIT_RULES.items()}
+    questions = [credit] if "credit" in parts else []
+    return questions + [{rule: rule} for rule in parts if rule in RULE_PARTS]
+
+
+def against_own_controls(runs: dict, rules: dict[str, str]) -> list[Answer]:
+    """Some rules, {cell: rule}, against their own shuffled controls, of the seeds that were planned
     and the runs that are there."""
     runs = {(cell, seed): row for (cell, seed), row in runs.items() if seed < SEEDS}
     answers = []
-    for cell, (rule, _) in CREDIT_RULES.items():
+    for cell, rule in rules.items():
         pairs = {
             level: (f"{prefix}grpo/{cell}", f"{prefix}grpo/{control_name(rule, 'shuffled')}")
-            for level, prefix in {"level 1": "", "level 3": "level 3: "}.items()
+            for level, (prefix, _) in LEVELS.items()
         }
-        if "credit" in parts and all(shared_seeds(runs, list(pair)) for pair in pairs.values()):
+        if all(shared_seeds(runs, list(pair)) for pair in pairs.values()):
             of_levels = {
                 level: differences(runs, [mine], [control], "area")
                 for level, (mine, control) in pairs.items()
@@ -775,7 +811,8 @@ def tabulate(runs: Runs, folder: Path, parts: list[str] = DEFAULT_PARTS) -> str:
     lines.append("| | seeds | " + " | ".join(MEASURES.values()) + " |")
     lines.append("|---|---|" + "---|" * len(MEASURES))
     lines += table_lines(against_each_other(runs, ran, parts), means=False)
-    answers = against_own_controls(runs, parts)
+    asked = [(rules, against_own_controls(runs, rules)) for rules in questions_of(parts)]
+    answers = [answer for _, of_question in asked for answer in of_question]
     if answers:
         lines += [
             "",
@@ -783,9 +820,10 @@ def tabulate(runs: Runs, folder: Path, parts: list[str] = DEFAULT_PARTS) -> str:
             "",
             "Mean over the curve, rule − control, paired by seed; an exact sign-flip test over all "
             "pairs, once they are complete, corrected by Holm.",
-            "",
-            *rule_lines(answers, planned=len(CREDIT_RULES)),
         ]
+    for rules, of_question in asked:
+        if of_question:
+            lines += ["", *rule_lines(of_question, planned=len(rules))]
 
     (folder / "table.md").write_text("\n".join([*lines, ""]))
     (folder / "table.json").write_text(json.dumps(described, indent=1))
@@ -1022,7 +1060,10 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m tools.ablate", description="Run the grid of cells × seeds, and tabulate it."
     )
     parser.add_argument(
-        "parts", nargs="*", help=f"of {', '.join(PARTS)}; all but credit by default"
+        "parts",
+        nargs="*",
+        help=f"of {', '.join(PARTS)}; by default {', '.join(DEFAULT_PARTS)}; a rule that you add "
+        "to dyco.RULES is a part, too",
     )
     parser.add_argument("--seeds", type=positive, default=8)
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="runs at a time")

@@ -2,11 +2,12 @@
 
     python -m tools.credit --model toy --data toy --out runs/credit [section.key=value ...]
     python -m tools.credit --model DIR --data FILE.jsonl --responses RECORDED.jsonl --out DIR
+    python -m tools.credit --model toy --data toy --out runs/mine --rules mine,paper
 
-All rules of dyco.RULES see the same batches. Each is compared with its own *shuffled* control: the
-same factors on other tokens of the same response. What a rule gains over that, it gains because it
-finds the tokens that matter. On the toy it is known which tokens decide something, and which
-decisions are wrong, so *oracles* show how much could be gained.
+All rules of dyco.RULES, or those of --rules, see the same batches. Each is compared with its own
+*shuffled* control: the same factors on other tokens of the same response. What a rule gains over
+that, it gains because it finds the tokens that matter. On the toy it is known which tokens decide
+something, and which decisions are wrong, so *oracles* show how much could be gained.
 
 Every figure is computed for each batch of the second half and averaged over these batches. The
 intervals are 95 % bootstrap intervals over batches. The settings are those of `gradient`. Writes
@@ -55,6 +56,7 @@ from tools.observed import (
     load,
     prompt_of_each,
     read_recorded,
+    split_at_commas,
     write_json,
 )
 from tools.toy_decisions import all_decisions
@@ -71,6 +73,17 @@ def all_rules() -> dict[str, Weighting]:
         if name == "signed":
             rules["signed minmax"] = Weighting(name, ratio="minmax")
     return rules
+
+
+def chosen_rules(names: list[str]) -> dict[str, Weighting]:
+    """Raises AnalysisError for a name that `all_rules` has not."""
+    rules = all_rules()
+    unknown = [name for name in names if name not in rules]
+    if unknown:
+        raise AnalysisError(
+            f"--rules: no rule {', '.join(unknown)}; expected some of {', '.join(rules)}"
+        )
+    return {name: rules[name] for name in names}
 
 
 # ------------------------------------------------------------------------------ what a rule weighs
@@ -274,7 +287,7 @@ def prepare_batches(
 
 def run_credit(options) -> None:
     config = at_first_update(load_config(options.config, options.overrides))
-    weightings = all_rules()
+    weightings = chosen_rules(options.rules)
     policy, samples, batches = prepare_batches(options, config, weightings)
     decisions = None
     if options.data == "toy":
@@ -307,6 +320,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--responses",
         help="JSONL of responses to look at instead of sampling: id and response in each row",
+    )
+    parser.add_argument(
+        "--rules",
+        type=split_at_commas,
+        default=list(all_rules()),
+        help="of dyco.RULES, or 'signed minmax', separated by commas; all by default",
     )
     run_credit(parser.parse_args(arguments))
 

@@ -10,6 +10,8 @@ from tools.markup import Html, tag
 
 # ------------------------------------------------------------------------------------------- names
 
+OF_DYCO = ("paper", "signed", "centered", "response")
+
 
 def label(name: str) -> str:
     """What people call a rule: the paper's name for it, with ours where that is another one.
@@ -19,12 +21,14 @@ def label(name: str) -> str:
     """
     if name == "off":
         return "host"
-    rule = dyco.RULES.get(name.partition(" ")[0])
-    if rule is None or rule.source == dyco.OURS:
+    rule = name.partition(" ")[0]
+    if rule in OF_DYCO:
+        return f"DyCo ({name})"
+    source = dyco.RULES[rule].source if rule in dyco.RULES else ""
+    in_brackets = re.search(r"\((.+)\)", source)
+    if in_brackets is None:
         return name
-    in_brackets = re.search(r"\((.+)\)", rule.source)
-    of_paper = in_brackets[1] if in_brackets else "DyCo"
-    return of_paper if of_paper.lower() == name else f"{of_paper} ({name})"
+    return in_brackets[1] if in_brackets[1].lower() == name else f"{in_brackets[1]} ({name})"
 
 
 def by_gain(rules: dict[str, dict]) -> list[str]:

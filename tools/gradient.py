@@ -40,7 +40,7 @@ from tools.gradients import (
     sample_batches,
     unit,
 )
-from tools.observed import AnalysisError, command_line, load, write_json
+from tools.observed import AnalysisError, command_line, load, split_at_commas, write_json
 
 # The two presets, each followed by what it must be compared with, and the response-level idea.
 DEFAULT_RULES = [
@@ -208,10 +208,6 @@ def run_gradient(options) -> None:
     write_json(out / "gradient.json", content)
     print(gradients_text(content["rules"]))
     print(f"wrote {out / 'gradient.json'}")
-
-
-def split_at_commas(text: str) -> list[str]:
-    return text.split(",")
 
 
 @command(ValueError, OSError, train.RunError)

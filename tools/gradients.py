@@ -89,9 +89,7 @@ def read_off(training: train.Training, batch: train.Batch, needed: set[str]) -> 
         fields = zip(*(output.signals for output in outputs), strict=True)
         rollout.signals = dyco.Signals(*map(whole, fields))
     if "blind_logprobs" in needed:
-        batch.blind_logprobs, _ = train.compute_logprobs(
-            training, policy, rollout, minibatches=[groups], blind=True
-        )
+        batch.blind_logprobs = train.blind_logprobs(training, batch, minibatches=[groups])
 
 
 def sample_batches(

@@ -312,6 +312,10 @@ def write_json(path: Path, content: dict) -> None:
 # -------------------------------------------------------------------------------- the command line
 
 
+def split_at_commas(text: str) -> list[str]:
+    return text.split(",")
+
+
 def command_line(tool: str, description: str) -> argparse.ArgumentParser:
     """The options that roles, intervene and gradient share."""
     parser = argparse.ArgumentParser(prog=f"python -m tools.{tool}", description=description)

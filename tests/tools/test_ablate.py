@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+import dyco
 from config import DEFAULTS, load_config
 from run_folder import FolderError, exclusive
 from tools import ablate, rule_table
@@ -74,6 +75,11 @@ def test_every_cell_is_a_config_and_has_its_host():
     # Ten rules with their controls, a host and one more control, on two levels.
     assert len(ablate.PARTS["credit"]) == 2 * (10 * 2 + 2)
     assert len(ablate.PARTS["controls"]) == 20
+    # A rule that the other parts leave out is a part: with its host and controls, on two levels.
+    assert len(ablate.PARTS["centered"]) == 2 * 4
+    assert "centered" not in ablate.DEFAULT_PARTS
+    asked_for = set(ablate.RULE_PARTS) | ablate.KNOWN_RULES
+    assert set(dyco.RULES) - asked_for == {"off", "response"}
 
 
 def test_measures_and_paired_differences():
@@ -412,6 +418,23 @@ def test_no_p_value_before_all_planned_runs_are_there():
         assert all(
             line.endswith("| – | – |") for line in rule_table.rule_lines(answers, planned)[2:]
         )
+
+
+def test_a_rule_that_was_not_planned_is_a_question_of_its_own(results):
+    """Its p-value is not corrected, and the ten planned rules do not wait for it."""
+    cells = list(ablate.PARTS["centered"])
+    rows = []
+    for cell in cells:
+        height = 0.4 if cell.endswith("/centered") else 0.2
+        rows += [line(cell, seed, [height] * 3) for seed in range(8)]
+    write_lines(results, rows)
+    table = ablate.tabulate(ablate.read_runs(results)[0], results, ["centered"])
+    gain = "+20.0 (+20.0 … +20.0)"
+    assert f"| centered | 16 | {gain} | {gain} | {gain} | 0.000 | 0.000 |" in table
+    assert f"| grpo/centered − centered uniform | 8 | {gain} |" in table
+    # The same rows are no answer to what was planned, but they are shown beside it.
+    both = ablate.tabulate(ablate.read_runs(results)[0], results, ["credit", "centered"])
+    assert "## centered" in both and "| centered | 16 |" in both
 
 
 def test_an_interrupted_grid_goes_on_where_it_was(made, tmp_path, monkeypatch):

@@ -280,6 +280,7 @@ def test_recorded_responses_on_the_toy(make_policy, start, tmp_path, capsys):
     [
         (["rollout.prompts_per_step=4"], "6 samples make 1 batches of rollout.prompts_per_step=4"),
         (["--responses", "nothing.jsonl"], "nothing.jsonl"),
+        (["--rules", "paper,mine"], "--rules: no rule mine; expected some of paper, signed, "),
     ],
 )
 def test_credit_refuses(start, tmp_path, more, message):
@@ -287,6 +288,16 @@ def test_credit_refuses(start, tmp_path, more, message):
         start(*more)
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_chosen_rules_and_their_labels(monkeypatch):
+    assert list(credit.chosen_rules(["entropy", "signed minmax"])) == ["entropy", "signed minmax"]
+    mine = dyco.RULES["paper"]._replace(source="Doe 2027")
+    monkeypatch.setitem(dyco.RULES, "mine", mine)
+    assert "mine" in credit.all_rules()
+    assert label("mine") == "mine"
+    monkeypatch.setitem(dyco.RULES, "mine", mine._replace(source="Doe 2027 (DOE)"))
+    assert label("mine") == "DOE (mine)"
 
 
 def test_too_few_recorded_groups(start, tmp_path):
