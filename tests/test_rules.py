@@ -582,6 +582,18 @@ def test_what_is_missing_is_named(rule):
             dyco.reweight_advantages(advantages, mask=mask, rule=rule, **given)
 
 
+@pytest.mark.parametrize("rule", dyco.RULES)
+def test_a_rule_names_all_that_it_reads(rule):
+    """In training the rest is None, which would be found out at the first step."""
+    advantages, mask, given = batch(0)
+    whole = reweight(advantages, mask, given, rule)
+    given["group_size"] = 3
+    names = {"scores", "roles", *dyco.RULES[rule].needs}
+    needed = {name: values for name, values in given.items() if name in names}
+    alone = dyco.reweight_advantages(advantages, mask=mask, rule=rule, **needed)
+    assert torch.equal(alone, whole)
+
+
 @pytest.mark.parametrize("name", dyco.RULES)
 def test_every_rule_says_what_it_is(name):
     rule = dyco.RULES[name]
