@@ -610,6 +610,45 @@ FORMER_NAMES = {
 }
 
 
+# Fields of Tokens with a number for each token.
+FLOATS = (
+    "advantages",
+    "scores",
+    "logprobs",
+    "entropy",
+    "blind_logprobs",
+    "image_similarity",
+)
+
+
+def _check_shapes(t: Tokens) -> None:
+    """Raise ValueError for what would be broadcast in silence."""
+    if t.mask.dim() != 2 or t.mask.dtype != torch.bool:
+        raise ValueError(f"mask is {list(t.mask.shape)} {t.mask.dtype}; expected [B, T] bool")
+    for name in (*FLOATS, "roles", "tokens"):
+        values = getattr(t, name)
+        if values is not None and values.shape != t.mask.shape:
+            raise ValueError(
+                f"{name} is {list(values.shape)}; expected {list(t.mask.shape)}, as the mask is"
+            )
+    if t.rewards is not None and t.rewards.shape != t.mask.shape[:1]:
+        raise ValueError(f"rewards is {list(t.rewards.shape)}; expected [{len(t.mask)}]")
+    if t.group_size is not None and t.group_size < 1:
+        raise ValueError(f"group_size is {t.group_size}; expected at least 1")
+
+
+def _clean(t: Tokens) -> Tokens:
+    """Floats of 32 bits or more, and zeros on padding."""
+    cleaned = {"roles": torch.where(t.mask, t.roles, 0)}
+    for name in FLOATS:
+        values = getattr(t, name)
+        if values is not None:
+            cleaned[name] = torch.where(t.mask, _at_least_float32(values), 0)
+    if t.rewards is not None:
+        cleaned["rewards"] = _at_least_float32(t.rewards)
+    return t._replace(**cleaned)
+
+
 @torch.no_grad()
 def reweight_advantages(
     advantages: Tensor,
@@ -637,7 +676,7 @@ def reweight_advantages(
     control "shuffled" needs `generator`, one for all responses or one for each. A few rules
     (Rule.over_batch) compare responses of different groups: give them the whole batch at once.
 
-    Raises ValueError for an unknown rule or control, or a missing argument.
+    Raises ValueError for an unknown rule or control, a missing argument, or one of a wrong shape.
 
     >>> scores, roles = torch.tensor([[0., .5, .75, 0.]]), torch.tensor([[0, 1, -1, 0]])
     >>> reweight_advantages(torch.tensor([-1.]), scores, roles, torch.ones(1, 4).bool())
@@ -647,26 +686,24 @@ def reweight_advantages(
         rule, control = FORMER_NAMES[rule]
     chosen = _choose(RULES, rule, "dyco.rule")
     apply_control = _choose(CONTROLS, control, "dyco.control")
-    if advantages.dim() == 1:
-        advantages = advantages[:, None]
-
-    def clean(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.where(mask, _at_least_float32(x), 0)
-
-    seen = Tokens(
-        advantages=clean(advantages),
-        scores=clean(scores),
-        roles=torch.where(mask, roles, 0),
+    if advantages.shape == mask.shape[:1]:
+        advantages = advantages[:, None].expand(mask.shape)
+    given = Tokens(
+        advantages=advantages,
+        scores=scores,
+        roles=roles,
         mask=mask,
         alpha=alpha,
         group_size=group_size,
-        logprobs=clean(logprobs),
-        entropy=clean(entropy),
-        blind_logprobs=clean(blind_logprobs),
-        image_similarity=clean(image_similarity),
+        logprobs=logprobs,
+        entropy=entropy,
+        blind_logprobs=blind_logprobs,
+        image_similarity=image_similarity,
         tokens=tokens,
-        rewards=None if rewards is None else _at_least_float32(rewards),
+        rewards=rewards,
     )
+    _check_shapes(given)
+    seen = _clean(given)
     missing = [name for name in chosen.needs if getattr(seen, name) is None]
     if missing:
         raise ValueError(f"rule {rule!r} needs {', '.join(missing)}")

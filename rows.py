@@ -112,7 +112,7 @@ def read_jsonl(path: str | Path, growing: bool = False) -> list[tuple[int, dict]
     growing: the last line may be half-written, and is left out then. Raises RowError.
     """
     content = Path(path).read_bytes()
-    if growing:
+    if growing and not _is_whole(content):
         content = content[: content.rfind(b"\n") + 1]
     rows = []
     for number, line in enumerate(content.split(b"\n"), start=1):
@@ -128,14 +128,28 @@ def read_jsonl(path: str | Path, growing: bool = False) -> list[tuple[int, dict]
     return rows
 
 
+def _is_whole(content: bytes) -> bool:
+    """Whether the last line is an object, though no line end may stand behind it.
+
+    An editor may leave that out. An object that was cut short is none.
+    """
+    try:
+        return isinstance(json.loads(content[content.rfind(b"\n") + 1 :]), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     """Add rows to a file, over what a crash may have left half-written at its end."""
     with open(path, "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read() != b"\n":
-                last_line_end = Path(path).read_bytes().rfind(b"\n")
-                file.truncate(last_line_end + 1)
+                content = Path(path).read_bytes()
+                if _is_whole(content):
+                    file.write(b"\n")
+                else:
+                    file.truncate(content.rfind(b"\n") + 1)
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
@@ -517,8 +531,11 @@ def _read_id(value: Any, line: int) -> str:
 def check_special_tokens(text: str, what: str, more_tokens: Iterable[str] = ()) -> None:
     """Raise DataError if `text` holds a special token of Qwen2.5-VL, or one of `more_tokens`.
 
-    A tokenizer does not read it as text: with it, a question could end the user's turn.
+    A tokenizer does not read it as text: with it, a question could end the user's turn. Nor does it
+    take what is no text in UTF-8, as an argument of a terminal may be.
     """
+    if not _is_text(text):
+        raise DataError(f"{what} is {show(text)}; expected text in UTF-8")
     for token in (*QWEN_SPECIAL_TOKENS, *more_tokens):
         if token in text:
             raise DataError(

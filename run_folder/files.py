@@ -95,6 +95,21 @@ def remove_partial(folder: Path) -> None:
             path.unlink()
 
 
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder, and find out now whether it can be written to, not after the work.
+
+    Raises FolderError, which names the option that sets the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise FolderError(
+            f"{option}: expected a folder that can be written to, found {str(folder)!r} ({error})"
+        ) from error
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path, option: str):
     """Have a folder to oneself, until the block or the process ends.

@@ -594,6 +594,26 @@ def test_a_rule_names_all_that_it_reads(rule):
     assert torch.equal(alone, whole)
 
 
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("scores", lambda x: x[0], r"scores is \[8\]; expected \[6, 8\], as the mask is"),
+        ("entropy", lambda x: x[:, :1], r"entropy is \[6, 1\]; expected \[6, 8\]"),
+        ("tokens", lambda x: x[:4], r"tokens is \[4, 8\]; expected \[6, 8\]"),
+        ("rewards", lambda x: x[:, None], r"rewards is \[6, 1\]; expected \[6\]"),
+        ("group_size", lambda x: 0, "group_size is 0; expected at least 1"),
+        ("mask", lambda x: x.float(), r"mask is \[6, 8\] torch.float32; expected \[B, T\] bool"),
+        ("advantages", lambda x: x[:1], r"advantages is \[1\]; expected \[6, 8\]"),
+    ],
+)
+def test_a_wrong_shape_is_named_and_not_broadcast(name, change, message):
+    advantages, mask, given = batch(0)
+    given |= {"advantages": advantages, "mask": mask, "group_size": 3}
+    given[name] = change(given[name])
+    with pytest.raises(ValueError, match=message):
+        dyco.reweight_advantages(rule="phrases", **given)
+
+
 @pytest.mark.parametrize("name", dyco.RULES)
 def test_every_rule_says_what_it_is(name):
     rule = dyco.RULES[name]

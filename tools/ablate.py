@@ -32,6 +32,7 @@ seeds are 0, 1, …): see REGIME.
 
 import argparse
 import ast
+import contextlib
 import functools
 import hashlib
 import html
@@ -56,8 +57,8 @@ from tqdm import tqdm
 
 import dyco
 from config import DEFAULTS, Config, load_config
-from rows import append_jsonl, read_jsonl
-from run_folder import exclusive
+from rows import append_jsonl, read_jsonl, show
+from run_folder import exclusive, write_file
 from tools.charts import ticks
 from tools.command import command
 from tools.estimates import bootstrap_mean
@@ -67,6 +68,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"  # came with the project
 CREDIT_RESULTS = RESULTS / "credit"  # so did these, of the part "credit"
 OUT = Path("runs/ablation")
+UNFINISHED = ".unfinished-runs"  # of OUT, where runs are until they end; emptied at each start
 
 
 # --------------------------------------------------------------------------------------- the grid
@@ -373,8 +375,43 @@ Runs = dict[tuple[str, int], dict]  # (cell, seed) -> line of runs.jsonl
 
 
 def read_lines(folder: Path) -> list[tuple[int, dict]]:
+    """(line number, object) of each line of a runs.jsonl; none where there is no such file."""
     path = folder / "runs.jsonl"
     return read_jsonl(path, growing=True) if path.exists() else []
+
+
+def check_run(folder: Path, line: int, row: dict) -> None:
+    """Raise ValueError for a line of runs.jsonl that has not what the tables need."""
+    problem = problem_of(row)
+    if problem:
+        raise ValueError(
+            f"{folder / 'runs.jsonl'}, line {line}: {problem}; mend the line, or take it out"
+        )
+
+
+def problem_of(row: dict) -> str | None:
+    """What keeps a line from being a run, if anything does."""
+    if type(row.get("seed")) is not int:
+        return f'"seed" is {show(row.get("seed"))}; expected an integer'
+    if not (are_numbers([row.get("seconds")]) and row["seconds"] > 0):
+        return f'"seconds" is {show(row.get("seconds"))}; expected a number above 0'
+    steps = row.get("steps")
+    if not are_numbers(steps) or len(steps) < 2 or steps != sorted(set(steps)):
+        return '"steps" is not two numbers or more that rise'
+    for name in ("accuracy", "greedy", "online"):
+        curve = row.get(name)
+        if not are_numbers(curve) or not curve or not all(0 <= share <= 1 for share in curve):
+            return f'"{name}" is not a list of numbers from 0 to 1'
+    if len(row["accuracy"]) != len(steps):
+        return f'"accuracy" has {len(row["accuracy"])} numbers, and "steps" {len(steps)}'
+    return None
+
+
+def are_numbers(values) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        for value in values
+    )
 
 
 def in_present_spelling(settings: list[str]) -> list[str]:
@@ -408,6 +445,7 @@ def read_shipped(folder: Path) -> Runs:
                 f"run with {' '.join(row['settings'])}, which is not what that cell is now; "
                 "move the file away, or take the line out"
             )
+        check_run(folder, line, row)
         runs[row["cell"], row["seed"]] = row
     return runs
 
@@ -418,14 +456,20 @@ def read_runs(folder: Path) -> tuple[Runs, int]:
     configs: dict[str, Config] = {}
     runs: Runs = {}
     others = 0
-    for _, row in read_lines(folder):
+    for line, row in read_lines(folder):
         cell, seed = row.get("cell"), row.get("seed")
-        if row.get("code") != code or cell not in CELLS:
+        if row.get("code") != code or not isinstance(cell, str) or cell not in CELLS:
             others += 1
             continue
+        check_run(folder, line, row)
         if cell not in configs:
             configs[cell] = cell_config(cell)
         if row.get("config") == config_fingerprint(configs[cell], seed):
+            if runs.get((cell, seed), row) != row:
+                raise ValueError(
+                    f"{folder / 'runs.jsonl'}, line {line}: another line has other numbers of "
+                    f"{cell}, seed {seed}; take one of them out"
+                )
             runs[cell, seed] = row
         else:
             others += 1
@@ -452,7 +496,7 @@ def plan_runs(parts: list[str], seeds: int, folder: Path) -> Plan:
     missing = [run for run in wanted if run not in runs]
     seconds = [row["seconds"] for row in runs.values()]
     if not runs:
-        seconds = [row["seconds"] for _, row in read_lines(RESULTS)]
+        seconds = [row["seconds"] for _, row in read_lines(shipped_folder(parts))]
     return Plan(
         cells=len(cells),
         seeds=seeds,
@@ -502,15 +546,12 @@ def describe_plan(plan: Plan, jobs: int, folder: Path) -> str:
 # ---------------------------------------------------------------------------------------- running
 
 
-def run_one(cell: str, seed: int, scratch: Path) -> dict:
+def run_one(cell: str, seed: int, place: Path) -> dict:
     """Train once, in a process of its own with one thread; returns the run's line.
 
-    Raises RuntimeError for a run that did not end, or during which the code or config changed.
+    place: an empty folder for the run. Raises RuntimeError for a run that did not end, or during
+    which the code or config changed.
     """
-    name = f"{cell}-{seed}-".replace("/", "-").replace(" ", "_").replace(":", "")
-    # A folder of its own: where the grid was killed, what it had started may still be writing.
-    scratch.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=name, dir=scratch))
     folder = place / "run"
     origin = present_origin(cell, seed)
     started = time.perf_counter()
@@ -535,7 +576,6 @@ def run_one(cell: str, seed: int, scratch: Path) -> dict:
         "settings": CELLS[cell],
         **read_curves(folder / "metrics.jsonl"),
     }
-    shutil.rmtree(place)
     line["seconds"] = round(time.perf_counter() - started, 1)
     return line
 
@@ -567,14 +607,18 @@ def run_missing(missing: list[tuple[str, int]], jobs: int, out: Path) -> None:
     failures = []
     lock = Lock()
     stopping = Event()
-    scratch = out.resolve() / "unfinished"
+    scratch = out.resolve() / UNFINISHED
     shutil.rmtree(scratch, ignore_errors=True)  # a run that was cut off begins anew
     with tqdm(total=len(missing), desc="runs") as bar, ThreadPoolExecutor(jobs) as pool:
 
         def work(one: tuple[str, int]) -> None:
             cell, seed = one
+            name = f"{cell}-{seed}-".replace("/", "-").replace(" ", "_").replace(":", "")
+            # A folder of its own: where the grid was killed, what it had started may still write.
+            scratch.mkdir(parents=True, exist_ok=True)
+            place = Path(tempfile.mkdtemp(prefix=name, dir=scratch))
             try:
-                row = run_one(cell, seed, scratch)
+                row = run_one(cell, seed, place)
             except (RuntimeError, ValueError) as error:  # the others go on
                 if stopping.is_set():  # Ctrl-C reaches the runs, too
                     return
@@ -583,7 +627,13 @@ def run_missing(missing: list[tuple[str, int]], jobs: int, out: Path) -> None:
                 return
             accuracy = 100 * row["accuracy"][-1]
             with lock:
-                append_jsonl(out / "runs.jsonl", [row])
+                try:
+                    append_jsonl(out / "runs.jsonl", [row])
+                except OSError as error:
+                    failures.append(f"{out / 'runs.jsonl'}: {error}")
+                    tqdm.write(f"error: {failures[-1]}; its line would be {json.dumps(row)}")
+                    return
+                shutil.rmtree(place)
                 bar.update()
                 tqdm.write(f"{cell}, seed {seed}: {accuracy:.0f} % in {row['seconds']:.0f} s")
 
@@ -593,6 +643,8 @@ def run_missing(missing: list[tuple[str, int]], jobs: int, out: Path) -> None:
         except KeyboardInterrupt:
             stopping.set()
             raise
+    with contextlib.suppress(OSError):
+        scratch.rmdir()  # where nothing is left in it
     if failures:
         raise RuntimeError(
             f"{len(failures)} of {len(missing)} runs did not end, the first: {failures[0]}"
@@ -825,14 +877,14 @@ def tabulate(runs: Runs, folder: Path, parts: list[str] = DEFAULT_PARTS) -> str:
         if of_question:
             lines += ["", *rule_lines(of_question, planned=len(rules))]
 
-    (folder / "table.md").write_text("\n".join([*lines, ""]))
-    (folder / "table.json").write_text(json.dumps(described, indent=1))
+    write_file(folder / "table.md", "\n".join([*lines, ""]).encode())
+    write_file(folder / "table.json", json.dumps(described, indent=1).encode())
     groups, title = groups_of(described), "Gain"
     if answers:
         groups = {f"{answer.rule} − shuffled": answer.gains for answer in answers}
         title = "Rule − its own shuffled control"
-    (folder / "gains.svg").write_text(gains_figure(groups, title))
-    (folder / "curves.svg").write_text(curves_figure(runs))
+    write_file(folder / "gains.svg", gains_figure(groups, title).encode())
+    write_file(folder / "curves.svg", curves_figure(runs).encode())
     return "\n".join(lines)
 
 
@@ -993,6 +1045,11 @@ def positive(text: str) -> int:
     return number
 
 
+def shipped_folder(parts: list[str]) -> Path:
+    """Where runs came with the project: of these parts, or of what is most like them."""
+    return RESULTS if set(parts) <= set(DEFAULT_PARTS) else CREDIT_RESULTS
+
+
 def is_shipped(folder: Path) -> bool:
     return folder.resolve() in (RESULTS.resolve(), CREDIT_RESULTS.resolve())
 
@@ -1010,10 +1067,19 @@ def check_out(out: Path) -> None:
                 )
 
 
-def report_shipped(folder: Path) -> None:
-    """All parts that came with the project in this folder: a table of some would replace it."""
-    runs = read_shipped(folder)
+def report_shipped(folder: Path, asked: list[str]) -> None:
+    """All parts that came with the project in this folder: a table of some would replace it.
+
+    Raises ValueError where a part that was asked for is not among them.
+    """
     parts = DEFAULT_PARTS if folder.resolve() == RESULTS.resolve() else ["credit"]
+    elsewhere = [part for part in asked if part not in parts]
+    if elsewhere:
+        raise ValueError(
+            f"--report: {folder} has no runs of {', '.join(elsewhere)}; expected some of "
+            f"{', '.join(parts)}, or --out with runs of yours"
+        )
+    runs = read_shipped(folder)
     print(tabulate(runs, folder, parts))
     print(
         f"\nThese are the {len(runs)} runs that came with the project. Earlier code made them: "
@@ -1083,10 +1149,10 @@ def main(arguments: list[str] | None = None) -> None:
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         sys.exit(f"error: no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
-    parts = options.parts or DEFAULT_PARTS
-    shipped = CREDIT_RESULTS if parts == ["credit"] else RESULTS
+    parts = list(dict.fromkeys(options.parts)) or DEFAULT_PARTS
+    shipped = shipped_folder(parts)
     if options.report and is_shipped(options.out or shipped):
-        report_shipped(options.out or shipped)
+        report_shipped(options.out or shipped, parts)
     elif options.report:
         report_folder(options.out, parts)
     else:

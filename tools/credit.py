@@ -29,7 +29,7 @@ import dyco
 import train
 from config import Config, load_config
 from model import Policy
-from run_folder import write_file
+from run_folder import make_folder, write_file
 from tools.command import command
 from tools.credit_view import credit_figure, credit_table
 from tools.gradients import (
@@ -224,14 +224,15 @@ def describe_credit(
     batches: list[train.Batch],
     weightings: dict[str, Weighting],
     decisions: list[Decisions] | None = None,
-) -> dict[str, dict]:
-    """{"off" or weighting: {figure: [estimate, low, high]}} over the second half of the batches.
+) -> tuple[dict[str, dict], int]:
+    """{"off" or weighting: {figure: [estimate, low, high]}} over the second half of the batches,
+    and how many of these have a gradient.
 
     Besides the figures of `describe_factors` there are "angle", in degrees between the gradient and
     the host's; "reference", the cosine with the sum of the host's gradients over the first half of
     the batches; "gain", how much larger this cosine is than the host's; "control's gain", that of
     the rule's shuffled control; and "over shuffled", the difference of the last two. With oracles,
-    "share" is the part that "over shuffled" is of the best oracle's.
+    "share" is the part that "over shuffled" is of the best oracle's, if that is surely above 0.
 
     decisions: of each batch. Raises AnalysisError if all gradients are zero.
     """
@@ -259,9 +260,12 @@ def describe_credit(
         whole = columns[BEST_ORACLE]["over shuffled"]
         parts = torch.stack([figures["over shuffled"] for figures in columns.values()])
         shares = ratio_estimates(parts, whole.expand_as(parts))
+        low = described[BEST_ORACLE]["over shuffled"][1]
         for name, share in zip(columns, shares, strict=True):
-            described[name]["share"] = share
-    return described
+            # A share of what may be nothing is no number.
+            is_known = low is not None and low > 0
+            described[name]["share"] = share if is_known else [None, None, None]
+    return described, len(rows["off"])
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -276,11 +280,11 @@ def prepare_batches(
     out = Path(options.out)
     if options.responses is None:
         check_samples(config, count)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out, "--out")
         batches = sample_batches(config, policy, samples, count=count, needed=needed)
     else:
         recorded = read_recorded(Path(options.responses), ids, policy)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out, "--out")
         batches = recorded_batches(config, policy, samples, recorded=recorded, needed=needed)
     return policy, samples, batches
 
@@ -293,7 +297,7 @@ def run_credit(options) -> None:
     if options.data == "toy":
         weightings |= oracle_weightings(batches, samples, policy.tokenizer)
         decisions = [mark_decisions(batch, samples, policy.tokenizer) for batch in batches]
-    rules = describe_credit(config, policy, batches, weightings, decisions=decisions)
+    rules, compared = describe_credit(config, policy, batches, weightings, decisions=decisions)
     content = {
         "model": options.model,
         "data": options.data,
@@ -301,16 +305,17 @@ def run_credit(options) -> None:
         "algo": config.algo.name,
         "dyco": asdict(config.dyco),
         "batches": len(batches),
+        "compared": compared,
         "prompts": sum(len(batch.rollout.prompts) for batch in batches),
         "group_sizes": sorted({batch.rollout.group_size for batch in batches}),
         "rules": rules,
     }
     out = Path(options.out)
     table = credit_table(content)
+    print(table)
     write_json(out / "credit.json", content)
     write_file(out / "credit.md", table.encode())
     write_file(out / "credit.svg", credit_figure(rules).encode())
-    print(table)
     print(f"wrote {out / 'credit.json'}, credit.md and credit.svg")
 
 

@@ -1,5 +1,6 @@
 """credit_view.py: what `credit` measures, as a Markdown table and as a figure."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -38,7 +39,8 @@ def by_gain(rules: dict[str, dict]) -> list[str]:
     others = [name for name in rules if name not in ORACLES and name != "off"]
 
     def gain(name: str) -> float:
-        return rules[name]["over shuffled"][0]
+        value = rules[name]["over shuffled"][0]
+        return -math.inf if value is None else value  # a rule without any gradient
 
     return sorted(oracles, key=gain, reverse=True) + sorted(others, key=gain, reverse=True)
 
@@ -95,11 +97,14 @@ def about(content: dict) -> list[str]:
     """Where the figures come from."""
     sizes = " or ".join(str(size) for size in content["group_sizes"])
     compared = content["batches"] - content["batches"] // 2
+    skipped = compared - content["compared"]
+    without = f" ({skipped} more have no gradient: equal rewards)" if skipped else ""
     reference = content["rules"]["off"]["reference"]
     return [
         f"Model {content['model']}, data {content['data']}, host {content['algo']}: "
         f"{content['prompts']} prompts × {sizes} responses in {content['batches']} batches.",
-        f"The figures are means over {compared} batches, the brackets 95 % intervals over them. "
+        f"The figures are means over {content['compared']} batches{without}, the brackets 95 % "
+        "intervals over them; fewer than four batches have none. "
         "The sum of the host's gradients over the other batches is the reference; 100 · cosine of "
         f"a batch's gradient with it is {interval(reference, 100)} for the host.",
     ]
@@ -204,9 +209,11 @@ def gain_mark(axis: Axis, name: str, row: dict, y: float) -> Html:
     if low is not None:
         ends = {"x1": f"{low:.1f}", "x2": f"{high:.1f}", "y1": y, "y2": y}
         parts.append(tag("line", **ends, stroke_width=2))
-    parts.append(tag("circle", cx=f"{value:.1f}", cy=y, r=4))
-    ring = f"{axis.x(100 * row['gain'][0]):.1f}"
-    parts.append(tag("circle", cx=ring, cy=y, r=4, fill="none", stroke=RING_COLOR))
+    if value is not None:
+        parts.append(tag("circle", cx=f"{value:.1f}", cy=y, r=4))
+    if row["gain"][0] is not None:
+        ring = f"{axis.x(100 * row['gain'][0]):.1f}"
+        parts.append(tag("circle", cx=ring, cy=y, r=4, fill="none", stroke=RING_COLOR))
     return tag("g", *parts, class_="gain", stroke=color, fill=color)
 
 

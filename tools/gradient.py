@@ -22,6 +22,7 @@ import dyco
 import train
 from config import Config, load_config
 from model import Policy
+from run_folder import make_folder
 from tools.charts import interval
 from tools.command import command
 from tools.gradients import (
@@ -191,7 +192,7 @@ def run_gradient(options) -> None:
     policy, samples, _, count = load(options, config, trainable=True)
     check_samples(config, count)
     out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
     needed = needed_by(weightings.values())
     batches = sample_batches(config, policy, samples, count=count, needed=needed)
     if options.data == "toy":

@@ -354,7 +354,8 @@ def degrees(a: Tensor, b: Tensor) -> Tensor:
 # ------------------------------------------------------------------------- means over the batches
 
 NO_GRADIENT = (
-    "all gradients are zero: no group with unequal rewards; take more samples (eval.samples)"
+    "all gradients are zero: no group with unequal rewards; take more samples (eval.samples), or "
+    "more recorded responses"
 )
 
 
@@ -367,11 +368,18 @@ def columns_of(rows: list[dict[str, float]]) -> dict[str, Tensor]:
 
 
 def ratio_estimates(numerators: Tensor, denominators: Tensor) -> list[list[float | None]]:
-    """[estimate, low, high] of each ratio of sums over batches: [figures, batches] each."""
+    """[estimate, low, high] of each ratio of sums over batches: [figures, batches] each.
+
+    Fewer than four batches have too few different draws for an interval.
+    """
     batches = numerators.shape[1]
-    low = expanded_percentile(batches) if batches > 1 else 0.025
     ratios, replicates = bootstrap(numerators, denominators, torch.arange(batches))
-    return estimate_each(ratios, replicates, low)
+    estimates = estimate_each(ratios, replicates, expanded_percentile(max(batches, 2)))
+    counts = (denominators != 0).sum(1).tolist()
+    return [
+        estimate if count >= 4 else [estimate[0], None, None]
+        for estimate, count in zip(estimates, counts, strict=True)
+    ]
 
 
 def mean_estimates(columns: dict[str, Tensor]) -> dict[str, list[float | None]]:

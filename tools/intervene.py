@@ -33,6 +33,7 @@ from dyco import Signals
 from model import Policy
 from rollout import keyed_generator
 from rows import append_jsonl, read_jsonl
+from run_folder import make_folder
 from tools.charts import interval
 from tools.command import command
 from tools.estimates import bootstrap, estimate
@@ -513,7 +514,7 @@ def run_intervene(options) -> None:
             "there is no attention to move between image and text"
         )
     out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
     settings = settings_of(options, config, count, layers=layers)
     passes = Passes(
         policy, samples, count, config=config, log=out / "intervene.jsonl", settings=settings

@@ -26,6 +26,7 @@ from torch import Tensor
 from config import load_config
 from rollout import Rollout
 from rows import append_jsonl
+from run_folder import make_folder
 from tools.charts import interval
 from tools.command import command
 from tools.estimates import bootstrap, estimate_each, within_prompts
@@ -243,11 +244,11 @@ def run_roles(options) -> None:
         append_jsonl(sampled, rows)
 
     if options.responses is None:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out, "--out")
         seen = sample_responses(policy, samples, count, config=config, what="sampling", each=keep)
     else:
         recorded = read_recorded(Path(options.responses), ids, policy)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out, "--out")
         seen = read_responses(policy, samples, recorded, config)
     described = {
         "model": options.model,

@@ -39,7 +39,7 @@ from config import DEFAULTS, Config, load_run_config
 from data import Sample
 from rollout import Rollout, generate
 from rows import DataError, check_special_tokens, excerpt, load_image, printable
-from run_folder import write_file
+from run_folder import make_folder, write_file
 from tools.charts import figure
 from tools.command import command
 from tools.examples import heat_maps, picture, visual_grids
@@ -1108,6 +1108,8 @@ def run_walkthrough(options: argparse.Namespace) -> None:
     out = None if options.out is None else Path(options.out)
     if out is not None and (out.suffix != ".md" or out.is_dir()):
         raise WalkthroughError(f"--out: found {options.out!r}; expected a file that ends in .md")
+    if out is not None:
+        make_folder(out.parent, "--out")
     walk = prepare(options)
     parts = []
     for part in walk_along(walk):
@@ -1116,7 +1118,6 @@ def run_walkthrough(options: argparse.Namespace) -> None:
             print(printable(parts[-1]), end="\n\n", flush=True)
     if out is None:
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
     for name, content in draw_pictures(walk).items():
         write_file(out.with_name(f"{out.stem}-{name}.svg"), content.encode())
     write_file(out, ("\n\n".join(parts) + "\n").encode())

@@ -7,6 +7,8 @@ import doctest
 import functools
 import json
 import shutil
+import tempfile
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -307,7 +309,7 @@ def test_nothing_to_go_by_and_nothing_to_do(results, tmp_path):
     plan = ablate.plan_runs(["table"], 1, tmp_path / "out")
     text = ablate.describe_plan(plan, 2, tmp_path)
     assert text.endswith("16 to run; no run is there to tell how long that takes")
-    write_lines(tmp_path, [line(cell, 0, [0.1, 0.2]) for cell in ablate.PARTS["table"]])
+    write_lines(tmp_path, [line(cell, 0, [0.1, 0.2, 0.3]) for cell in ablate.PARTS["table"]])
     text = ablate.describe_plan(ablate.plan_runs(["table"], 1, tmp_path), 2, tmp_path)
     assert text.endswith(f"16 of them in {tmp_path}, 0 to run")
 
@@ -591,54 +593,113 @@ CHANGES = 'pathlib.Path("train.py").write_text("pass")\n'
 
 
 def test_one_run_becomes_one_line_and_an_unfinished_one_none(tmp_path, monkeypatch):
-    """A stopped run exits with 0 and has no final/. Each run has a folder of its own, so that one
-    which a killed grid left behind cannot write into another's."""
+    """A stopped run exits with 0 and has no final/."""
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
     program = tmp_path / "train.py"
-    scratch = tmp_path / "scratch"
+
+    def run_one():
+        return ablate.run_one("grpo/paper", 3, Path(tempfile.mkdtemp(dir=tmp_path)))
 
     program.write_text(FAKE)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="grpo/paper, seed 3, did not end"):
-            ablate.run_one("grpo/paper", 3, scratch)
-    left = set(scratch.iterdir())
-    assert len(left) == 2
+    with pytest.raises(RuntimeError, match="grpo/paper, seed 3, did not end"):
+        run_one()
 
     program.write_text(FAKE + ENDS)
-    row = ablate.run_one("grpo/paper", 3, scratch)
+    row = run_one()
     assert row["steps"] == [0, 2]
     assert row["accuracy"] == [0.5, 0.5]
     assert row["online"] == [0.25, 0.5]
     assert row["entropy"] == [1, 1]
     assert "grad_norm" not in row
     assert (row["config"], row["code"]) == ablate.present_origin("grpo/paper", 3)
-    assert set(scratch.iterdir()) == left
 
     program.write_text(FAKE.replace("rows =", "rows = [{'step': 32}] +", 1) + ENDS)
     with pytest.raises(RuntimeError, match="metrics.jsonl: the steps are not 0, 1, 2"):
-        ablate.run_one("grpo/paper", 3, scratch)
+        run_one()
 
     program.write_text(FAKE + ENDS + CHANGES)
     with pytest.raises(RuntimeError, match="seed 3: the code or the config changed while it ran"):
-        ablate.run_one("grpo/paper", 3, scratch)
+        run_one()
 
     program.write_text("import sys; sys.exit('error: no such thing')")
     with pytest.raises(RuntimeError, match="error: no such thing"):
-        ablate.run_one("grpo/paper", 3, scratch)
+        run_one()
 
 
 def test_a_run_that_fails_does_not_end_the_grid(results, tmp_path, monkeypatch):
-    def run_one(cell, seed, scratch):
+    """Each run has a folder of its own, so that one which a killed grid left behind cannot write
+    into another's. It goes when its line is written; others in the folder of results stay."""
+    places = []
+
+    def run_one(cell, seed, place):
+        assert list(place.iterdir()) == []
+        places.append(place)
         if cell == "grpo/paper":
             raise RuntimeError(f"{cell} did not end")
         return line(cell, seed, [0.3, 0.5])
 
     monkeypatch.setattr(ablate, "run_one", run_one)
     out = tmp_path / "out"
+    (out / "unfinished").mkdir(parents=True)
     expected = "1 of 16 runs did not end, the first: grpo/paper did not end"
     with pytest.raises(RuntimeError, match=expected):
         ablate.run_grid(["table"], 1, jobs=2, out=out)
     assert len((out / "runs.jsonl").read_text().splitlines()) == 15
+    assert len(set(places)) == 16
+    assert sum(place.exists() for place in places) == 1
+    assert (out / "unfinished").exists()
+
+
+def test_a_line_that_cannot_be_written_is_said(results, made, tmp_path, monkeypatch, capsys):
+    def append_jsonl(path, rows):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ablate, "append_jsonl", append_jsonl)
+    with pytest.raises(RuntimeError, match=r"runs.jsonl: \[Errno 28\] No space left on device"):
+        ablate.run_grid(["table"], 1, jobs=1, out=tmp_path / "out")
+    assert '"cell": "grpo/host", "seed": 0' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"seed": "0"}, "\"seed\" is '0'; expected an integer"),
+        ({"seconds": None}, '"seconds" is nothing; expected a number above 0'),
+        ({"seconds": float("inf")}, '"seconds" is inf; expected a number above 0'),
+        ({"steps": [0, 0, 24]}, '"steps" is not two numbers or more that rise'),
+        ({"steps": [0]}, '"steps" is not two numbers'),
+        ({"accuracy": None}, '"accuracy" is not a list of numbers from 0 to 1'),
+        ({"accuracy": [0.1, float("nan"), 0.2]}, '"accuracy" is not a list of numbers'),
+        ({"accuracy": [0.1, 0.2, 5]}, '"accuracy" is not a list of numbers from 0 to 1'),
+        ({"accuracy": [0.1, 0.2]}, '"accuracy" has 2 numbers, and "steps" 3'),
+        ({"greedy": []}, '"greedy" is not a list'),
+        ({"online": ["0.1"]}, '"online" is not a list'),
+    ],
+)
+def test_a_line_that_is_no_run_is_named_before_anything_runs(results, made, change, problem):
+    row = line("grpo/host", 0, [0.1, 0.2, 0.3])
+    write_lines(results, [row, row | change])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"runs.jsonl, line 2: {problem}") as caught:
+            ablate.plan_runs(["table"], 1, results)
+        assert "mend the line, or take it out" in str(caught.value)
+    assert made == []
+
+
+def test_two_lines_of_one_run_must_agree(results):
+    row = line("grpo/host", 0, [0.1, 0.2, 0.3])
+    write_lines(results, [row, row])
+    assert len(ablate.read_runs(results)[0]) == 1
+    write_lines(results, [row, row | {"accuracy": [0.1, 0.2, 0.4]}])
+    with pytest.raises(ValueError, match="line 2: another line has other numbers of grpo/host"):
+        ablate.read_runs(results)
+
+
+def test_a_report_says_where_it_has_no_runs(shipped, monkeypatch):
+    with pytest.raises(SystemExit, match="has no runs of table; expected some of credit"):
+        ablate.main(["table", "credit", "--report"])
+    with pytest.raises(SystemExit, match="has no runs of centered"):
+        ablate.main(["centered", "--report"])
 
 
 def test_two_grids_do_not_share_a_folder(results, tmp_path):

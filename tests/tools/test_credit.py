@@ -19,7 +19,7 @@ from config import DEFAULTS, load_config
 from rollout import generate
 from tools import credit, gradients
 from tools.credit import Decisions, area_under_roc, describe_factors, token_factors
-from tools.credit_view import by_gain, label
+from tools.credit_view import by_gain, credit_figure, credit_table, label
 from tools.gradients import ORACLES, Weighting
 from tools.observed import AnalysisError
 
@@ -120,13 +120,37 @@ def test_weight_on_what_decides_the_reward_gains(planted):
         "oracle, blame": Weighting("paper", scores=first),
         "oracle": Weighting("paper", scores=others),
     }
-    described = credit.describe_credit(config, policy, batches, weightings)
+    described, _ = credit.describe_credit(config, policy, batches, weightings)
     for figure in ("gain", "over shuffled"):
         assert described["oracle, blame"][figure][1] > 0
         assert described["oracle"][figure][2] < 0
     assert described["oracle, blame"]["share"] == [1, 1, 1]
     assert described["oracle"]["share"][0] < 0
     assert described["off"]["gain"] == described["off"]["spread"] == [0, 0, 0]
+
+
+def test_a_rule_without_any_gradient_is_shown_and_batches_without_one_are_counted(planted):
+    """Of the three batches that are compared one has equal rewards. Three have no interval."""
+    config, policy, batches = planted
+    batches = batches[:6]
+    batches[3].rewards = torch.ones_like(batches[3].rewards)
+    nothing = dyco.RULES["off"]._replace(factor=lambda t: torch.zeros_like(t.advantages))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dyco.RULES, "nothing", nothing)
+        weightings = {"nothing": Weighting("nothing"), "paper": Weighting("paper")}
+        rules, compared = credit.describe_credit(config, policy, batches, weightings)
+        content = {
+            **{"rules": rules, "compared": compared, "batches": 6, "prompts": 6},
+            **{"model": "m", "data": "d", "algo": "grpo", "group_sizes": [96]},
+        }
+        page = credit_table(content)
+        figure = ElementTree.fromstring(credit_figure(rules))
+    assert compared == 2
+    assert "means over 2 batches (1 more have no gradient: equal rewards)" in page
+    assert rules["nothing"]["over shuffled"] == [None, None, None]
+    assert rules["paper"]["gain"][1:] == [None, None]
+    assert by_gain(rules) == ["paper", "nothing"]
+    assert len(figure.findall(".//{*}circle")) == 2  # of paper alone
 
 
 def test_equal_rewards_have_no_gradient(planted):
@@ -220,7 +244,7 @@ def test_sampled_responses_of_any_model(start):
         shares = row["visual"][0] + row["text"][0] + row["neutral"][0]
         assert shares == pytest.approx(1, abs=1e-4), name
     assert content["rules"]["paper"]["factor"][0] == pytest.approx(1.2, abs=1e-4)
-    assert content["rules"]["response"]["over shuffled"] == [0, 0, 0]
+    assert content["rules"]["response"]["over shuffled"] == [0, None, None]
     assert content["rules"]["surprise"]["angle"][0] > 0
 
 
@@ -256,10 +280,10 @@ def test_recorded_responses_on_the_toy(make_policy, start, tmp_path, capsys):
     assert content["prompts"] == 4
     rules = content["rules"]
     assert rules.keys() == {*RULES, *ORACLES}
-    assert rules["oracle"]["deciding"] == [1, 1, 1]
-    assert rules["oracle, blame"]["wrong"] == [1, 1, 1]
+    assert rules["oracle"]["deciding"] == [1, None, None]
+    assert rules["oracle, blame"]["wrong"] == [1, None, None]
     assert rules["oracle"]["wrong"][0] < 0.7
-    assert rules["off"]["deciding"] == rules["off"]["wrong"] == [0.5, 0.5, 0.5]
+    assert rules["off"]["deciding"] == rules["off"]["wrong"] == [0.5, None, None]
     rows = rows_of_table(out)
     assert len(rows) == len(rules)
     assert {len(row) for row in rows} == {10}
