@@ -845,6 +845,7 @@ def run(config: Config, world: World) -> None:
     training = build(config, world)
     folder.restore(training)
     folder.begin(training)
+    say_where_images_are_missing(config, training.dataset, folder)
     stop = Stop(config, folder)
     if folder.step == 0:
         folder.record({"step": 0, **evaluation(training)})
@@ -894,6 +895,19 @@ def check_division(config: Config, world: World) -> None:
         raise ConfigError(
             "rollout.prompts_per_step: expected a multiple of train.updates_per_rollout × "
             f"processes ({updates} × {world.size}), found {prompts}"
+        )
+
+
+def say_where_images_are_missing(config: Config, dataset: Sequence, folder: RunFolder) -> None:
+    """A rule that asks what an image changes has nothing to go by without one."""
+    looks = {"blind_logprobs", "image_similarity"} & set(needs(config))
+    if not looks or not isinstance(dataset, JsonlDataset):
+        return
+    without = sum(not row.images for row in dataset.rows)
+    if without:
+        folder.say(
+            f"warning: {without} of {len(dataset)} prompts have no image, by which "
+            f"dyco.rule={config.dyco.rule} weighs tokens; docs/credit.md says what it does there"
         )
 
 

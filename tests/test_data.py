@@ -332,6 +332,12 @@ def test_special_tokens_in_template_or_question_are_refused(tokenizer, processor
             encode_prompt(sample_of(question), 0, tokenizer, processor, template)
 
 
+def test_half_of_a_surrogate_pair_is_no_question(tokenizer, processor):
+    """As a terminal that does not write UTF-8 gives it to a command."""
+    with pytest.raises(DataError, match=r"the question is 'Gr\\udcf6ße\?'; expected text in UTF-8"):
+        encode_prompt(sample_of("Gr\udcf6ße?"), 0, tokenizer, processor, TEMPLATE)
+
+
 def test_special_tokens_of_this_tokenizer_are_refused(processor):
     tokenizer = make_tokenizer(extra_special_tokens=[*SPECIAL, "<|box_start|>"])
     with pytest.raises(DataError, match=r"box_start"):

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from datetime import datetime
 
 import pytest
@@ -343,6 +344,40 @@ def test_the_held_out_curve_fits_80_columns(tmp_path, last_step):
     assert columns[0] == "0"
     assert columns[-1] == str(steps[-1])
     assert len(columns) == min(len(steps), 10 if last_step < 10_000 else 7)
+
+
+@pytest.mark.parametrize(
+    "content, kept",
+    [
+        (b'{"a": 1}\n{"a": 2}', 2),  # an editor left the last line end out
+        (b'{"a": 1}\n{"a": 2', 1),  # a crash cut the line short
+        (b'{"a": 1}\n2', 1),
+        (b'{"a": 1}', 1),
+        (b"", 0),
+    ],
+)
+def test_a_last_line_without_its_end_stays_if_it_is_whole(tmp_path, content, kept):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    rows = [{"a": 1}, {"a": 2}][:kept]
+    assert [row for _, row in read_jsonl(file, growing=True)] == rows
+    append_jsonl(file, [{"a": 3}])
+    assert [row for _, row in read_jsonl(file)] == [*rows, {"a": 3}]
+
+
+def test_a_folder_is_tried_before_the_work(tmp_path, monkeypatch):
+    run_folder.make_folder(tmp_path / "new" / "one", "--out")
+    assert list((tmp_path / "new" / "one").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(run_folder.FolderError, match="--out: expected a folder.*file.*File exists"):
+        run_folder.make_folder(tmp_path / "file", "--out")
+
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(run_folder.FolderError, match="--out: .*new'.*Permission denied"):
+        run_folder.make_folder(tmp_path / "new", "--out")
 
 
 # ---------------------------------------------------------------- errors under torchrun

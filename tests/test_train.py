@@ -630,10 +630,11 @@ def test_mistakes_end_with_one_line(start, capsys, tmp_path):
         assert error.splitlines()[-1].startswith("error: ") and message in error.splitlines()[-1]
 
 
-def test_own_jsonl_with_held_out_rows(start, tmp_path):
+def test_own_jsonl_with_held_out_rows(start, tmp_path, capsys):
     """The authors' rows and plain ones, one, two and no images.
 
-    With images exchanged a prompt may be longer than any of its own.
+    With images exchanged a prompt may be longer than any of its own. A rule that weighs tokens by
+    the image has nothing to go by without one, which is said.
     """
     from conftest import picture
 
@@ -671,7 +672,10 @@ def test_own_jsonl_with_held_out_rows(start, tmp_path):
         f"data.eval_path={tmp_path / 'rows.jsonl'}",
         "train.updates_per_rollout=1",
         f"data.max_prompt_tokens={longest}",
+        "dyco.rule=vppo",
     )
+    told = capsys.readouterr()
+    assert "1 of 4 prompts have no image, by which dyco.rule=vppo weighs" in told.out + told.err
     assert [row["step"] for row in rows_of(folder)] == [0, 1, 2] and rows_of(folder)[2][
         "policy/grad_norm"
     ] > 0
