@@ -1152,7 +1152,7 @@ def main(arguments: list[str] | None = None) -> None:
     parts = list(dict.fromkeys(options.parts)) or DEFAULT_PARTS
     shipped = shipped_folder(parts)
     if options.report and is_shipped(options.out or shipped):
-        report_shipped(options.out or shipped, parts)
+        report_shipped(options.out or shipped, options.parts)
     elif options.report:
         report_folder(options.out, parts)
     else:

@@ -695,11 +695,15 @@ def test_two_lines_of_one_run_must_agree(results):
         ablate.read_runs(results)
 
 
-def test_a_report_says_where_it_has_no_runs(shipped, monkeypatch):
+def test_a_report_says_where_it_has_no_runs(shipped, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="has no runs of table; expected some of credit"):
         ablate.main(["table", "credit", "--report"])
     with pytest.raises(SystemExit, match="has no runs of centered"):
         ablate.main(["centered", "--report"])
+    monkeypatch.setattr(ablate, "CREDIT_RESULTS", shipped / "credit")
+    ablate.main(["--report", "--out", str(shipped / "credit")])
+    count = len((shipped / "credit" / "runs.jsonl").read_text().splitlines())
+    assert f"{count} runs that came with the project" in capsys.readouterr().out
 
 
 def test_two_grids_do_not_share_a_folder(results, tmp_path):

@@ -177,7 +177,7 @@ def test_gradient_command(start, capsys):
     assert set(written["rules"]) == {"off", "paper/uniform", "paper"}
 
     off = written["rules"]["off"]
-    assert off["angle"] == off["gain"] == off["spread"] == [0, 0, 0]
+    assert off["angle"] == off["gain"] == off["spread"] == [0, None, None]
     assert off["length"] == [1, 1, 1]
     assert off["summed"] == [0, None, None]
 
