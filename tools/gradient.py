@@ -9,7 +9,7 @@ are read. Writes gradient.json. A rule with a control is RULE/CONTROL, such as p
 
 `credit` asks the same of all rules at once, and what they weigh.
 
-Intervals are 95 % bootstrap intervals over batches.
+Intervals are 95 % bootstrap intervals over batches; fewer than four batches have none.
 """
 
 from dataclasses import asdict
