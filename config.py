@@ -512,8 +512,7 @@ def _parse(text: str, wanted: Any) -> Any:
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """`load_config` of a file that a run wrote, whose rule may have a name of earlier versions."""
-    written = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    rule = (written.get("dyco") or {}).get("rule") if isinstance(written, dict) else None
+    rule = _read(Path(path), _name(str(path))).get("dyco", {}).get("rule")
     now = []
     if isinstance(rule, str) and rule in dyco.FORMER_NAMES:
         name, control = dyco.FORMER_NAMES[rule]

@@ -566,6 +566,17 @@ def test_a_file_that_a_run_wrote_may_have_a_former_name(tmp_path):
         load_config(file)
 
 
+@pytest.mark.parametrize("content", [b"dyco: [", b"dyco: 3", b"- 1", b"\xff", b"dyco:\n"])
+def test_a_damaged_file_of_a_run_is_said_as_any_other(tmp_path, content):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match="config.yaml") as caught:
+        load_run_config(file)
+    with pytest.raises(ConfigError) as of_any_other:
+        load_config(file)
+    assert str(caught.value) == str(of_any_other.value)
+
+
 @pytest.mark.parametrize("rule", dyco.RULES)
 def test_what_is_missing_is_named(rule):
     advantages, mask, given = batch(0)
