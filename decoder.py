@@ -70,9 +70,9 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def has_few_rows(x: Tensor) -> bool:
-    """Whether x is [R, D] in float32 on a CPU, with as few rows as a step of decoding has."""
+    """Whether x [R, D] is float32 on a CPU, with as few rows as a step of decoding has."""
     on_cpu = x.device.type == "cpu"
-    return on_cpu and x.dim() == 2 and len(x) <= FEW_ROWS and x.dtype == torch.float32
+    return on_cpu and x.dtype == torch.float32 and len(x) <= FEW_ROWS
 
 
 def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:

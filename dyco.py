@@ -302,8 +302,6 @@ def _response(t: Tokens) -> Tensor:
     tokens_with_role = _with_role(t).sum(-1).clamp(min=1)
     mean_score = torch.where(_with_role(t), t.scores, 0).sum(-1) / tokens_with_role
     groups = _in_groups(t, mean_score)
-    if not len(groups):
-        return _off(t)
     distance_from_mean = groups - groups.mean(-1, keepdim=True)
     std = groups.std(-1, keepdim=True, unbiased=t.group_size > 1)
     # Scores lie in 0 … 1. Means that differ by rounding alone must not be standardised into ±1.
@@ -362,8 +360,6 @@ def _image_dependence(t: Tokens) -> Tensor:
 def _vppo(t: Tokens) -> Tensor:
     dependence = _image_dependence(t).clamp(max=10)
     kept = _highest(dependence, t.mask, percent=40)
-    if not len(kept):
-        return kept.to(dependence.dtype)
     # The responses that depend more on the image weigh more; the mean over responses is 1.
     responses = t.mask.any(-1)[None]  # [1, B], as the three that follow
     height = _minmax(_mean(dependence, t.mask).T, responses)
@@ -424,12 +420,12 @@ def _phrases(t: Tokens) -> Tensor:
     tokens = torch.where(t.mask, t.tokens, -1)
     phrases = F.pad(tokens, (2, 0), value=-1).unfold(-1, 3, 1)  # [B, T, 3], the last is token t
     rewards = _in_groups(t, t.rewards)
-    change = _in_groups(t, torch.zeros_like(t.advantages))
     groups = zip(_in_groups(t, phrases), _in_groups(t, t.mask), rewards, strict=True)
-    for group, (of_group, mask, reward) in enumerate(groups):
+    change = []
+    for of_group, mask, reward in groups:
         beginning = _worth_of_phrases(of_group[..., :2], mask, reward)
-        change[group] = _worth_of_phrases(of_group, mask, reward) - beginning
-    return _paper(t._replace(scores=_scores_of_change(t, change.flatten(0, 1))))
+        change.append(_worth_of_phrases(of_group, mask, reward) - beginning)
+    return _paper(t._replace(scores=_scores_of_change(t, torch.cat(change))))
 
 
 def _worth_of_phrases(phrases: Tensor, mask: Tensor, rewards: Tensor) -> Tensor:
@@ -707,7 +703,9 @@ def reweight_advantages(
     missing = [name for name in chosen.needs if getattr(seen, name) is None]
     if missing:
         raise ValueError(f"rule {rule!r} needs {', '.join(missing)}")
-    factors = apply_control(chosen.factor(seen), chosen.among(seen), generator)
+    # Dynamic sampling can leave a process without any group.
+    factors = chosen.factor(seen) if len(mask) else torch.ones_like(seen.advantages)
+    factors = apply_control(factors, chosen.among(seen), generator)
     return torch.where(mask, factors * seen.advantages, 0)
 
 

@@ -206,7 +206,7 @@ def cells_of_rule(rule: str) -> dict[str, list[str]]:
 
 # Each rule that is in none of the other parts is a part by its own name. So whoever adds a rule to
 # dyco.RULES can ask for it. Where a response has one factor, no control would change it.
-KNOWN_RULES = {"paper", "signed", *(rule for rule, _ in CREDIT_RULES.values())}
+KNOWN_RULES = {rule for rule, _ in CREDIT_RULES.values()}
 RULE_PARTS = [
     rule for rule, entry in dyco.RULES.items() if rule not in KNOWN_RULES and not entry.per_response
 ]
@@ -599,6 +599,13 @@ def read_curves(path: Path) -> dict[str, list]:
     return curves
 
 
+def folder_for(cell: str, seed: int, scratch: Path) -> Path:
+    """A new folder for a run: where the grid was killed, what it had started may still write."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    name = f"{cell}-{seed}-".replace("/", "-").replace(" ", "_").replace(":", "")
+    return Path(tempfile.mkdtemp(prefix=name, dir=scratch))
+
+
 def run_missing(missing: list[tuple[str, int]], jobs: int, out: Path) -> None:
     """Run these (cell, seed), and append each to OUT/runs.jsonl when it ends.
 
@@ -612,30 +619,30 @@ def run_missing(missing: list[tuple[str, int]], jobs: int, out: Path) -> None:
     with tqdm(total=len(missing), desc="runs") as bar, ThreadPoolExecutor(jobs) as pool:
 
         def work(one: tuple[str, int]) -> None:
-            cell, seed = one
-            name = f"{cell}-{seed}-".replace("/", "-").replace(" ", "_").replace(":", "")
-            # A folder of its own: where the grid was killed, what it had started may still write.
-            scratch.mkdir(parents=True, exist_ok=True)
-            place = Path(tempfile.mkdtemp(prefix=name, dir=scratch))
+            place = folder_for(*one, scratch)
             try:
-                row = run_one(cell, seed, place)
+                row = run_one(*one, place)
             except (RuntimeError, ValueError) as error:  # the others go on
-                if stopping.is_set():  # Ctrl-C reaches the runs, too
-                    return
-                failures.append(str(error))
-                tqdm.write(f"error: {error}")
+                if not stopping.is_set():  # Ctrl-C reaches the runs, too
+                    fail(str(error))
                 return
-            accuracy = 100 * row["accuracy"][-1]
             with lock:
-                try:
-                    append_jsonl(out / "runs.jsonl", [row])
-                except OSError as error:
-                    failures.append(f"{out / 'runs.jsonl'}: {error}")
-                    tqdm.write(f"error: {failures[-1]}; its line would be {json.dumps(row)}")
-                    return
-                shutil.rmtree(place)
-                bar.update()
-                tqdm.write(f"{cell}, seed {seed}: {accuracy:.0f} % in {row['seconds']:.0f} s")
+                keep(row, place)
+
+        def keep(row: dict, place: Path) -> None:
+            try:
+                append_jsonl(out / "runs.jsonl", [row])
+            except OSError as error:
+                fail(f"{out / 'runs.jsonl'}: {error}", f"; its line would be {json.dumps(row)}")
+                return
+            shutil.rmtree(place)
+            bar.update()
+            cell, seed, accuracy = row["cell"], row["seed"], 100 * row["accuracy"][-1]
+            tqdm.write(f"{cell}, seed {seed}: {accuracy:.0f} % in {row['seconds']:.0f} s")
+
+        def fail(message: str, more: str = "") -> None:
+            failures.append(message)
+            tqdm.write(f"error: {message}{more}")
 
         try:
             for _ in pool.map(work, missing):  # an interrupt takes back what has not begun

@@ -29,7 +29,8 @@ def label(name: str) -> str:
     in_brackets = re.search(r"\((.+)\)", source)
     if in_brackets is None:
         return name
-    return in_brackets[1] if in_brackets[1].lower() == name else f"{in_brackets[1]} ({name})"
+    of_paper = in_brackets[1]
+    return of_paper if of_paper.lower() == name else f"{of_paper} ({name})"
 
 
 def by_gain(rules: dict[str, dict]) -> list[str]:
@@ -96,8 +97,8 @@ def credit_table(content: dict) -> str:
 def about(content: dict) -> list[str]:
     """Where the figures come from."""
     sizes = " or ".join(str(size) for size in content["group_sizes"])
-    compared = content["batches"] - content["batches"] // 2
-    skipped = compared - content["compared"]
+    second_half = content["batches"] - content["batches"] // 2
+    skipped = second_half - content["compared"]
     without = f" ({skipped} more have no gradient: equal rewards)" if skipped else ""
     reference = content["rules"]["off"]["reference"]
     return [

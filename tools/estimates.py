@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 REPLICATES = 2000  # of ratios over prompts
+FEWEST = 4  # values with an interval: below, too few draws differ for quantiles to mean anything
 
 
 # ---------------------------------------------------------------------------------- the bootstrap
@@ -57,11 +58,10 @@ def expanded_percentile(n: int) -> float:
 def bootstrap_mean(
     values: list[float], replicates: int = 10000
 ) -> tuple[float, float | None, float | None]:
-    """(mean, low, high) of values that are drawn one by one; fewer than four have no interval."""
+    """(mean, low, high) of values that are drawn one by one; less than FEWEST have no interval."""
     x = torch.tensor(values, dtype=torch.float64)
     mean = float(x.mean())
-    # Below four there are too few different draws for quantiles to mean anything.
-    if len(values) < 4:
+    if len(values) < FEWEST:
         return mean, None, None
     means = x[draw(len(values), replicates)].mean(1)
     low, high = interval_of(means, expanded_percentile(len(values)))

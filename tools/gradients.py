@@ -24,7 +24,7 @@ from data import Sample
 from distributed import ALONE
 from model import Policy
 from rollout import Rollout, keyed_generator
-from tools.estimates import bootstrap, estimate_each, expanded_percentile
+from tools.estimates import FEWEST, bootstrap, estimate_each, expanded_percentile
 from tools.observed import AnalysisError, encode, prompt_of_each
 from tools.toy_decisions import all_decisions
 
@@ -370,14 +370,14 @@ def columns_of(rows: list[dict[str, float]]) -> dict[str, Tensor]:
 def ratio_estimates(numerators: Tensor, denominators: Tensor) -> list[list[float | None]]:
     """[estimate, low, high] of each ratio of sums over batches: [figures, batches] each.
 
-    Fewer than four batches have too few different draws for an interval.
+    Less than FEWEST batches have no interval.
     """
     batches = numerators.shape[1]
     ratios, replicates = bootstrap(numerators, denominators, torch.arange(batches))
     estimates = estimate_each(ratios, replicates, expanded_percentile(max(batches, 2)))
     counts = (denominators != 0).sum(1).tolist()
     return [
-        estimate if count >= 4 else [estimate[0], None, None]
+        estimate if count >= FEWEST else [estimate[0], None, None]
         for estimate, count in zip(estimates, counts, strict=True)
     ]
 

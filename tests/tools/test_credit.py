@@ -140,8 +140,14 @@ def test_a_rule_without_any_gradient_is_shown_and_batches_without_one_are_counte
         weightings = {"nothing": Weighting("nothing"), "paper": Weighting("paper")}
         rules, compared = credit.describe_credit(config, policy, batches, weightings)
         content = {
-            **{"rules": rules, "compared": compared, "batches": 6, "prompts": 6},
-            **{"model": "m", "data": "d", "algo": "grpo", "group_sizes": [96]},
+            "model": "m",
+            "data": "d",
+            "algo": "grpo",
+            "group_sizes": [96],
+            "prompts": 6,
+            "batches": 6,
+            "compared": compared,
+            "rules": rules,
         }
         page = credit_table(content)
         figure = ElementTree.fromstring(credit_figure(rules))
