@@ -17,7 +17,7 @@ of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -120,26 +120,18 @@ def finish(layer: nn.Module, hidden: Tensor, attended: Tensor, dtype: torch.dtyp
     return hidden + linear(mlp.down_proj, gate * linear(mlp.up_proj, normalised))
 
 
-class Arithmetic(NamedTuple):
-    """How the layers compute: in which dtype, and by which form of the two functions above."""
-
-    dtype: torch.dtype
-    project: Callable = project
-    finish: Callable = finish
-
-
 class PackedLayer:
     """The forward that a decoder layer is given. Mixed into its class, before the library's own."""
 
-    def forward(self, hidden, *args, layout=None, rotary=None, arithmetic=None, **kwargs):
+    def forward(self, hidden, *args, layout=None, rotary=None, dtype=None, **kwargs):
         if layout is None:
             return super().forward(hidden, *args, **kwargs)
-        query, key, value = arithmetic.project(self, hidden, rotary, arithmetic.dtype)
+        query, key, value = project(self, hidden, rotary, dtype)
         attention = self.self_attn
         attended = layout.attend(
             attention.layer_idx, query, key, value=value, scale=attention.scaling
         )
-        return arithmetic.finish(self, hidden, attended, arithmetic.dtype)
+        return finish(self, hidden, attended, dtype)
 
 
 def take_layouts(layers: nn.ModuleList) -> None:
@@ -150,17 +142,18 @@ def take_layouts(layers: nn.ModuleList) -> None:
             layer.__class__ = type(f"Packed{own.__name__}", (PackedLayer, own), {})
 
 
-def run(model: nn.Module, embedded: Embedded, positions: Tensor, layout, arithmetic: Arithmetic):
+def run(model: nn.Module, embedded: Embedded, positions: Tensor, layout, dtype: torch.dtype):
     """The last hidden states [R, N, D] of embedded tokens at positions [3, R, N].
 
     model: the language model, whose layers were given to `take_layouts`. layout.hooks: whether the
-    layers' hooks run, which gather sharded weights and start checkpoints.
+    layers' hooks run, which gather sharded weights and start checkpoints. dtype: of the arithmetic
+    between the float32 residuals.
     """
     turns = rotary(model, positions)
     hidden = embedded.tokens
     for number, layer in enumerate(model.layers):
         run_layer = layer if layout.hooks else layer.forward
-        hidden = run_layer(hidden, layout=layout, rotary=turns, arithmetic=arithmetic)
+        hidden = run_layer(hidden, layout=layout, rotary=turns, dtype=dtype)
         if number < len(embedded.deep):
             hidden = hidden.index_add(1, embedded.places, embedded.deep[number][None])
     return rms_norm(model.norm, hidden)

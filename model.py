@@ -230,7 +230,6 @@ class Policy(nn.Module):
         self.forward_chunk = _chunk_forward
         self.slope_chunk = _chunk_slope
         self.signals = dyco.attention_signals
-        self.arithmetic = decoder.Arithmetic(dtype)
         if compiled:
             self.forward_chunk = torch.compile(_chunk_forward, dynamic=True)
             self.slope_chunk = torch.compile(_chunk_slope, dynamic=True)
@@ -355,7 +354,7 @@ class Policy(nn.Module):
         """The decoder's last hidden states [rows, N, D], at positions [3, rows, N]."""
         model = self.hf.model.language_model
         positions = positions.to(self.device)
-        return decoder.run(model, embedded, positions, layout, arithmetic=self.arithmetic)
+        return decoder.run(model, embedded, positions, layout, dtype=self.dtype)
 
     # -------------------------------------------------------------------------------------- outputs
 
