@@ -17,7 +17,9 @@ class Answer(NamedTuple):
     """What the runs say of one rule."""
 
     rule: str
-    gains: dict[str, tuple]  # level, or "both" -> (mean, low, high), rule − its shuffled control
+    # level, or "both" -> (mean, low, high):
+    gains: dict[str, tuple]  # rule − its shuffled control
+    over_host: dict[str, tuple]  # rule − host
     pairs: int  # of runs, over both levels
     p: float | None  # not corrected; None before all planned runs are there
 
@@ -54,17 +56,27 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected
 
 
-def answer_of(rule: str, differences: dict[str, list[float]]) -> Answer:
-    """differences: level -> rule − control, one for each seed."""
-    together = list(itertools.chain.from_iterable(differences.values()))
-    gains = {level: bootstrap_mean(values) for level, values in differences.items()}
-    is_complete = all(len(values) >= SEEDS for values in differences.values())
+def answer_of(
+    rule: str, over_control: dict[str, list[float]], over_host: dict[str, list[float]]
+) -> Answer:
+    """over_control, over_host: level -> rule − its shuffled control, or − host, for each seed."""
+    pairs = list(itertools.chain.from_iterable(over_control.values()))
+    is_complete = all(len(values) >= SEEDS for values in over_control.values())
     return Answer(
         rule,
-        {**gains, "both": bootstrap_mean(together)},
-        len(together),
-        sign_flip(together) if is_complete else None,
+        gains=with_both(over_control),
+        over_host=with_both(over_host),
+        pairs=len(pairs),
+        p=sign_flip(pairs) if is_complete else None,
     )
+
+
+def with_both(differences: dict[str, list[float]]) -> dict[str, tuple]:
+    """The means of each level and of both together, with their intervals."""
+    both = list(itertools.chain.from_iterable(differences.values()))
+    return {
+        level: bootstrap_mean(values) for level, values in {**differences, "both": both}.items()
+    }
 
 
 def gain_text(gain: tuple | None) -> str:
@@ -79,28 +91,21 @@ def gain_text(gain: tuple | None) -> str:
 
 
 def rule_lines(answers: list[Answer], planned: int) -> list[str]:
-    """A table in Markdown: every rule against its own shuffled control.
+    """A table in Markdown: every rule against its own shuffled control; last, against the host.
 
     planned: how many rules are tested together. There are no p-values before all of them have run.
     """
     levels = list(answers[0].gains)
-    lines = [
-        "| rule − its shuffled control | pairs | " + " | ".join(levels) + " | p | p, corrected |",
-        "|---" * (len(levels) + 4) + "|",
-    ]
-    tested = [answer for answer in answers if answer.p is not None]
-    corrected = dict(
-        zip(
-            [answer.rule for answer in tested],
-            holm([answer.p for answer in tested]),
-            strict=True,
-        )
-    )
+    heads = ["rule − its shuffled control", "pairs", *levels, "p", "p, corrected", "rule − host"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    tested = {answer.rule: answer.p for answer in answers if answer.p is not None}
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
     for answer in answers:
         cells = [gain_text(answer.gains[level]) for level in levels]
         p_values = ["–", "–"]
         # Holm's correction is for all of them together.
         if len(tested) == planned:
             p_values = [f"{answer.p:.3f}", f"{corrected[answer.rule]:.3f}"]
-        lines.append(f"| {' | '.join([answer.rule, str(answer.pairs), *cells, *p_values])} |")
+        cells = [answer.rule, str(answer.pairs), *cells, *p_values]
+        lines.append(f"| {' | '.join(cells)} | {gain_text(answer.over_host['both'])} |")
     return lines

@@ -16,7 +16,11 @@ import pytest
 import dyco
 from config import DEFAULTS, load_config
 from run_folder import FolderError, exclusive
-from tools import ablate, rule_table
+from tools import ablate, ablation_cells, rule_table
+from tools.ablation_cells import CELLS, DEFAULT_PARTS, HOSTS, KNOWN_RULES, PARTS, REGIME, RULE_PARTS
+from tools.ablation_figures import GAIN_STEPS
+from tools.ablation_tables import differences, measure, shared_seeds, tabulate
+from tools.charts import ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 OUTPUTS = ("table.md", "table.json", "gains.svg", "curves.svg")
@@ -33,7 +37,7 @@ def line(cell, seed, curve, greedy=(0.5, 0.5)):
         "seed": seed,
         "config": ablate.config_fingerprint(present_config(cell), seed),
         "code": present_code(),
-        "settings": ablate.CELLS[cell],
+        "settings": CELLS[cell],
         "steps": [0, 8, 24],
         "accuracy": curve,
         "greedy": list(greedy),
@@ -64,23 +68,23 @@ def shipped(results):
 
 
 def test_every_cell_is_a_config_and_has_its_host():
-    for cells in ablate.PARTS.values():
+    for cells in PARTS.values():
         for cell, overrides in cells.items():
-            load_config(DEFAULTS, [*ablate.REGIME, *overrides])
+            load_config(DEFAULTS, [*REGIME, *overrides])
             host = cell.rsplit("/", 1)[0] + "/host"
-            assert any(host in others for others in ablate.PARTS.values()), cell
+            assert any(host in others for others in PARTS.values()), cell
     # A cell that stands in two parts is the same in both.
-    for cells in ablate.PARTS.values():
+    for cells in PARTS.values():
         for cell, overrides in cells.items():
-            assert ablate.CELLS[cell] == [*ablate.REGIME, *overrides]
-    assert len(ablate.PARTS["table"]) == 16
+            assert CELLS[cell] == [*REGIME, *overrides]
+    assert len(PARTS["table"]) == 16
     # Ten rules with their controls, a host and one more control, on two levels.
-    assert len(ablate.PARTS["credit"]) == 2 * (10 * 2 + 2)
-    assert len(ablate.PARTS["controls"]) == 20
+    assert len(PARTS["credit"]) == 2 * (10 * 2 + 2)
+    assert len(PARTS["controls"]) == 20
     # A rule that the other parts leave out is a part: with its host and controls, on two levels.
-    assert len(ablate.PARTS["centered"]) == 2 * 4
-    assert "centered" not in ablate.DEFAULT_PARTS
-    asked_for = set(ablate.RULE_PARTS) | ablate.KNOWN_RULES
+    assert len(PARTS["centered"]) == 2 * 4
+    assert "centered" not in DEFAULT_PARTS
+    asked_for = set(RULE_PARTS) | KNOWN_RULES
     assert set(dyco.RULES) - asked_for == {"off", "response"}
 
 
@@ -88,7 +92,7 @@ def test_measures_and_paired_differences():
     """Area: (8·(.2 + .4)/2 + 16·(.4 + .8)/2) / 24 = (2.4 + 9.6) / 24 = 0.5."""
     row = line("grpo/paper", 0, [0.2, 0.4, 0.8], greedy=(0.1, 0.9))
     names = ("final", "greedy", "area", "online")
-    assert [ablate.measure(row, name) for name in names] == pytest.approx([80, 90, 50, 140 / 3])
+    assert [measure(row, name) for name in names] == pytest.approx([80, 90, 50, 140 / 3])
     rows = [
         row,
         line("grpo/host", 0, [0.2, 0.4, 0.7]),
@@ -97,23 +101,23 @@ def test_measures_and_paired_differences():
         line("grpo/paper", 2, [0.0, 0.0, 0.0]),  # seed 2 has no partner
     ]
     runs = {(row["cell"], row["seed"]): row for row in rows}
-    gains = ablate.differences(runs, ["grpo/paper"], ["grpo/host"], "final")
+    gains = differences(runs, ["grpo/paper"], ["grpo/host"], "final")
     assert gains == pytest.approx([10, -10])
 
 
 def test_all_hosts_are_averaged_within_a_seed():
     """Four hosts that share a seed's luck are one observation of it, not four."""
     runs = {}
-    for i, host in enumerate(ablate.HOSTS):
+    for i, host in enumerate(HOSTS):
         for seed in range(3):
             base = 0.01 * i
             runs[f"{host}/host", seed] = line(f"{host}/host", seed, [0, 0, base])
             runs[f"{host}/paper", seed] = line(f"{host}/paper", seed, [0, 0, base + 0.1 * seed])
     del runs["sapo/paper", 1]
-    papers = [f"{host}/paper" for host in ablate.HOSTS]
-    hosts = [f"{host}/host" for host in ablate.HOSTS]
-    assert ablate.differences(runs, papers, hosts, "final") == pytest.approx([0, 20])
-    assert ablate.shared_seeds(runs, papers) == [0, 2]
+    papers = [f"{host}/paper" for host in HOSTS]
+    hosts = [f"{host}/host" for host in HOSTS]
+    assert differences(runs, papers, hosts, "final") == pytest.approx([0, 20])
+    assert shared_seeds(runs, papers) == [0, 2]
 
 
 # ------------------------------------------------------------------------------- whose runs count
@@ -250,7 +254,7 @@ def test_shipped_lines_never_count(shipped, tmp_path):
     assert ablate.read_runs(out) == ({}, 464)
     for folder, others in ((out, 464), (tmp_path / "new", 0)):
         plan = ablate.plan_runs(["table"], 1, folder)
-        assert plan.missing == [(cell, 0) for cell in ablate.PARTS["table"]]
+        assert plan.missing == [(cell, 0) for cell in PARTS["table"]]
         assert plan.others == others
 
 
@@ -283,7 +287,7 @@ def test_shipped_lines_of_another_regime_are_refused(results):
 
 def test_the_time_is_estimated_from_the_runs_there(results, tmp_path):
     """13 of 16 are missing, two at a time: 7 rounds of 30 s."""
-    rows = [line(cell, 0, [0.1, 0.2, 0.3]) for cell in list(ablate.PARTS["table"])[:3]]
+    rows = [line(cell, 0, [0.1, 0.2, 0.3]) for cell in list(PARTS["table"])[:3]]
     rows = [row | {"seconds": seconds} for row, seconds in zip(rows, (20, 30, 40), strict=True)]
     old = rows[0] | {"code": "0123456789abcdef", "seconds": 999}
     write_lines(tmp_path, [*rows, old])
@@ -297,7 +301,7 @@ def test_the_time_is_estimated_from_the_runs_there(results, tmp_path):
 
 def test_without_any_there_the_shipped_ones_tell_the_time(shipped, tmp_path):
     """464 runs of 104.6 s, two at a time, are 24259 s."""
-    plan = ablate.plan_runs(ablate.DEFAULT_PARTS, 8, tmp_path / "out")
+    plan = ablate.plan_runs(DEFAULT_PARTS, 8, tmp_path / "out")
     text = ablate.describe_plan(plan, 2, tmp_path / "out")
     assert text.startswith("464 runs wanted (58 cells × 8 seeds), 0 of them in ")
     assert (
@@ -309,7 +313,7 @@ def test_nothing_to_go_by_and_nothing_to_do(results, tmp_path):
     plan = ablate.plan_runs(["table"], 1, tmp_path / "out")
     text = ablate.describe_plan(plan, 2, tmp_path)
     assert text.endswith("16 to run; no run is there to tell how long that takes")
-    write_lines(tmp_path, [line(cell, 0, [0.1, 0.2, 0.3]) for cell in ablate.PARTS["table"]])
+    write_lines(tmp_path, [line(cell, 0, [0.1, 0.2, 0.3]) for cell in PARTS["table"]])
     text = ablate.describe_plan(ablate.plan_runs(["table"], 1, tmp_path), 2, tmp_path)
     assert text.endswith(f"16 of them in {tmp_path}, 0 to run")
 
@@ -350,7 +354,7 @@ def test_what_is_missing_is_run_seed_after_seed(made, tmp_path):
     out = tmp_path / "out"
     ablate.run_grid(["table"], 2, jobs=1, out=out)
     assert len(made) == 32
-    assert made[:16] == [(cell, 0) for cell in ablate.PARTS["table"]]
+    assert made[:16] == [(cell, 0) for cell in PARTS["table"]]
     ablate.run_grid(["table"], 4, jobs=1, out=out)
     assert len(made) == 64
     assert {seed for _, seed in made[32:]} == {2, 3}
@@ -365,8 +369,8 @@ def test_credit_runs_have_a_table_of_their_own(made, tmp_path, capsys, monkeypat
     ablate.run_grid(["credit"], 1, jobs=1, out=out)
     text = (out / "table.md").read_text()
     assert "| grpo/vppo | 1 |" in text and "| level 3: grpo/phrases uniform | 1 |" in text
-    assert "| paper | 2 | +3.3 | +3.3 | +3.3 | – | – |" in text
-    assert "| siblings | 2 | +0.0 | +0.0 | +0.0 | – | – |" in text
+    assert "| paper | 2 | +3.3 | +3.3 | +3.3 | – | – | +3.3 |" in text
+    assert "| siblings | 2 | +0.0 | +0.0 | +0.0 | – | – | +0.0 |" in text
     assert "## table" not in text
     # Another part in the same folder leaves this one's table there.
     ablate.run_grid(["rate"], 1, jobs=1, out=out)
@@ -377,8 +381,16 @@ def test_credit_runs_have_a_table_of_their_own(made, tmp_path, capsys, monkeypat
     text = (out / "table.md").read_text()
     # 2 of 16 choices of signs; the other nine rules are at 1. Ten times 2/16 is above 1.
     assert "| 0.125 | 1.000 |" in text
-    figure = (out / "gains.svg").read_text()
-    assert figure.count("− shuffled</text>") == 10
+    gains = ElementTree.parse(out / "gains.svg")
+    # Ten rules on two levels and both, over the control and over the host.
+    assert len(gains.findall(f".//{SVG}circle")) == 10 * 3 * 2
+    curves = ElementTree.parse(out / "curves.svg")
+    assert {"grpo", "level 3: grpo"} <= {text.text for text in curves.findall(f".//{SVG}text")}
+    # Of each rule on each level: host, rule and shuffled; phrases has a uniform, too. Of the other
+    # part host, paper and shuffled at both rates, and the same with signed minmax on both levels.
+    of_rules = 2 * (10 * 3 + 1)
+    of_hosts = 2 * 3 + 2 * 4
+    assert len(curves.findall(f".//{SVG}polyline")) == of_rules + of_hosts
     made.clear()
     capsys.readouterr()
     ablate.main(["credit", "--report", "--out", str(out)])
@@ -402,6 +414,7 @@ def test_sign_flip_and_holm():
     """All signs alike is the most extreme of 2^n choices, and so is its opposite."""
     assert doctest.testmod(rule_table).failed == 0
     assert doctest.testmod(ablate).failed == 0
+    assert doctest.testmod(ablation_cells).failed == 0
     assert rule_table.sign_flip([1.0] * 16) == 2 / 2**16
     # |1 + 2 − 3| = 0, as far as any other: each mean is at least as far from 0.
     assert rule_table.sign_flip([1.0, 2.0, -3.0]) == 1
@@ -412,30 +425,32 @@ def test_sign_flip_and_holm():
 
 
 def test_no_p_value_before_all_planned_runs_are_there():
-    full = rule_table.answer_of("mine", {"level 1": [1.0] * 8, "level 3": [1.0] * 8})
-    short = rule_table.answer_of("other", {"level 1": [1.0] * 8, "level 3": [1.0] * 7})
+    over_host = {"level 1": [0.5] * 8, "level 3": [1.5] * 8}
+    full = rule_table.answer_of("mine", {"level 1": [1.0] * 8, "level 3": [1.0] * 8}, over_host)
+    short = rule_table.answer_of("other", {"level 1": [1.0] * 8, "level 3": [1.0] * 7}, over_host)
     assert full.p == 2 / 2**16 and short.p is None
-    assert rule_table.rule_lines([full], planned=1)[-1].endswith("| 0.000 | 0.000 |")
+    assert full.over_host["both"][0] == 1
+    assert "| 0.000 | 0.000 | +1.0 (" in rule_table.rule_lines([full], planned=1)[-1]
     for answers, planned in (([full], 2), ([full, short], 2)):
         assert all(
-            line.endswith("| – | – |") for line in rule_table.rule_lines(answers, planned)[2:]
+            "| – | – | +1.0 (" in line for line in rule_table.rule_lines(answers, planned)[2:]
         )
 
 
 def test_a_rule_that_was_not_planned_is_a_question_of_its_own(results):
     """Its p-value is not corrected, and the ten planned rules do not wait for it."""
-    cells = list(ablate.PARTS["centered"])
+    cells = list(PARTS["centered"])
     rows = []
     for cell in cells:
         height = 0.4 if cell.endswith("/centered") else 0.2
         rows += [line(cell, seed, [height] * 3) for seed in range(8)]
     write_lines(results, rows)
-    table = ablate.tabulate(ablate.read_runs(results)[0], results, ["centered"])
+    table = tabulate(ablate.read_runs(results)[0], results, ["centered"])
     gain = "+20.0 (+20.0 … +20.0)"
     assert f"| centered | 16 | {gain} | {gain} | {gain} | 0.000 | 0.000 |" in table
     assert f"| grpo/centered − centered uniform | 8 | {gain} |" in table
     # The same rows are no answer to what was planned, but they are shown beside it.
-    both = ablate.tabulate(ablate.read_runs(results)[0], results, ["credit", "centered"])
+    both = tabulate(ablate.read_runs(results)[0], results, ["credit", "centered"])
     assert "## centered" in both and "| centered | 16 |" in both
 
 
@@ -458,7 +473,7 @@ def test_an_interrupted_grid_goes_on_where_it_was(made, tmp_path, monkeypatch):
         file.write('{"cell": "grpo/host", "se')
 
     ablate.run_grid(["table"], 1, jobs=1, out=out)
-    assert made == [(cell, 0) for cell in ablate.PARTS["table"]]  # none of them twice
+    assert made == [(cell, 0) for cell in PARTS["table"]]  # none of them twice
     assert ablate.read_runs(out)[0].keys() == set(made)
 
 
@@ -558,14 +573,14 @@ def test_tables_and_figures_of_one_part(made, tmp_path):
 
 def test_tables_of_nothing_and_of_half(tmp_path):
     """A part without its host's runs yet, and no run at all: no gains, no marks, no crash."""
-    assert "seeds" in ablate.tabulate({}, tmp_path)
+    assert "seeds" in tabulate({}, tmp_path)
     runs = {("level 2: grpo/uniform", 0): line("level 2: grpo/uniform", 0, [0.3, 0.5, 0.7])}
-    assert "| level 2: grpo/uniform | 1 | 70.0 | – |" in ablate.tabulate(runs, tmp_path)
+    assert "| level 2: grpo/uniform | 1 | 70.0 | – |" in tabulate(runs, tmp_path)
 
 
 @pytest.mark.parametrize("bound", [0.4, 2.0, 9.99, 240])
 def test_ticks_are_round_and_inside(bound):
-    places = ablate.ticks(-bound, bound, ablate.GAIN_STEPS)
+    places = ticks(-bound, bound, GAIN_STEPS)
     assert 0 in places
     assert places == [-x for x in places[::-1]]
     assert abs(places[0]) <= bound
