@@ -12,9 +12,10 @@ which keys a query may see. There are two of them:
   Without responses it is the prefill of a rollout.
 - `Decoding` for one step of a rollout: the newest token of every response.
 
-In the captured layers a layout also hands its attention to a `Tap`, which reduces the rows at once
-to four numbers per token: the two masses and the two shifts of dyco.py (eq. 1 to 3). No attention
-matrix outlives the call, and no other layer pays.
+In the captured layers a layout also hands its attention to a `Tap`, which reduces the rows to four
+numbers per token: the two masses and the two shifts of dyco.py (eq. 1 to 3). A packed forward does
+that within the call, block after block of queries. Decoding keeps the rows of up to `Tap.STEPS`
+steps and reduces them together. No other layer pays.
 
 Shapes: P prompts, G responses per prompt, R rows that are decoded, T response tokens, N packed
 length, K keys, H heads, H_kv heads of keys and values, D width of a head.
@@ -42,7 +43,7 @@ WINDOWS = "dyco_flash_windows"
 
 
 def attend_windows(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **kwargs):
-    """Attention of the vision tower: query [1, H, N, D] -> ([1, N, H, D], None).
+    """Attention of the vision tower: query [1, H, N, W] -> ([1, N, H, W], None).
 
     A patch attends within its window. All windows of one length are one batch, instead of a call
     for each of them. cu_seq_lens_q [windows + 1]: where the windows begin, and the last one ends.
@@ -55,7 +56,7 @@ def attend_windows(module, query, key, value, attention_mask, scaling, cu_seq_le
 
     outputs = []
     for length, *qkv in zip(kinds, queries, keys, values, strict=True):
-        # [H, patches, D] -> [windows, H, length, D]
+        # [H, patches, W] -> [windows, H, length, W]
         q, k, v = (x.unflatten(1, (-1, length)).transpose(0, 1) for x in qkv)
         output = F.scaled_dot_product_attention(q, k, v, scale=scaling)
         outputs.append(output.transpose(0, 1).flatten(1, 2))
@@ -111,7 +112,7 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
 def grouped_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention in which the last query is aligned with the last key.
 
-    query [B, H, T, D], key and value [B, H_kv, K, D] -> [B, H, T, D]. The H / H_kv query heads that
+    query [B, H, Q, W], key and value [B, H_kv, K, W] -> [B, H, Q, W]. The H / H_kv query heads that
     share a head of keys meet it without copies of it: by the kernel where it can do that, else as
     more queries.
     """
@@ -138,7 +139,7 @@ def grouped_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: fl
 def attention_rows(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
     """The softmaxed rows of causal attention, averaged over heads.
 
-    query [B, H, T, D], key [B, H_kv, K, D] -> [B, T, K] float32. `first`: the place of the first
+    query [B, H, Q, W], key [B, H_kv, K, W] -> [B, Q, K] float32. `first`: the place of the first
     query among the keys.
     """
     batch, heads, queries, width = query.shape
@@ -157,7 +158,7 @@ def attention_rows(query: Tensor, key: Tensor, scale: float, first: int) -> Tens
 class PackedGroups:
     """The layout of one row that holds packed groups: [prompt_1 | o_11 … o_1G | prompt_2 | …].
 
-    A group costs P²/2 + G·T·(P + T/2) pairs of query and key: no response meets the keys of
+    A group costs L²/2 + G·T·(L + T/2) pairs of query and key: no response meets the keys of
     another one, not even to be masked.
     """
 
@@ -185,7 +186,7 @@ class PackedGroups:
         for prompt, group in zip(prompts, branches, strict=True):
             self.sections += [len(prompt.input_ids), sum(group)]
         self.places: list[tuple[Tensor, Tensor]] | None = None  # of each group, made on the device
-        # layer -> keys and values of each prompt, [1, H_kv, P, D] each
+        # layer -> keys and values of each prompt, [1, H_kv, L, W] each
         self.kept: dict[int, list[tuple[Tensor, Tensor]]] | None = {} if keep_keys else None
 
     @staticmethod
@@ -205,10 +206,10 @@ class PackedGroups:
         return packed_place.to(device), padded_place.to(device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D]."""
+        """query [1, H, N, W], key and value [1, H_kv, N, W] -> [1, N, H, W]."""
         if self.places is None:
             self.places = [self._places(group, query.device) for group in self.branches]
-        # [tokens, heads, D] of each section
+        # [tokens, heads, W] of each section
         sections = [x[0].transpose(0, 1).split(self.sections) for x in (query, key, value)]
         outputs = []
         for index in range(len(self.prompts)):
@@ -225,7 +226,7 @@ class PackedGroups:
         of_responses: list[Tensor],
         scale: float,
     ) -> list[Tensor]:
-        """The outputs [tokens, H, D] of a prompt and of its responses."""
+        """The outputs [tokens, H, W] of a prompt and of its responses."""
         group = self.branches[index]
         query, key, value = (x.transpose(0, 1)[None] for x in of_prompt)
         outputs = [grouped_query_attention(query, key, value, scale)[0].transpose(0, 1)]
@@ -240,7 +241,7 @@ class PackedGroups:
         if any(group):
             packed_place, padded_place = self.places[index]
 
-            def pad(x: Tensor) -> Tensor:  # [tokens, heads, D] -> [G, heads, longest, D]
+            def pad(x: Tensor) -> Tensor:  # [tokens, heads, W] -> [G, heads, longest, W]
                 padded = x.index_select(0, packed_place).unflatten(0, (len(group), -1))
                 return padded.transpose(1, 2)
 
@@ -270,7 +271,7 @@ class Tap:
     """
 
     MAX_ELEMENTS = 2**25  # of one block of rows before heads are averaged: 128 MB in float32
-    STEPS = 16  # decoding steps that are reduced at once
+    STEPS = 16  # decoding steps that are reduced together
 
     def __init__(
         self,
@@ -306,7 +307,7 @@ class Tap:
         self.rows: dict[int, Tensor] = {}
 
     def prompt_members(self, prompt: Prompt, device) -> tuple[Tensor, Tensor]:
-        """Which keys of a prompt are visual, and which are text in scope, [P] bool each.
+        """Which keys of a prompt are visual, and which are text in scope, [L] bool each.
 
         Text before the first image is out of scope by default, and with it the attention sink of
         Qwen's system prompt. Everything of a response is text.
@@ -324,8 +325,8 @@ class Tap:
     ) -> None:
         """Reduce the attention of a packed group.
 
-        query [G, H, T, D]: of the last prompt token, then of the response tokens; key
-        [G, H_kv, K, D]: of the prompt, then of the response itself.
+        query [G, H, T, W]: of the last prompt token, then of the response tokens; key
+        [G, H_kv, K, W]: of the prompt, then of the response itself.
         """
         rows, heads, queries, _ = query.shape
         keys = key.shape[2]
@@ -388,7 +389,7 @@ class Tap:
 
 
 class Pace(NamedTuple):
-    """How often a rollout's host looks, and in which steps the shapes of decoding change.
+    """How often the CPU looks at a rollout, and in which steps the shapes of decoding change.
 
     Between two looks a step has the same shapes, and nothing waits for the device. `look` divides
     Tap.STEPS.
@@ -422,10 +423,10 @@ class Decoding:
     tokens are, which can be recorded once and replayed.
     """
 
-    # A layout whose steps must not be replayed, because they ask the host, says False.
+    # A layout whose steps must not be replayed, because the CPU takes part in them, says False.
     static = True
-    # The weights of a rollout are gathered beforehand. The hooks of sharded layers would have the
-    # streams that gather wait for a step, and a step that is recorded must not have that.
+    # Hooks of layers gather sharded weights. A rollout has gathered all of them beforehand, and a
+    # step that is recorded must not hold the waits between streams that hooks make.
     hooks = False
 
     def __init__(
@@ -450,9 +451,9 @@ class Decoding:
         self.prompt_of = torch.arange(self.count, device=device).repeat_interleave(group_size)
         lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
         self.prompt_width = int(lengths.max())
-        # layer -> keys and values of the prompts, [P, H_kv, prompt_width, D] each
+        # layer -> keys and values of the prompts, [P, H_kv, prompt_width, W] each
         self.shared: dict[int, tuple[Tensor, Tensor]] = {}
-        # layer -> keys and values of the rows' own tokens, [R, H_kv, capacity, D] each
+        # layer -> keys and values of the rows' own tokens, [R, H_kv, capacity, W] each
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
         for layer in list(kept):
             keys, values = (self._stack(x) for x in zip(*kept.pop(layer), strict=True))
@@ -468,7 +469,7 @@ class Decoding:
             self._prepare_tap(prompts, device)
 
     def _stack(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        """[1, H_kv, P_i, D] of each prompt -> [P, H_kv, prompt_width, D]."""
+        """[1, H_kv, L_i, W] of each prompt -> [P, H_kv, prompt_width, W]."""
         width = self.prompt_width
         return torch.cat([F.pad(x, (0, 0, 0, width - x.shape[2])) for x in tensors])
 
@@ -499,7 +500,7 @@ class Decoding:
         self.full = len(self.prompt_of) == self.count * self.slots
 
     def _to_grid(self, x: Tensor) -> Tensor:
-        """[R, H_kv, n, D] -> [P, H_kv, slots·n, D], with zeros where a slot is empty."""
+        """[R, H_kv, n, W] -> [P, H_kv, slots·n, W], with zeros where a slot is empty."""
         if not self.full:
             grid = x.new_zeros(self.count * self.slots, *x.shape[1:])
             x = grid.index_copy_(0, self.place, x)
@@ -507,12 +508,12 @@ class Decoding:
         return x.flatten(2, 3)
 
     def _from_grid(self, x: Tensor) -> Tensor:
-        """[P, H_kv, slots·n, D] -> [R, H_kv, n, D]."""
+        """[P, H_kv, slots·n, W] -> [R, H_kv, n, W]."""
         x = x.unflatten(2, (self.slots, -1)).transpose(1, 2).flatten(0, 1)
         return x if self.full else x[self.place]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [R, H, 1, D], key and value [R, H_kv, 1, D] of the newest token -> [R, 1, H, D]."""
+        """query [R, H, 1, W], key and value [R, H_kv, 1, W] of the newest token -> [R, 1, H, W]."""
         rows, heads, _, width = query.shape
         key_heads = key.shape[1]
         own_keys, own_values = (x[:, :, : self.width] for x in self.own[layer])
@@ -567,7 +568,7 @@ class Decoding:
         self.slot.fill_(1)
         return self.tap.reduce_rows(count, *self.members())
 
-    # Two hooks for layouts that change attention (tools/intervene.py).
+    # Two methods to override, for layouts that change attention (tools/intervene.py).
 
     def advance(self, compute: Callable[[], Tensor], going: Tensor) -> Tensor:
         """One decoding step: compute() passes the new token of each row through the decoder.

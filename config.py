@@ -798,7 +798,7 @@ def _holds_more_than_a_run(folder: str) -> bool:
 def _warn_of_surprises(c: Config) -> None:
     if not c.dyco.enabled:
         return
-    if c.dyco.rule.startswith("signed") and c.dyco.alpha > 1 / math.e:
+    if c.dyco.rule == "signed" and c.dyco.alpha > 1 / math.e:
         warnings.warn(
             f"dyco.alpha {c.dyco.alpha} with dyco.rule {c.dyco.rule}: above 1/e = 0.37 a weight "
             "can turn a punishment into a reward",

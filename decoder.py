@@ -51,7 +51,7 @@ class Rotary(NamedTuple):
         return (x * self.cos).addcmul_(other_half, self.sin)
 
 
-def rotary(model: nn.Module, positions: Tensor) -> Rotary:
+def rotary_of(model: nn.Module, positions: Tensor) -> Rotary:
     """positions [3, R, N], the three axes of M-RoPE: time, height and width.
 
     model: the language model, whose own module gives cosines and sines. The axes are mixed in it.
@@ -76,7 +76,7 @@ def has_few_rows(x: Tensor) -> bool:
 
 
 def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [R, D] times the transposed weight [N, D] -> [R, N], a view of a tensor [N, R].
+    """x [R, in] times the transposed weight [out, in] -> [R, out], a view of a tensor [out, R].
 
     The usual order of the product takes two threads of a CPU 1.2 to 2 times as long, because they
     share out the few rows. With the weight in front they share out its own rows, which are many.
@@ -93,13 +93,14 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)
 
 
-def project(layer: nn.Module, hidden: Tensor, rotary: Rotary, dtype: torch.dtype):
+def project(layer: nn.Module, hidden: Tensor, turns: Rotary, dtype: torch.dtype):
     """Queries [R, H, N, W], keys and values [R, H_kv, N, W] of hidden states [R, N, D]."""
     attention = layer.self_attn
     normalised = rms_norm(layer.input_layernorm, hidden).to(dtype)
 
     def heads(projection: nn.Module) -> Tensor:
-        return projection(normalised).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        projected = linear(projection, normalised)
+        return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
     query = heads(attention.q_proj)
     key = heads(attention.k_proj)
@@ -108,7 +109,7 @@ def project(layer: nn.Module, hidden: Tensor, rotary: Rotary, dtype: torch.dtype
         # In float32, as the rotary embedding that follows.
         query = rms_norm(attention.q_norm, query.float())
         key = rms_norm(attention.k_norm, key.float())
-    return rotary.turn(query).to(dtype), rotary.turn(key).to(dtype), value
+    return turns.turn(query).to(dtype), turns.turn(key).to(dtype), value
 
 
 def finish(layer: nn.Module, hidden: Tensor, attended: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,10 +124,10 @@ def finish(layer: nn.Module, hidden: Tensor, attended: Tensor, dtype: torch.dtyp
 class PackedLayer:
     """The forward that a decoder layer is given. Mixed into its class, before the library's own."""
 
-    def forward(self, hidden, *args, layout=None, rotary=None, dtype=None, **kwargs):
+    def forward(self, hidden, *args, layout=None, turns=None, dtype=None, **kwargs):
         if layout is None:
             return super().forward(hidden, *args, **kwargs)
-        query, key, value = project(self, hidden, rotary, dtype)
+        query, key, value = project(self, hidden, turns, dtype)
         attention = self.self_attn
         attended = layout.attend(
             attention.layer_idx, query, key, value=value, scale=attention.scaling
@@ -149,11 +150,11 @@ def run(model: nn.Module, embedded: Embedded, positions: Tensor, layout, dtype: 
     layers' hooks run, which gather sharded weights and start checkpoints. dtype: of the arithmetic
     between the float32 residuals.
     """
-    turns = rotary(model, positions)
+    turns = rotary_of(model, positions)
     hidden = embedded.tokens
     for number, layer in enumerate(model.layers):
         run_layer = layer if layout.hooks else layer.forward
-        hidden = run_layer(hidden, layout=layout, rotary=turns, dtype=dtype)
+        hidden = run_layer(hidden, layout=layout, turns=turns, dtype=dtype)
         if number < len(embedded.deep):
             hidden = hidden.index_add(1, embedded.places, embedded.deep[number][None])
     return rms_norm(model.norm, hidden)

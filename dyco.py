@@ -113,12 +113,12 @@ def attention_signals(
     to 3).
 
     attention [B, T, K]: rows, averaged over heads. visual_mask [B, K] bool: the image keys.
-    text_mask [B, T, K] bool: the text keys that each query can see. A key that could not be seen
-    one step ago had probability 0 then.
+    text_mask [B, T, K] bool: the text keys. Attention is 0 on keys that a query cannot see, so they
+    may be marked, too. A key that could not be seen one step ago had probability 0 then.
 
-    The shift is 0 at t = 0, where there is no token before, and where the modality has no mass at t
-    or at t − 1. Raises ValueError for an unknown `shift`, and for attention whose heads were not
-    averaged.
+    The shift of the first token is 0, since no row before its own is given. So is a shift where the
+    modality has no mass at t or at t − 1. Raises ValueError for an unknown `shift`, and for
+    attention whose heads were not averaged.
 
     >>> rows = torch.tensor([[[.2, .2, .6, .0], [.4, .0, .3, .3]]])  # two image, two text keys
     >>> image = torch.tensor([[True, True, False, False]])
@@ -361,7 +361,7 @@ def _vppo(t: Tokens) -> Tensor:
     dependence = _image_dependence(t).clamp(max=10)
     kept = _highest(dependence, t.mask, percent=40)
     # The responses that depend more on the image weigh more; the mean over responses is 1.
-    responses = t.mask.any(-1)[None]  # [1, B], as the three that follow
+    responses = t.mask.any(-1)[None]  # [1, B], as height and of_response
     height = _minmax(_mean(dependence, t.mask).T, responses)
     average = _mean(height, responses)
     of_response = torch.where(average > 0, 0.9 + 0.1 * height / average.clamp(min=1e-12), 1)
@@ -606,7 +606,7 @@ FORMER_NAMES = {
 }
 
 
-# Fields of Tokens with a number for each token.
+# Fields of Tokens with a number for each token. They are checked, and 0 on padding.
 FLOATS = (
     "advantages",
     "scores",

@@ -7,8 +7,8 @@ once instead of G times. The result is that of G separate rows, up to rounding.
 Log-probabilities are taken only where a response token is predicted, and in chunks: the logits of
 all tokens, [M, V], never exist as a whole, neither forward nor backward (`TokenLogprobs`).
 
-Shapes: P prompts, G responses per prompt, B = P·G responses, T response tokens, N packed length,
-M predicted tokens, D hidden width, V vocabulary.
+Shapes: P prompts, L tokens of a prompt, G responses per prompt, B = P·G responses, T response
+tokens, N packed length, M predicted tokens, D hidden width, V vocabulary.
 """
 
 import contextlib
@@ -337,7 +337,7 @@ class Policy(nn.Module):
         return [x.float() for x in whole]
 
     def prompt_positions(self, prompt: Prompt) -> Tensor:
-        """M-RoPE positions of a prompt, [3, P].
+        """M-RoPE positions of a prompt, [3, L].
 
         A response goes on at the largest of them plus 1, on all three axes.
         """
@@ -444,7 +444,7 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, list[int], list[list[Tensor]]]:
         """Where everything stands in the packed row.
 
-        positions_of: [3, P] of each prompt; following: the position at which its responses go on.
+        positions_of: [3, L] of each prompt; following: the position at which its responses go on.
         Returns the positions [3, N], the places in the row that predict a token (in the order of
         the response tokens), and the input ids of the responses, [prompts][G].
         """

@@ -74,7 +74,7 @@ class Objective(NamedTuple):
 
     maximised: Tensor
     ratio: Tensor  # the importance ratio it uses
-    clipped: Tensor  # bool: the clip took this token's gradient away
+    clipped: Tensor  # bool: the clip acts on this token
 
 
 class Algorithm(NamedTuple):
@@ -85,11 +85,25 @@ class Algorithm(NamedTuple):
     source: str
 
 
-# How the tokens of a step become one number.
-AVERAGES = {
-    "response": "the mean over each response's tokens, then over responses",
-    "token": "the mean over all tokens",
-    "budget": "the sum over each response's tokens / max_new_tokens, then the mean over responses",
+def _mean_of_response(per_token: Tensor, mask: Tensor, settings) -> Tensor:
+    return per_token.sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def _each_token(per_token: Tensor, mask: Tensor, settings) -> Tensor:
+    return per_token
+
+
+def _share_of_budget(per_token: Tensor, mask: Tensor, settings) -> Tensor:
+    return per_token.sum(-1) / settings.max_new_tokens
+
+
+# How the tokens of a step become one number: what is summed, and then divided by the number of
+# tokens where the average is "token", else by that of responses. [B, T], 0 outside the mask ->
+# [B] or [B, T].
+AVERAGES: dict[str, Callable[..., Tensor]] = {
+    "response": _mean_of_response,  # the mean over each response's tokens, then over responses
+    "token": _each_token,  # the mean over all tokens
+    "budget": _share_of_budget,  # each response's sum / max_new_tokens, then the mean of responses
 }
 
 ALGORITHMS: dict[str, Algorithm] = {}
@@ -232,11 +246,7 @@ def policy_loss(
 
     def reduce(per_token: Tensor, average: str) -> Tensor:
         per_token = torch.where(mask, per_token, 0)
-        if average == "response":
-            per_token = per_token.sum(-1) / mask.sum(-1).clamp(min=1)
-        elif average == "budget":
-            per_token = per_token.sum(-1) / settings.max_new_tokens
-        return per_token.sum() / divisor
+        return AVERAGES[average](per_token, mask, settings).sum() / divisor
 
     def mean_to_log(per_token: Tensor) -> Tensor:
         # What is logged is a mean over tokens or responses, also where the loss is divided by a

@@ -2,7 +2,7 @@
 
 The vision tower and the prompt run once per prompt (`PackedGroups` without responses,
 attention.py). Then each step decodes one token of every response (`Decoding`), and DyCo's signals
-are read off the attention while it is there. Now and then the host looks which responses have
+are read off the attention while it is there. Now and then the CPU looks which responses have
 ended, and lets them leave the batch once there are enough of them. Between two looks a step has
 static shapes and waits for nothing: on a GPU it is replayed as a CUDA graph (`StepGraphs`).
 
@@ -13,7 +13,7 @@ place in the group. So neither the composition of a batch, nor the number of pro
 responses that leave early change what is sampled.
 
 Shapes: P prompts, G responses per prompt, B = P·G responses, T response tokens, R rows that are
-still decoded, V vocabulary.
+still decoded, D hidden width, V vocabulary.
 """
 
 import hashlib

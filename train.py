@@ -8,7 +8,8 @@ One step, top to bottom (`train_step`):
     1. rollout    G responses to each prompt, one prefill per prompt; attention is read
                   while decoding                                                 eq. 1, 2, 3
     2. reward     accuracy and format of each response
-    3. logprobs   of the behaviour and of the reference policy, where the algorithm needs them
+    3. logprobs   of the behaviour policy, if those of the rollout will not do; of the reference
+                  policy, if algo.kl > 0; without the image, if the rule asks
     4. advantage  each response against its group
     5. DyCo       the role of each token, the fit of its attention, its weight,
                   its own advantage                                              eq. 4 to 8
@@ -18,7 +19,10 @@ One step, top to bottom (`train_step`):
 What it leaves out: a value model, asynchronous rollouts. Everything that a
 run writes is under run.dir, but for the toy's cached warm start. The same command resumes it.
 
-Shapes: P prompts of this process, G responses per prompt, B = P·G, T response tokens.
+Shapes: P prompts of this process, G responses per prompt, B = P·G, T response tokens. What is
+*group-major* has the responses of a prompt in consecutive rows. A *packed* row holds a prompt once,
+and then its responses (attention.py). A function that is *collective* must be called by all
+processes.
 """
 
 import contextlib
@@ -307,7 +311,7 @@ def compute_logprobs(
     signals = None
     if capture:
         signals = dyco.Signals(*(torch.zeros_like(logprobs) for _ in dyco.Signals._fields))
-    for groups in flatten([packed_rows(training, rollout, groups) for groups in minibatches]):
+    for groups in flatten([packed_rows(training, rollout, chosen) for chosen in minibatches]):
         if not groups:
             policy.idle()
             continue
@@ -374,6 +378,15 @@ def blind_logprobs(training: Training, batch: Batch, minibatches: list[list[int]
 # ---------- 4. advantage, 5. DyCo
 
 
+def shuffle_generators(config: Config, step: int, positions: list[int], group_size: int) -> list:
+    """For dyco.control "shuffled": a generator for each response, group-major."""
+    return [
+        keyed_generator(config.train.seed, step, "shuffle", position, response)
+        for position in positions
+        for response in range(group_size)
+    ]
+
+
 def assign_advantages(config: Config, batch: Batch, step: int, world: World = ALONE) -> None:
     """Stages 4 and 5: group advantages, then one advantage for each token.
 
@@ -396,24 +409,20 @@ def assign_advantages(config: Config, batch: Batch, step: int, world: World = AL
         "blind_logprobs": batch.blind_logprobs,
         "image_similarity": rollout.image_similarity,
         "tokens": rollout.tokens,
+        # [B, 1], as of_all_processes wants it
         "rewards": batch.rewards.view(-1, 1).to(rollout.mask.device),
     }
     seen = {name: values for name, values in seen.items() if values is not None}
     positions = batch.positions
     if dyco.RULES[settings.rule].over_batch:
         seen, positions = of_all_processes(world, seen, positions, rollout.group_size)
-    generators = []  # for shuffled weights
-    for position in positions:
-        for response in range(rollout.group_size):
-            key = (config.train.seed, step, "shuffle", position, response)
-            generators.append(keyed_generator(*key))
     rewards_of_rows = seen.pop("rewards").squeeze(1)
     token_advantages = dyco.reweight_advantages(  # eq. 7 and 8
         **seen,
         alpha=settings.alpha,
         rule=settings.rule,
         control=settings.control,
-        generator=generators,
+        generator=shuffle_generators(config, step, positions, rollout.group_size),
         group_size=rollout.group_size,
         rewards=rewards_of_rows,
     )
@@ -511,7 +520,10 @@ def backward_of(
 
 
 def sums_over_processes(sums: dict[str, Tensor], with_kl: bool, world: World) -> dict[str, float]:
-    """The figures of an update over all processes; the entropy per token."""
+    """The figures of an update over all processes; the entropy per token.
+
+    A figure that `policy_loss` is to log besides must be named here.
+    """
     names = ["loss", "clip_fraction", "ratio_deviation", "entropy", "tokens"]
     if with_kl:
         names += ["kl", "kl_capped"]

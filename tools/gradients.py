@@ -23,7 +23,7 @@ from config import Config
 from data import Sample
 from distributed import ALONE
 from model import Policy
-from rollout import Rollout, keyed_generator
+from rollout import Rollout
 from tools.estimates import FEWEST, bootstrap, estimate_each, expanded_percentile
 from tools.observed import AnalysisError, encode, prompt_of_each
 from tools.toy_decisions import all_decisions
@@ -266,11 +266,6 @@ def assign(config: Config, batch: train.Batch, weighting: Weighting, place: int)
     )
     train.assign_advantages(replace(config, dyco=settings), batch, place)
     if by_oracle:
-        generators = [
-            keyed_generator(config.train.seed, place, "shuffle", position, response)
-            for position in batch.positions
-            for response in range(batch.rollout.group_size)
-        ]
         batch.advantages = dyco.reweight_advantages(
             batch.advantages,
             weighting.scores[place],
@@ -279,7 +274,9 @@ def assign(config: Config, batch: train.Batch, weighting: Weighting, place: int)
             alpha=settings.alpha,
             rule=weighting.rule,
             control=weighting.control,
-            generator=generators,
+            generator=train.shuffle_generators(
+                config, place, batch.positions, batch.rollout.group_size
+            ),
         )
     return batch.advantages
 

@@ -313,7 +313,7 @@ bad answer, probability after / before:  {bad_line}
 ```
 Without dice, always with the likeliest token, it says {greedy_before} before and {greedy_after}
 after the step. One step on so few answers is mostly luck. A run takes a hundred and more, each on
-new answers: `train_step` in `train.py` is this page, in its order.
+new answers: `train_step` in `train.py` does what this page does. There, rewards come before roles.
 
 **Where:** `train.py`: `update`, `backward_of`, `set_learning_rate`, `compute_logprobs`. **Left
 out?** Without the cut, a huge gradient would spoil AdamW's usual sizes. Without new answers, it
