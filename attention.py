@@ -406,6 +406,11 @@ ON_CPU = Pace(look=1, own_keys=16, leave=0.75)
 ON_GPU = Pace(look=16, own_keys=256, leave=0.5)
 
 
+# Keys of a prompt are stored in steps of so many: a GPU's fast products of 16 bits want rows that
+# begin at multiples of 16 bytes.
+ALIGNED = 8
+
+
 def pace_on(device: torch.device) -> Pace:
     return ON_CPU if device.type == "cpu" else ON_GPU
 
@@ -450,7 +455,7 @@ class Decoding:
         self.count = len(prompts)
         self.prompt_of = torch.arange(self.count, device=device).repeat_interleave(group_size)
         lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
-        self.prompt_width = int(lengths.max())
+        self.prompt_width = round_up(int(lengths.max()), ALIGNED)
         # layer -> keys and values of the prompts, [P, H_kv, prompt_width, W] each
         self.shared: dict[int, tuple[Tensor, Tensor]] = {}
         # layer -> keys and values of the rows' own tokens, [R, H_kv, capacity, W] each

@@ -186,6 +186,27 @@ def mean_image_states(row: Tensor, prompts: list[Prompt], layout: PackedGroups) 
     return torch.stack(means)
 
 
+class PatchProduct:
+    """The forward that a patch embedding is given. Mixed into its class, before the library's own.
+
+    Patches do not overlap, so the library's convolution is a product. As a convolution it would ask
+    cuDNN, some of whose versions lack one for 16 bits, or have one that takes seconds.
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[patches, channels · frames · height · width] -> [patches, width of the tower]."""
+        weight = self.proj.weight.flatten(1)
+        return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
+
+
+def multiply_patches(visual: nn.Module) -> None:
+    """Let a vision tower embed its patches by a product. Its weights stay as they are."""
+    embedding = visual.patch_embed
+    own = type(embedding)
+    if not issubclass(own, PatchProduct):
+        embedding.__class__ = type(f"Product{own.__name__}", (PatchProduct, own), {})
+
+
 class Policy(nn.Module):
     """A Qwen-VL as a policy over responses. `forward` is the packed group forward."""
 
@@ -220,6 +241,7 @@ class Policy(nn.Module):
         self.graphs = graphs
         decoder.take_layouts(hf.model.language_model.layers)
         hf.model.visual.config._attn_implementation = WINDOWS
+        multiply_patches(hf.model.visual)
         # The tokenizer's end token counts, too: a generation_config.json that names only the end of
         # the text would let a response run on behind the end of its turn.
         end_ids = {*_as_list(hf.generation_config.eos_token_id), tokenizer.eos_token_id}
@@ -537,7 +559,8 @@ def load_policy(
 
     dtype ("auto", "float32", "bfloat16") is what arithmetic runs in. The weights of a trainable
     policy are float32 all the same; those of another one have that dtype.
-    compile: "auto" (on a GPU), "on" or "off". graphs: "auto" (on a GPU) or "off".
+    compile: "auto" (on a GPU, where a compiler works), "on" or "off". graphs: "auto" (on a GPU) or
+    "off".
     max_pixels: larger images are shrunk to this area.
 
     Raises ModelError where the path is no such model, or a file of it is missing or damaged.
@@ -564,7 +587,7 @@ def load_policy(
         image_processor,
         temperature=temperature,
         dtype=dtype,
-        compiled=compile == "on" or (compile == "auto" and device.type == "cuda"),
+        compiled=_is_compiled(compile, device),
         graphs=graphs == "auto",
         released_processor=released_processor,
     )
@@ -590,14 +613,43 @@ def _check_tokens(path: str | Path, tokenizer, hf) -> None:
         )
 
 
+def _is_compiled(compile: str, device: torch.device) -> bool:
+    """Whether functions go through torch.compile. Where "auto" finds no compiler, it warns."""
+    if compile != "auto" or device.type != "cuda":
+        return compile == "on"
+    problem = compiler_problem(device)
+    if problem is not None:
+        warnings.warn(
+            f"model.compile: auto compiles nothing, since torch.compile fails: {problem}; on a GPU "
+            "it needs a C compiler and Python's headers",
+            stacklevel=3,
+        )
+    return problem is None
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """What torch.compile says of a small function, in one line; None where it works."""
+
+    def small(x: Tensor) -> Tensor:
+        return x.exp() + 1
+
+    try:
+        torch.compile(small)(torch.zeros(8, device=device))
+    except Exception as error:  # of whichever compiler is behind it
+        return first_line(error)
+    return None
+
+
 def choose_kernels(device: torch.device) -> None:
     """Leave out kernels of a GPU that are not what they should be."""
     if device.type == "cuda":
         # cuDNN's attention gives NaN gradients for some masked shapes on H100, and plans anew for
         # each shape that it meets.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        # float32 is float32: the patch embedding is a convolution.
+        # float32 is float32.
         torch.backends.cudnn.allow_tf32 = False
+        # Products of 16 bits add up in float32: the head's gradient is a sum over the vocabulary.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def check_model(path: str | Path) -> Family:

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import Decoding, Pace, PackedGroups, Tap, pace_on, round_up
+from attention import ALIGNED, Decoding, Pace, PackedGroups, Tap, pace_on, round_up
 from data import Prompt
 from decoder import Embedded
 from dyco import Signals
@@ -134,9 +134,9 @@ def waves_within(
 ) -> list[list[int]]:
     """Consecutive prompts, in waves that take at most `budget` tokens of cache.
 
-    lengths: of the prompts, which are stored as long as the longest of a wave. Each response takes
-    the space of max_new_tokens, in steps of pace.own_keys. A prompt that is too large is a wave of
-    its own.
+    lengths: of the prompts, which are stored as long as the longest of a wave, in steps of ALIGNED.
+    Each response takes the space of max_new_tokens, in steps of pace.own_keys. A prompt that is too
+    large is a wave of its own.
 
     >>> pace = Pace(look=1, own_keys=16, leave=0.75)
     >>> waves_within([30, 30, 50, 90], group_size=1, max_new_tokens=9, budget=140, pace=pace)
@@ -145,6 +145,7 @@ def waves_within(
     own = group_size * round_up(max_new_tokens, pace.own_keys)
     waves, longest = [], 0
     for index, length in enumerate(lengths):
+        length = round_up(length, ALIGNED)
         longest = max(longest, length)
         if not waves or (len(waves[-1]) + 1) * (longest + own) > budget:
             waves.append([])
@@ -195,7 +196,9 @@ def sample_tokens(
 def entropy_of(logits: Tensor) -> Tensor:
     """The entropy [R] of the distributions of logits [R, V], in nats."""
     logprobs = logits.log_softmax(dim=-1)
-    return -torch.linalg.vecdot(logprobs.exp(), logprobs)
+    # A product of its own would be computed in 16 bits under autocast, where the lowest float32 of
+    # suppressed ids is −∞.
+    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 @torch.no_grad()
@@ -261,10 +264,11 @@ class StepGraphs:
     of what it reads and writes, which stay the same until rows leave; then it is forgotten.
     """
 
-    def __init__(self, step: Callable[[], None], enabled: bool):
-        """enabled: the step runs on a GPU, and may be recorded."""
+    def __init__(self, step: Callable[[], None], enabled: bool, policy: Policy):
+        """enabled: the step runs on a GPU, and may be recorded. policy: whose step it is."""
         self.step = step
         self.enabled = enabled
+        self.policy = policy
         self.forget()
 
     def forget(self) -> None:
@@ -295,6 +299,9 @@ class StepGraphs:
                 self.step()
         except RuntimeError as error:
             self.enabled = False
+            # Each wave has graphs of its own. What failed once would fail again and again, and may
+            # leave memory behind each time.
+            self.policy.graphs = False
             self.forget()  # a library's workspace can go with this graph, and others may use it
             torch.cuda.set_stream(stream)  # a capture that fails can leave its own stream behind
             # The end of a failed capture complains, too. What went wrong is the error before it.
@@ -372,7 +379,7 @@ class _Wave:
             pace = self.layout.pace
             on_gpu = self.policy.device.type == "cuda"
             recorded = on_gpu and self.policy.graphs and self.layout.static
-            graphs = StepGraphs(self._step, enabled=recorded)
+            graphs = StepGraphs(self._step, enabled=recorded, policy=self.policy)
             length = 1
             while length < self.max_new_tokens:
                 count = int(self.going.sum())  # waits for the device

@@ -496,6 +496,22 @@ def test_other_linear_layers_are_called_as_they_are(module, dtype):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_patches_are_multiplied_as_the_convolution_of_the_library_does(make_policy, prompts):
+    visual = make_policy().hf.model.visual
+    convolution = visual.patch_embed.proj
+    patches = prompts[0].pixel_values
+    blocks = patches.view(-1, convolution.in_channels, *convolution.kernel_size)
+    expected = convolution(blocks).flatten(1)
+    output = visual.patch_embed(patches)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    gradients = [
+        torch.autograd.grad(x, list(convolution.parameters()), upstream) for x in (output, expected)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_nothing(make_policy, prompts):
     tokens, mask = random_responses(prompts, 2, 6, 300)
     plain, saving = make_policy(), make_policy()
@@ -652,6 +668,25 @@ def test_attention_never_builds_keys_for_other_responses(make_policy, prompts):
         attention.grouped_query_attention = original
     length, branch = len(prompts[0].input_ids), 19
     assert sum(pairs) == policy.depth * (length**2 + 6 * branch * (length + branch))
+
+
+def test_without_a_compiler_auto_compiles_nothing_and_says_why(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+
+    def fail(function):
+        raise RuntimeError("Failed to find C compiler.\nSet CC")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert model.compiler_problem(cpu) == "Failed to find C compiler."
+    problem = "no compiler"
+    monkeypatch.setattr(model, "compiler_problem", lambda device: problem)
+    with pytest.warns(UserWarning, match="model.compile: auto compiles nothing.*no compiler"):
+        assert not model._is_compiled("auto", gpu)
+    problem = None
+    assert model._is_compiled("auto", gpu)
+    assert model._is_compiled("on", cpu)
+    assert not model._is_compiled("auto", cpu)
+    assert not model._is_compiled("off", gpu)
 
 
 def test_compiled_functions_do_not_recompile_per_step(make_policy, prompts, monkeypatch):

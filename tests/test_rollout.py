@@ -126,6 +126,19 @@ def test_bfloat16_decoding_is_close_to_scoring(make_policy, prompts):
         assert (a - b).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_recorded_in_bfloat16_is_float32_and_close_to_scoring(make_policy, prompts):
+    """Entropies of order 7 of logits with 8 bits; suppressed ids have the lowest float32."""
+    policy = make_policy(dtype=torch.bfloat16)
+    decoded = generate(policy, prompts, 4, 12, (0, 0), record=rollout.RECORDABLE)
+    scored = policy(prompts, decoded.tokens, decoded.mask, similarity=True)
+    for name in rollout.RECORDABLE:
+        recorded = getattr(decoded, name)
+        assert recorded.dtype == torch.float32
+        assert (recorded - getattr(scored, name)).abs().max() < 0.1, name
+        assert recorded[:4][decoded.mask[:4]].abs().min() > 0
+
+
 def test_masks_end_tokens_and_truncation(make_policy, prompts):
     policy = eager_to_end(make_policy())
     batch = generate(policy, prompts, 6, 15, (0, 0), DYCO)
@@ -290,7 +303,7 @@ def test_a_step_is_one_graph(make_policy, prompts, monkeypatch, capture):
     grids = []  # of each step: how many rows, and whether all prompts have as many of them
 
     class Compiled(rollout.StepGraphs):
-        def __init__(self, step, enabled):
+        def __init__(self, step, enabled, policy):
             torch.compiler.reset()
             wave = step.__self__
             compiled = torch.compile(step, fullgraph=True, backend="eager", dynamic=False)
@@ -299,7 +312,7 @@ def test_a_step_is_one_graph(make_policy, prompts, monkeypatch, capture):
                 grids.append((len(wave.alive), wave.layout.full))
                 compiled()
 
-            super().__init__(watched, enabled)
+            super().__init__(watched, enabled, policy)
 
     monkeypatch.setattr(rollout, "StepGraphs", Compiled)
     compiled = generate(policy, prompts, 4, 25, (0, 1), capture)
@@ -341,7 +354,8 @@ def test_a_shape_is_run_then_recorded_then_replayed(monkeypatch):
         yield
 
     fake = FakeGraph(monkeypatch, capture)
-    graphs = rollout.StepGraphs(lambda: fake.log.append("step"), enabled=True)
+    policy = SimpleNamespace(graphs=True)
+    graphs = rollout.StepGraphs(lambda: fake.log.append("step"), enabled=True, policy=policy)
     for _ in range(3):
         graphs.run(shape=16)
     assert fake.log == ["step", "step", "replay", "replay"]  # the second is recorded alone
@@ -374,12 +388,14 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(monkeypatch):
         fake.log.append("step")
 
     fake = FakeGraph(monkeypatch, capture)
-    graphs = rollout.StepGraphs(step, enabled=True)
+    policy = SimpleNamespace(graphs=True)
+    graphs = rollout.StepGraphs(step, enabled=True, policy=policy)
     graphs.run(shape=16)
     with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted$"):
         graphs.run(shape=16)
     graphs.run(shape=16)
     assert fake.log == ["step", "to usual", "step", "step"]
+    assert not policy.graphs  # the next wave does not try it again
 
 
 def test_a_policy_on_the_cpu_has_no_graphs_where_there_is_a_gpu(make_policy, prompts, monkeypatch):

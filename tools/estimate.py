@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import lora
-from attention import ON_GPU, Pace, Tap, round_up
+from attention import ALIGNED, ON_GPU, Pace, Tap, round_up
 from config import DEFAULTS, load_config
 from model import PRODUCT_CHUNKS, Policy
 from rollout import waves_within
@@ -244,16 +244,21 @@ class Decoding:
         return round_up(self.new, self.pace.own_keys)
 
     @property
+    def stored(self) -> int:
+        """The space of a prompt, in tokens."""
+        return round_up(self.prompt, ALIGNED)
+
+    @property
     def cached(self) -> int:
         """Tokens in the caches, as rollout.max_cache_tokens counts them."""
-        return self.prompts * (self.prompt + self.group * self.own)
+        return self.prompts * (self.stored + self.group * self.own)
 
     def cache_bytes(self) -> int:
         return self.cached * cached_token_bytes(self.text, self.width)
 
     def row_bytes(self) -> int:
         """The bias and the captured attention rows, over all keys, and what is kept of tokens."""
-        keys = self.prompt + self.own
+        keys = self.stored + self.own
         attention = FLOAT32 * (1 + self.captured * (1 + Tap.STEPS)) * keys
         # id, mask, log-probability, uniform number, and four signals
         of_token = 8 + 1 + 6 * FLOAT32
@@ -266,7 +271,7 @@ class Decoding:
     def step_bytes(self, multiplied: int, steps: int) -> float:
         """What one step has to read, on average over so many: weights, keys and values."""
         own = sum(round_up(step, self.pace.own_keys) for step in range(1, steps + 1)) / steps
-        seen = self.prompts * (self.prompt + self.group * own)
+        seen = self.prompts * (self.stored + self.group * own)
         return self.width * multiplied + seen * cached_token_bytes(self.text, self.width)
 
 
