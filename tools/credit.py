@@ -301,6 +301,7 @@ def run_credit(options) -> None:
     content = {
         "model": options.model,
         "data": options.data,
+        "level": config.toy.level if options.data == "toy" else None,
         "responses": options.responses,
         "algo": config.algo.name,
         "dyco": asdict(config.dyco),

@@ -101,8 +101,9 @@ def about(content: dict) -> list[str]:
     skipped = second_half - content["compared"]
     without = f" ({skipped} more have no gradient: equal rewards)" if skipped else ""
     reference = content["rules"]["off"]["reference"]
+    level = "" if content["level"] is None else f" (level {content['level']})"
     return [
-        f"Model {content['model']}, data {content['data']}, host {content['algo']}: "
+        f"Model {content['model']}, data {content['data']}{level}, host {content['algo']}: "
         f"{content['prompts']} prompts × {sizes} responses in {content['batches']} batches.",
         f"The figures are means over {content['compared']} batches{without}, the brackets 95 % "
         "intervals over them; fewer than four batches have none. "

@@ -142,6 +142,7 @@ def test_a_rule_without_any_gradient_is_shown_and_batches_without_one_are_counte
         content = {
             "model": "m",
             "data": "d",
+            "level": None,
             "algo": "grpo",
             "group_sizes": [96],
             "prompts": 6,
@@ -152,6 +153,7 @@ def test_a_rule_without_any_gradient_is_shown_and_batches_without_one_are_counte
         page = credit_table(content)
         figure = ElementTree.fromstring(credit_figure(rules))
     assert compared == 2
+    assert "Model m, data d, host grpo" in page
     assert "means over 2 batches (1 more have no gradient: equal rewards)" in page
     assert rules["nothing"]["over shuffled"] == [None, None, None]
     assert rules["paper"]["gain"][1:] == [None, None]
@@ -294,6 +296,7 @@ def test_recorded_responses_on_the_toy(make_policy, start, tmp_path, capsys):
     assert len(rows) == len(rules)
     assert {len(row) for row in rows} == {10}
     assert (out / "credit.md").read_text() in printed
+    assert "data toy (level 1), host" in printed
 
     figure = ElementTree.parse(out / "credit.svg").getroot()
     space = "{http://www.w3.org/2000/svg}"
