@@ -487,7 +487,8 @@ class Decoding:
         members = [self.tap.prompt_members(prompt, device) for prompt in prompts]
         self.visual = torch.stack([fit(visual) for visual, _ in members])[self.prompt_of]
         self.text = torch.stack([fit(text) for _, text in members])[self.prompt_of]
-        self.slot = torch.ones(1, dtype=torch.long, device=device)  # where the next row goes
+        # The place of the next row among those that the tap keeps.
+        self.next_row = torch.ones(1, dtype=torch.long, device=device)
         shape = (len(self.prompt_of), 1 + Tap.STEPS, self.prompt_width + self.capacity)
         for layer, rows in self.tap.prefill_rows.items():
             of_prompts = torch.cat([fit(rows[prompt]) for prompt in range(self.count)])
@@ -500,22 +501,21 @@ class Decoding:
         first = counts.cumsum(0) - counts
         self.slots = int(counts.max())
         rows = torch.arange(len(self.prompt_of), device=counts.device)
-        slot = rows - first[self.prompt_of]
-        self.place = self.prompt_of * self.slots + slot
+        self.grid_place = self.prompt_of * self.slots + rows - first[self.prompt_of]
         self.full = len(self.prompt_of) == self.count * self.slots
 
     def _to_grid(self, x: Tensor) -> Tensor:
         """[R, H_kv, n, W] -> [P, H_kv, slots·n, W], with zeros where a slot is empty."""
         if not self.full:
             grid = x.new_zeros(self.count * self.slots, *x.shape[1:])
-            x = grid.index_copy_(0, self.place, x)
+            x = grid.index_copy_(0, self.grid_place, x)
         x = x.unflatten(0, (self.count, self.slots)).transpose(1, 2)
         return x.flatten(2, 3)
 
     def _from_grid(self, x: Tensor) -> Tensor:
         """[P, H_kv, slots·n, W] -> [R, H_kv, n, W]."""
         x = x.unflatten(2, (self.slots, -1)).transpose(1, 2).flatten(0, 1)
-        return x if self.full else x[self.place]
+        return x if self.full else x[self.grid_place]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query [R, H, 1, W], key and value [R, H_kv, 1, W] of the newest token -> [R, 1, H, W]."""
@@ -535,7 +535,7 @@ class Decoding:
         attention = torch.softmax(logits, dim=-1)  # [R, H_kv, H / H_kv, K]
         if self.tap is not None and layer in self.tap.layers:
             row = attention.mean(dim=(1, 2))[:, None]
-            self.tap.rows[layer][:, :, : row.shape[-1]].index_copy_(1, self.slot, row)
+            self.tap.rows[layer][:, :, : row.shape[-1]].index_copy_(1, self.next_row, row)
 
         attention = attention.to(value.dtype)
         to_prompt = self._to_grid(attention[..., : self.prompt_width])
@@ -570,7 +570,7 @@ class Decoding:
 
     def signals(self, count: int) -> Signals:
         """The signals [R, count] of the last `count` steps, at most Tap.STEPS; only with a tap."""
-        self.slot.fill_(1)
+        self.next_row.fill_(1)
         return self.tap.reduce_rows(count, *self.members())
 
     # Two methods to override, for layouts that change attention (tools/intervene.py).
@@ -584,7 +584,7 @@ class Decoding:
         hidden = compute()
         self.position += 1
         if self.tap is not None:
-            self.slot += 1
+            self.next_row += 1
         return hidden
 
     def adjust_logits(self, layer: int, logits: Tensor) -> Tensor:

@@ -378,15 +378,15 @@ class _Wave:
             self._choose(self._prefill())
             pace = self.layout.pace
             on_gpu = self.policy.device.type == "cuda"
-            recorded = on_gpu and self.policy.graphs and self.layout.static
-            graphs = StepGraphs(self._step, enabled=recorded, policy=self.policy)
+            as_graphs = on_gpu and self.policy.graphs and self.layout.static
+            graphs = StepGraphs(self._step, enabled=as_graphs, policy=self.policy)
             length = 1
             while length < self.max_new_tokens:
                 count = int(self.going.sum())  # waits for the device
                 if count == 0:
                     break
                 if count <= pace.leave * len(self.alive):
-                    self._record(length)
+                    self._write_waiting(length)
                     self._keep(self.going.nonzero().squeeze(-1))
                     graphs.forget()
                 steps = min(pace.look, self.max_new_tokens - length)
@@ -396,8 +396,8 @@ class _Wave:
                 length += steps
                 self.waiting += steps
                 if self.waiting == Tap.STEPS:
-                    self._record(length)
-            self._record(length)
+                    self._write_waiting(length)
+            self._write_waiting(length)
         self.truncated[self.alive] = self.going
         return self._result()
 
@@ -494,7 +494,7 @@ class _Wave:
             self.images = self.images[rows]
         self.layout.keep(rows)
 
-    def _record(self, length: int) -> None:
+    def _write_waiting(self, length: int) -> None:
         """Write down the signals of the waiting steps, the last of which made token `length`."""
         if self.waiting and self.signals is not None:
             self._write(self.layout.signals(self.waiting), end=length)
