@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -217,6 +218,12 @@ def ask(arguments: argparse.Namespace) -> None:
     from rows import DataError, load_image, printable
     from tools.token_table import token_table
 
+    if arguments.max_new_tokens < 1:
+        found = arguments.max_new_tokens
+        raise DataError(f"--max-new-tokens: expected 1 or more, found {found}")
+    if not 0 <= arguments.temperature < math.inf:
+        found = arguments.temperature
+        raise DataError(f"--temperature: expected 0 (greedy) or more, found {found}")
     config = config_of(arguments.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # A model of a run sees images as it did in training, another one as it was released.

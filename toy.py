@@ -612,5 +612,5 @@ def main() -> None:
 if __name__ == "__main__":
     from tools.command import command
 
-    with command(OSError):
+    with command(OSError, ValueError):
         main()

@@ -12,6 +12,7 @@ row and the sample alone, so neither batches nor interruptions change a response
 
 import argparse
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -132,7 +133,7 @@ def check_settings(settings: dict) -> None:
             option = name.replace("_", "-")
             raise BenchmarkError(f"--{option}: expected 1 or more, found {settings[name]}")
     temperature = settings["temperature"]
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise BenchmarkError(f"--temperature: expected 0 (greedy) or more, found {temperature}")
     if settings["sample"] > 1 and not temperature:
         raise BenchmarkError(

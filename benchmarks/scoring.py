@@ -1,6 +1,8 @@
 """scoring.py: from responses to scores, with the rule of a benchmark."""
 
+import contextlib
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -210,8 +212,10 @@ def _check_final(benchmark: Benchmark, row: Row, response: str) -> tuple[str, bo
 
 def _ask(judge: Judge, row: Row, response: str) -> str | bool:
     try:
-        verdict = judge(response, row["answer"], dict(row.cells))
-    except Exception as error:
+        # Standard output is for the score alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            verdict = judge(response, row["answer"], dict(row.cells))
+    except (Exception, SystemExit) as error:
         raise BenchmarkError(
             f"{row.where}: the judge failed: {type(error).__name__}: {error}"
         ) from error

@@ -153,6 +153,11 @@ class RunFolder:
             self._on_main(self._check_newest)
             self.facts = read_facts(self.checkpoint)
             self._refuse_changes(self.facts["config"])
+        elif self.final.exists():
+            raise RunError(
+                f"{self.path} holds final/ but no checkpoint, so the run would begin anew and "
+                "replace it; bring the checkpoints back, or set run.dir to a new folder"
+            )
         elif self.metrics.exists():  # a run that ended before its first checkpoint begins again
             self._refuse_changes(asdict(load_run_config(self.path / "config.yaml")))
 
@@ -169,8 +174,9 @@ class RunFolder:
                 f"{self.path} holds {', '.join(foreign)} but no metrics.jsonl: no run wrote that, "
                 "and a run would overwrite it; set run.dir to a new folder"
             )
-        remove_partial(self.path)
-        remove_partial(self.path / "checkpoints")
+        if ours:  # else a name like that is a file of the user's
+            remove_partial(self.path)
+            remove_partial(self.path / "checkpoints")
 
     def _check_newest(self) -> None:
         """Put a damaged checkpoint aside, and say so. Raises RunError then.

@@ -119,7 +119,7 @@ def exclusive(folder: Path, option: str):
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(folder / ".lock", "w"))
+            lock = stack.enter_context(open(folder / ".lock", "a"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A fork, such as the one of a custom reward, would hold it beyond this process's end.
             os.register_at_fork(after_in_child=lock.close)

@@ -215,3 +215,11 @@ def test_errors_and_warnings_are_not_obeyed_by_the_terminal(capsys, monkeypatch)
         evaluate.main(["score", "--benchmark", "MME", "--responses", "x"])
     assert str(caught.value) == "error: row \\x1b[2J\n\\u202esecond"
     assert capsys.readouterr().err == "warning: of \\x1b]0;title\\x07\n"
+
+
+@pytest.mark.parametrize(
+    "option", ["--max-new-tokens=0", "--max-new-tokens=-3", "--temperature=nan", "--temperature=-1"]
+)
+def test_ask_refuses_numbers_out_of_range_before_it_loads_a_model(option, capsys):
+    with pytest.raises(SystemExit, match=f"{option.split('=')[0]}: expected"):
+        evaluate.main(["ask", "--model", "nowhere", option, "Sum circle."])

@@ -6,6 +6,7 @@ import pickle
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -237,6 +238,27 @@ def test_a_run_without_held_out_data_says_so(start, tmp_path, capsys):
         "3 rows, none held out: there will be no held-out accuracy (see data.eval_path)"
     )
     assert "held out at step" not in output
+
+
+def test_a_model_without_its_checkpoints_is_not_trained_away(start, capsys):
+    folder = start("train.steps=1")
+    model = (folder / "final" / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(SystemExit):
+        start("train.steps=2")
+    assert "holds final/ but no checkpoint" in capsys.readouterr().err
+    assert (folder / "final" / "model.safetensors").read_bytes() == model
+
+
+def test_a_folder_of_somebody_else_keeps_its_files(start, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "film.partial-1").mkdir(parents=True)
+    (folder / "thesis.partial-2.docx").write_text("mine")
+    (folder / ".lock").write_text("mine, too")
+    start("train.steps=1")
+    assert (folder / "film.partial-1").is_dir()
+    assert (folder / "thesis.partial-2.docx").read_text() == "mine"
+    assert (folder / ".lock").read_text() == "mine, too"
 
 
 def test_a_control_is_said(start, capsys):

@@ -208,6 +208,9 @@ def problem_of(row: dict) -> str | None:
         return f'"seed" is {show(row.get("seed"))}; expected an integer'
     if not (are_numbers([row.get("seconds")]) and row["seconds"] > 0):
         return f'"seconds" is {show(row.get("seconds"))}; expected a number above 0'
+    settings = row.get("settings")
+    if not isinstance(settings, list) or not all(isinstance(text, str) for text in settings):
+        return '"settings" is not a list of overrides'
     steps = row.get("steps")
     if not are_numbers(steps) or len(steps) < 2 or steps != sorted(set(steps)):
         return '"steps" is not two numbers or more that rise'
@@ -252,13 +255,13 @@ def read_shipped(folder: Path) -> Runs:
     """
     runs = {}
     for line, row in read_lines(folder):
+        check_run(folder, line, row)
         if in_present_spelling(row["settings"]) != sorted(CELLS.get(row["cell"], [])):
             raise ValueError(
                 f"{folder / 'runs.jsonl'}, line {line}: {row['cell']}, seed {row['seed']}, was "
                 f"run with {' '.join(row['settings'])}, which is not what that cell is now; "
                 "move the file away, or take the line out"
             )
-        check_run(folder, line, row)
         runs[row["cell"], row["seed"]] = row
     return runs
 
@@ -309,7 +312,7 @@ def plan_runs(parts: list[str], seeds: int, folder: Path) -> Plan:
     missing = [run for run in wanted if run not in runs]
     seconds = [row["seconds"] for row in runs.values()]
     if not runs:
-        seconds = [row["seconds"] for _, row in read_lines(shipped_folder(parts))]
+        seconds = [row["seconds"] for row in read_shipped(shipped_folder(parts)).values()]
     return Plan(
         cells=len(cells),
         seeds=seeds,

@@ -15,7 +15,7 @@ import torch
 import evaluate
 import run_folder
 import toy
-from config import load_config
+from config import load_run_config
 from model import load_policy
 from tools.command import command
 
@@ -26,7 +26,7 @@ def export(checkpoint: Path, target: Path) -> None:
         raise ValueError(f"{target} exists; expected the name of a new folder")
     run_folder.check_checkpoint(checkpoint)
     # The run's folder holds its resolved config, and with it the model that it began with.
-    config = load_config(checkpoint.parent.parent / "config.yaml")
+    config = load_run_config(checkpoint.parent.parent / "config.yaml")
     path = config.model.path
     if path == "toy":
         path = toy.warm_start_folder(config)
