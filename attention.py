@@ -17,8 +17,9 @@ numbers per token: the two masses and the two shifts of dyco.py (eq. 1 to 3). A 
 that within the call, block after block of queries. Decoding keeps the rows of up to `Tap.STEPS`
 steps and reduces them together. No other layer pays.
 
-Shapes: P prompts, G responses per prompt, R rows that are decoded, T response tokens, N packed
-length, K keys, H heads, H_kv heads of keys and values, D width of a head.
+Shapes: P prompts, L tokens of a prompt, G responses per prompt, R rows that are decoded, T response
+tokens, N packed length, B sequences side by side, Q queries, K keys, H heads, H_kv heads of keys
+and values, W width of a head.
 """
 
 import math

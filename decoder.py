@@ -135,12 +135,17 @@ class PackedLayer:
         return finish(self, hidden, attended, dtype)
 
 
+def mix_in(module: nn.Module, ours: type) -> None:
+    """Let the methods of a class of ours go before a module's own. Its weights and hooks stay."""
+    own = type(module)
+    if not issubclass(own, ours):
+        module.__class__ = type(f"{ours.__name__}{own.__name__}", (ours, own), {})
+
+
 def take_layouts(layers: nn.ModuleList) -> None:
     """Let decoder layers run with a layout. Their weights, hooks and checkpointing stay."""
     for layer in layers:
-        own = type(layer)
-        if not issubclass(own, PackedLayer):
-            layer.__class__ = type(f"Packed{own.__name__}", (PackedLayer, own), {})
+        mix_in(layer, PackedLayer)
 
 
 def run(model: nn.Module, embedded: Embedded, positions: Tensor, layout, dtype: torch.dtype):

@@ -209,6 +209,14 @@ def read_tokens(policy: Policy, rollout: Rollout, settings) -> TokenReading:
 # ------------------------------------------------------------------------------------- commands
 
 
+def check_sampling(max_new_tokens: int, temperature: float) -> None:
+    """Raise ValueError for an option of `ask` or `run` that is out of range."""
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens: expected 1 or more, found {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"--temperature: expected 0 (greedy) or more, found {temperature}")
+
+
 def ask(arguments: argparse.Namespace) -> None:
     """Print the response to one question about some images."""
     import torch
@@ -218,12 +226,7 @@ def ask(arguments: argparse.Namespace) -> None:
     from rows import DataError, load_image, printable
     from tools.token_table import token_table
 
-    if arguments.max_new_tokens < 1:
-        found = arguments.max_new_tokens
-        raise DataError(f"--max-new-tokens: expected 1 or more, found {found}")
-    if not 0 <= arguments.temperature < math.inf:
-        found = arguments.temperature
-        raise DataError(f"--temperature: expected 0 (greedy) or more, found {found}")
+    check_sampling(arguments.max_new_tokens, arguments.temperature)
     config = config_of(arguments.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # A model of a run sees images as it did in training, another one as it was released.

@@ -187,7 +187,7 @@ def mean_image_states(row: Tensor, prompts: list[Prompt], layout: PackedGroups) 
 
 
 class PatchProduct:
-    """The forward that a patch embedding is given. Mixed into its class, before the library's own.
+    """The forward that a patch embedding is given, by decoder.mix_in.
 
     Patches do not overlap, so the library's convolution is a product. As a convolution it would ask
     cuDNN, some of whose versions lack one for 16 bits, or have one that takes seconds.
@@ -197,14 +197,6 @@ class PatchProduct:
         """[patches, channels · frames · height · width] -> [patches, width of the tower]."""
         weight = self.proj.weight.flatten(1)
         return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
-
-
-def multiply_patches(visual: nn.Module) -> None:
-    """Let a vision tower embed its patches by a product. Its weights stay as they are."""
-    embedding = visual.patch_embed
-    own = type(embedding)
-    if not issubclass(own, PatchProduct):
-        embedding.__class__ = type(f"Product{own.__name__}", (PatchProduct, own), {})
 
 
 class Policy(nn.Module):
@@ -241,7 +233,7 @@ class Policy(nn.Module):
         self.graphs = graphs
         decoder.take_layouts(hf.model.language_model.layers)
         hf.model.visual.config._attn_implementation = WINDOWS
-        multiply_patches(hf.model.visual)
+        decoder.mix_in(hf.model.visual.patch_embed, PatchProduct)
         # The tokenizer's end token counts, too: a generation_config.json that names only the end of
         # the text would let a response run on behind the end of its turn.
         end_ids = {*_as_list(hf.generation_config.eos_token_id), tokenizer.eos_token_id}
@@ -548,7 +540,7 @@ def load_policy(
     device: torch.device,
     dtype: str = "auto",
     temperature: float = 1.0,
-    compile: str = "auto",
+    compile: str = "off",
     graphs: str = "auto",
     trainable: bool = True,
     freeze_vision: bool = False,
@@ -559,8 +551,8 @@ def load_policy(
 
     dtype ("auto", "float32", "bfloat16") is what arithmetic runs in. The weights of a trainable
     policy are float32 all the same; those of another one have that dtype.
-    compile: "auto" (on a GPU, where a compiler works), "on" or "off". graphs: "auto" (on a GPU) or
-    "off".
+    compile: of the functions that score, "auto" (on a GPU, where a compiler works), "on" or "off".
+    graphs: "auto" (on a GPU) or "off".
     max_pixels: larger images are shrunk to this area.
 
     Raises ModelError where the path is no such model, or a file of it is missing or damaged.

@@ -378,7 +378,9 @@ def blind_logprobs(training: Training, batch: Batch, minibatches: list[list[int]
 # ---------- 4. advantage, 5. DyCo
 
 
-def shuffle_generators(config: Config, step: int, positions: list[int], group_size: int) -> list:
+def shuffle_generators(
+    config: Config, step: int, positions: list[int], group_size: int
+) -> list[torch.Generator]:
     """For dyco.control "shuffled": a generator for each response, group-major."""
     return [
         keyed_generator(config.train.seed, step, "shuffle", position, response)

@@ -12,7 +12,6 @@ row and the sample alone, so neither batches nor interruptions change a response
 
 import argparse
 import contextlib
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -127,15 +126,11 @@ def run_settings(benchmark: Benchmark, arguments: argparse.Namespace, model: str
 
 
 def check_settings(settings: dict) -> None:
-    """Raise BenchmarkError for a number that is out of range."""
-    for name in ("sample", "max_new_tokens"):
-        if settings[name] < 1:
-            option = name.replace("_", "-")
-            raise BenchmarkError(f"--{option}: expected 1 or more, found {settings[name]}")
-    temperature = settings["temperature"]
-    if not 0 <= temperature < math.inf:
-        raise BenchmarkError(f"--temperature: expected 0 (greedy) or more, found {temperature}")
-    if settings["sample"] > 1 and not temperature:
+    """Raise ValueError, such as a BenchmarkError, for a number that is out of range."""
+    evaluate.check_sampling(settings["max_new_tokens"], settings["temperature"])
+    if settings["sample"] < 1:
+        raise BenchmarkError(f"--sample: expected 1 or more, found {settings['sample']}")
+    if settings["sample"] > 1 and not settings["temperature"]:
         raise BenchmarkError(
             f"--sample {settings['sample']}: greedy responses are all the same; "
             "expected a --temperature above 0"

@@ -193,10 +193,15 @@ class RunFolder:
                 aside = aside.with_name(f"{aside.name}+")
             os.rename(newest, aside)
             older = checkpoints(self.path / "checkpoints")
-            goes_on = f"goes on from {older[-1].name}" if older else "begins anew at step 0"
+            if older:
+                otherwise = f"give the same command again, which goes on from {older[-1].name}"
+            elif self.final.exists():
+                otherwise = "set run.dir to a new folder, since final/ is not trained away"
+            else:
+                otherwise = "give the same command again, which begins anew at step 0"
             raise RunError(
                 f"{error}; it now stands aside as {aside.name}. Put a good copy in its place "
-                f"({newest.name}), or give the same command again, which {goes_on}"
+                f"({newest.name}), or {otherwise}"
             ) from None
         last = last_step(self.metrics)
         step = read_facts(newest)["step"]

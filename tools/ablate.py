@@ -312,7 +312,11 @@ def plan_runs(parts: list[str], seeds: int, folder: Path) -> Plan:
     missing = [run for run in wanted if run not in runs]
     seconds = [row["seconds"] for row in runs.values()]
     if not runs:
-        seconds = [row["seconds"] for row in read_shipped(shipped_folder(parts)).values()]
+        shipped = shipped_folder(parts)
+        for line, row in read_lines(shipped):
+            # Only their time is asked for: it does not matter what their cells are today.
+            check_run(shipped, line, row)
+            seconds.append(row["seconds"])
     return Plan(
         cells=len(cells),
         seeds=seeds,

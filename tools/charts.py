@@ -5,6 +5,7 @@ chart("Entropy", "nats per token", [Line("entropy", "first", [1, 2, 3], [0.9, 0.
 
 import json
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tools.markup import Html, join, table, tag
@@ -397,3 +398,51 @@ def numbers_table(lines: list[Line], x_label: str, x_names: list[str] | None) ->
         rows.append([name, *(by_x[x].get(line.label, "") for line in lines)])
     heads = [x_label, *(line.label for line in lines)]
     return tag("details", tag("summary", "Figures", note), table(heads, rows))
+
+
+# ------------------------------------------------------------------------------ files of pictures
+
+TICK_COLOR = "#555555"
+
+
+def drawing(width: float, height: float, title: str, parts: Sequence[Html], **attributes) -> str:
+    """An SVG file on white. title: for who cannot see it; it is not drawn."""
+    picture = tag(
+        "svg",
+        tag("title", title),
+        tag("rect", width=width, height=height, fill="white"),
+        *parts,
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {width} {height}",
+        width=width,
+        height=height,
+        font_family="sans-serif",
+        **attributes,
+    )
+    return f"{picture}\n"
+
+
+class Axis(NamedTuple):
+    """Where values from low to high lie between two places of a drawing, from left to right."""
+
+    ends: tuple[float, float]
+    low: float
+    high: float
+
+    def x(self, value: float) -> float:
+        left, right = self.ends
+        return left + (value - self.low) / (self.high - self.low) * (right - left)
+
+    def draw(self, names: dict[float, str], strong: float, top: float, bottom: float) -> list[Html]:
+        """Vertical lines at some values, with their names below.
+
+        strong: the value that others are held against.
+        """
+        parts = []
+        for value, name in names.items():
+            x = f"{self.x(value):.1f}"
+            color = "#888888" if abs(value - strong) < 1e-9 else "#e4e4e4"
+            parts.append(tag("line", x1=x, x2=x, y1=top, y2=bottom, stroke=color))
+            of_value = {"fill": TICK_COLOR, "text_anchor": "middle"}
+            parts.append(svg_text(self.x(value), bottom + 16, name, **of_value))
+        return parts

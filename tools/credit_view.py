@@ -2,10 +2,9 @@
 
 import math
 import re
-from typing import NamedTuple
 
 import dyco
-from tools.charts import decimals, interval, svg_text, ticks
+from tools.charts import TICK_COLOR, Axis, decimals, drawing, interval, svg_text, ticks
 from tools.gradients import ORACLES
 from tools.markup import Html, tag
 
@@ -158,37 +157,17 @@ ORACLE_COLOR = "#009e73"
 DECIDING_COLOR = "#111111"
 WRONG_COLOR = "#d55e00"
 RING_COLOR = "#aa4499"
-GREY = "#555555"
 
 
-class Axis(NamedTuple):
-    """Where values from low to high lie between two places of the figure."""
-
-    ends: tuple[float, float]
-    low: float
-    high: float
-
-    def x(self, value: float) -> float:
-        left, right = self.ends
-        return left + (value - self.low) / (self.high - self.low) * (right - left)
-
-    def draw(self, marks: list[float], strong: float, bottom: float) -> list[Html]:
-        """Vertical lines with their values below. strong: what others are held against."""
-        digits = decimals(marks[1] - marks[0])
-        parts = []
-        for mark in marks:
-            x = f"{self.x(mark):.1f}"
-            is_strong = abs(mark - strong) < 1e-9
-            color = "#888888" if is_strong else "#e4e4e4"
-            parts.append(tag("line", x1=x, x2=x, y1=TOP - 12, y2=bottom, stroke=color))
-            # Adding 0.0 turns a negative zero into a plain one.
-            name = f"{round(mark, digits) + 0.0:.{digits}f}".replace("-", "−")
-            parts.append(caption(self.x(mark), bottom + 16, name))
-        return parts
+def plain_names(marks: list[float]) -> dict[float, str]:
+    """{mark: its number}, as many decimals as the marks need."""
+    digits = decimals(marks[1] - marks[0])
+    # Adding 0.0 turns a negative zero into a plain one.
+    return {mark: f"{round(mark, digits) + 0.0:.{digits}f}".replace("-", "−") for mark in marks}
 
 
 def caption(x: float, y: float, content: str) -> Html:
-    return svg_text(x, y, content, fill=GREY, text_anchor="middle")
+    return svg_text(x, y, content, fill=TICK_COLOR, text_anchor="middle")
 
 
 def gains_axis(rules: dict[str, dict]) -> Axis:
@@ -239,7 +218,7 @@ def areas_panel(rules: dict[str, dict], names: list[str], bottom: float) -> list
         svg_text(left, 58, "How well its factors find …", font_weight="bold"),
         svg_text(left, 74, "● tokens that decide something", fill=DECIDING_COLOR),
         svg_text(left, 89, "● wrong decisions", fill=WRONG_COLOR),
-        *axis.draw([0, 0.25, 0.5, 0.75, 1], strong=0.5, bottom=bottom),
+        *axis.draw(plain_names([0, 0.25, 0.5, 0.75, 1]), strong=0.5, top=TOP - 12, bottom=bottom),
         caption(axis.x(0.5), bottom + 34, "area under the ROC curve"),
         caption(axis.x(0.5), bottom + 49, "0.5 is chance, 1 is all"),
     ]
@@ -251,6 +230,7 @@ def areas_panel(rules: dict[str, dict], names: list[str], bottom: float) -> list
 def gains_panel(rules: dict[str, dict], names: list[str], bottom: float) -> list[Html]:
     """The first column: what does a rule gain by choosing its tokens?"""
     axis = gains_axis(rules)
+    marks = ticks(axis.low, axis.high, 6)
     middle = sum(GAINS) / 2
     parts = [
         svg_text(
@@ -258,7 +238,7 @@ def gains_panel(rules: dict[str, dict], names: list[str], bottom: float) -> list
         ),
         svg_text(GAINS[0], 74, "● than with the same factors on other tokens?", fill=RULE_COLOR),
         svg_text(GAINS[0], 89, "○ than the gradient of the host?", fill=RING_COLOR),
-        *axis.draw(ticks(axis.low, axis.high, 6), strong=0, bottom=bottom),
+        *axis.draw(plain_names(marks), strong=0, top=TOP - 12, bottom=bottom),
         caption(middle, bottom + 34, "gain in 100 · cosine with the sum of other batches"),
         caption(middle, bottom + 49, "right of 0 is better; lines: 95 % intervals"),
     ]
@@ -278,7 +258,6 @@ def credit_figure(rules: dict[str, dict]) -> str:
     with_decisions = "deciding" in rules["off"]
     title = "Which rule of token credit finds the tokens that matter?"
     parts = [
-        tag("rect", width=WIDTH, height=height, fill="white"),
         svg_text(14, 24, title, font_weight="bold", font_size=16),
         *gains_panel(rules, names, bottom),
     ]
@@ -286,13 +265,4 @@ def credit_figure(rules: dict[str, dict]) -> str:
         what = "Oracles know what each token decides; the one with blame knows the errors, too."
         parts.append(svg_text(14, 41, what, fill=ORACLE_COLOR))
         parts += areas_panel(rules, names, bottom)
-    picture = tag(
-        "svg",
-        Html("\n".join(parts)),
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {WIDTH} {height}",
-        width=WIDTH,
-        font_family="sans-serif",
-        font_size=12,
-    )
-    return picture + "\n"
+    return drawing(WIDTH, height, title, parts, font_size=12)

@@ -4,8 +4,8 @@ Each stands by itself, since a page shows it by its name. Texts of a model are e
 """
 
 import math
-from collections.abc import Sequence
 
+from tools.charts import drawing
 from tools.markup import Html, tag
 
 COLORS = {"visual": "#d95f02", "text": "#1f5ac8", "neutral": "#8a8a8a"}
@@ -21,22 +21,6 @@ DARKEST = 0.85  # of the veil over a place without attention
 def text(x: float, y: float, content: str, **attributes) -> Html:
     options = {"font_size": 12, "fill": INK, **attributes}
     return tag("text", content, x=f"{x:.1f}", y=f"{y:.1f}", **options)
-
-
-def drawing(width: float, height: float, title: str, parts: Sequence[Html]) -> str:
-    paper = tag("rect", width=width, height=height, fill="white")
-    picture = tag(
-        "svg",
-        tag("title", title),
-        paper,
-        *parts,
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {width} {height}",
-        width=width,
-        height=height,
-        font_family="sans-serif",
-    )
-    return f"{picture}\n"
 
 
 # --------------------------------------------------------------------------- attention on the image

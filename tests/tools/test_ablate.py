@@ -709,6 +709,18 @@ def test_two_lines_of_one_run_must_agree(results):
         ablate.read_runs(results)
 
 
+def test_a_cell_that_is_another_one_now_keeps_no_grid_from_being_planned(results, tmp_path):
+    """Of shipped runs a plan takes the time alone."""
+    row = line("grpo/paper", 0, [0.1, 0.2, 0.3]) | {"settings": ["dyco.tau=9"], "seconds": 40.0}
+    write_lines(results, [row])
+    with pytest.raises(ValueError, match="which is not what that cell is now"):
+        ablate.read_shipped(results)
+    assert ablate.plan_runs(["table"], 1, tmp_path / "out").seconds == 40
+    write_lines(results, [{"cell": "grpo/host", "seed": 0}])
+    with pytest.raises(ValueError, match='runs.jsonl, line 1: "seconds" is nothing'):
+        ablate.plan_runs(["table"], 1, tmp_path / "out")
+
+
 def test_a_report_says_where_it_has_no_runs(shipped, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="has no runs of table; expected some of credit"):
         ablate.main(["table", "credit", "--report"])
