@@ -1,6 +1,11 @@
 # Each target sets up what it needs in .venv: Python 3.11 or newer and pip are enough.
 PYTHON ?= python3
 BIN = .venv/bin
+# "make train algo.name=gspo" sets a variable of make, which would train the default all the same.
+SETTINGS = $(foreach name,$(.VARIABLES),$(if $(findstring .,$(name)),$(if $(filter command,$(origin $(name))),$(name))))
+ifneq ($(strip $(SETTINGS)),)
+$(error found the settings $(strip $(SETTINGS)) of train.py; expected them in ARGS="section.key=value …")
+endif
 
 train: .venv/ready            ## the main job on the embedded default; pass more as ARGS="algo.name=gspo run.dir=runs/gspo"
 	$(BIN)/python train.py config.yaml $(ARGS)

@@ -558,9 +558,7 @@ def load_policy(
     Raises ModelError where the path is no such model, or a file of it is missing or damaged.
     """
     family = check_model(path)
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, dtype)
+    dtype = getattr(torch, resolve_dtype(dtype, device))
     choose_kernels(device)
     tokenizer = _load_tokenizer(path)
     released_processor = _load_image_processor(path)
@@ -587,6 +585,13 @@ def load_policy(
     if trainable:
         policy.float()  # only now, on the device: in host memory 16 bits a weight are enough
     return policy.train()  # gradient checkpointing asks for training mode; there is no dropout
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """What "auto" stands for on a device; other names stand for themselves."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def _check_tokens(path: str | Path, tokenizer, hf) -> None:

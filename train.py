@@ -643,6 +643,13 @@ def describe_sampling(config: Config, prompts: list[Prompt]) -> str:
     )
 
 
+def describe_evaluation(config: Config) -> str:
+    return (
+        f"the evaluation of {config.eval.samples} held-out samples; lower "
+        "rollout.max_cache_tokens, rollout.max_new_tokens or data.max_pixels"
+    )
+
+
 def describe_packed_row(config: Config, rollout: Rollout, groups: list[int]) -> str:
     tokens = int(rollout.mask[rollout.rows(groups)].sum())
     tokens += sum(len(rollout.prompts[group].input_ids) for group in groups)
@@ -807,7 +814,7 @@ def evaluation(training: Training) -> dict[str, float]:
         return {}
     samples = [held_out[i] for i in range(min(config.eval.samples, len(held_out)))]
     started = time.perf_counter()
-    with distributed.gathered(training.policy):
+    with memory_for(describe_evaluation, config), distributed.gathered(training.policy):
         figures = evaluate.held_out(
             training.policy,
             samples,
@@ -874,11 +881,12 @@ def run(config: Config, world: World) -> None:
             stop.step = step
             with profiled(training, folder, step), save_first(training, folder, step):
                 row, batch = train_step(training, step)
-            if evaluated:
-                row |= evaluation(training)
             if batch is not None:
                 folder.record_samples(metrics.sample_rows(training, batch, step))
-            folder.record({"step": step, **row})
+            row = {"step": step, **row}
+            if evaluated:
+                row |= evaluation_or_save(training, folder, row)
+            folder.record(row)
             warn(watch.warnings(row), folder, batch)
             bar.update()
             # A step with nothing to learn from is no failure.
@@ -962,6 +970,22 @@ def save_first(training: Training, folder: RunFolder, step: int):
             training.sampler.load_state_dict(drawn)
             folder.save(training, step - 1)
             folder.say(f"saved step {step - 1}; the same command goes on from there")
+        raise
+
+
+def evaluation_or_save(training: Training, folder: RunFolder, row: dict) -> dict[str, float]:
+    """`evaluation`; one that fails ends the run, but not before this step is saved.
+
+    row: of the step, without its eval/ figures. With several processes the others would wait for
+    this one: there the last checkpoint has to do.
+    """
+    try:
+        return evaluation(training)
+    except (DataError, RunError):
+        if training.world.size == 1:
+            folder.record(row)
+            folder.save(training, row["step"])
+            folder.say(f"saved step {row['step']}, without its evaluation")
         raise
 
 

@@ -62,6 +62,8 @@ def _changes(before: dict, settings: dict) -> list[str]:
     for key in settings:
         if key in HASHED.values() or before.get(key) == settings[key]:
             continue
+        if key not in before:  # run.json has got it since then
+            continue
         name = HASHED.get(key, key)
         if before.get(name) == settings[name]:
             changes.append(f"{name} ({settings[name]!r} has another content now)")

@@ -28,8 +28,8 @@ def add_run(commands) -> argparse.ArgumentParser:
     )
     option(
         "--template",
-        help="of the training prompt: data.prompt_template of the training run; "
-        "by default that of config.yaml",
+        help="of --prompt train; by default that of the training run, "
+        "or of config.yaml for a model that train.py did not make",
     )
     option(
         "--image-root",

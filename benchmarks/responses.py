@@ -17,7 +17,20 @@ from benchmarks.files import BenchmarkError, names_near, show
 
 RESPONSES = "responses.jsonl"
 # Keys of run.json that a table needs.
-SETTINGS = ("benchmark", "model", "data", "prompt", "sample", "temperature")
+SETTINGS = (
+    "benchmark",
+    "model",
+    "weights",
+    "data",
+    "rows",
+    "prompt",
+    "template",
+    "max_new_tokens",
+    "min_pixels",
+    "max_pixels",
+    "sample",
+    "temperature",
+)
 MAX_LISTED = 20  # rows named in one error
 MAX_SAMPLES = 10**6  # to a row
 

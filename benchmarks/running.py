@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
 import benchmarks
@@ -34,7 +35,7 @@ from benchmarks.scoring import check_references
 from config import load_config
 from data import Sample, count_prompt_tokens
 from distributed import World, on_main, together
-from model import Policy, check_model, load_policy
+from model import Policy, check_model, load_policy, resolve_dtype
 from rollout import Rollout, waves_within
 from rows import IMAGE_MARKER, append_jsonl
 
@@ -69,7 +70,7 @@ def run_together(arguments: argparse.Namespace, world: World) -> None:
         # Before the folder is opened: a command that failed must not leave one that then refuses
         # the corrected command.
         together(world, check_model, model)
-        settings = together(world, run_settings, benchmark, arguments, model)
+        settings = together(world, run_settings, benchmark, arguments, model, world.device)
         root = Path(arguments.image_root or Path(arguments.data or ".").parent)
         task = Task(benchmark, rows, dropped, settings=settings, root=root)
         order = [row.index for row in rows]
@@ -92,7 +93,9 @@ def warm_start() -> Path:
     return toy.warm_start_folder(load_config())
 
 
-def run_settings(benchmark: Benchmark, arguments: argparse.Namespace, model: str) -> dict:
+def run_settings(
+    benchmark: Benchmark, arguments: argparse.Namespace, model: str, device: torch.device
+) -> dict:
     """What run.json holds: all that decides what the responses are, defaults filled in.
 
     Raises BenchmarkError.
@@ -105,13 +108,19 @@ def run_settings(benchmark: Benchmark, arguments: argparse.Namespace, model: str
     prompt = arguments.prompt or benchmark.prompt_mode
     template = "{question}"
     if prompt == "train":
-        template = arguments.template or load_config().data.prompt_template
+        template = arguments.template or evaluate.config_of(arguments.model).data.prompt_template
+    elif arguments.template is not None:
+        raise BenchmarkError(
+            f"--template is that of --prompt train; found it with --prompt {prompt}"
+        )
     settings = {
         "benchmark": benchmark.name,
         "data": arguments.data and str(Path(arguments.data).resolve()),
         "rows": benchmark.fingerprint(arguments.data),
+        "image_root": arguments.image_root and str(Path(arguments.image_root).resolve()),
         "model": arguments.model,
         "weights": evaluate.weights_of(model),
+        "dtype": resolve_dtype(arguments.dtype, device),
         "prompt": prompt,
         "template": template,
         "max_new_tokens": chosen("max_new_tokens"),

@@ -15,7 +15,7 @@ import rewards
 from benchmarks.answers import HIDDEN, final_answer
 from benchmarks.benchmark import Benchmark, Result, mean
 from benchmarks.files import MISSING, BenchmarkError, Row, show
-from benchmarks.responses import Responses, listed, name_of, read_responses
+from benchmarks.responses import Responses, listed, name_of, read_responses, read_settings
 
 NO_JUDGE = "none (rule-based)"
 MAX_SHOWN = 3  # rows whose reference nothing matches, in one message
@@ -96,6 +96,7 @@ def score_file(
     """`score` of a file of responses to the rows of a file. judge: FILE.py:function."""
     ask = rewards.load_custom(judge, "--judge") if judge else None
     rows, dropped = benchmark.load(data)
+    check_origin(benchmark, data, Path(responses))
     check_references(benchmark, rows)
     return score(
         benchmark,
@@ -107,6 +108,27 @@ def score_file(
         judge=ask,
         judge_name=judge,
     )
+
+
+def check_origin(benchmark: Benchmark, data: str | None, responses: Path) -> None:
+    """Compare the run.json beside the responses, where there is one, with what they are scored on.
+
+    Warns of rows that have changed since then: a reference may have been mended. Raises
+    BenchmarkError for another benchmark, whose rows may well have the same indices.
+    """
+    try:
+        settings = read_settings(responses.parent)
+    except BenchmarkError:  # responses that evaluate.py did not write have none
+        return
+    if settings["benchmark"] != benchmark.name:
+        raise BenchmarkError(
+            f"{responses}: run.json beside it says that these are responses to "
+            f"{settings['benchmark']}; expected responses to {benchmark.name}"
+        )
+    if settings["rows"] != benchmark.fingerprint(data):
+        warnings.warn(
+            f"{data} is not what {responses} was written for: its rows have changed", stacklevel=4
+        )
 
 
 def lacks_reference(benchmark: Benchmark, row: Row) -> bool:

@@ -1,8 +1,10 @@
 """table.py: several runs side by side, in the layout of the paper's table 1."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.benchmark import Benchmark
 from benchmarks.files import BenchmarkError
 from benchmarks.responses import RESPONSES, read_settings
 from benchmarks.scoring import NO_JUDGE, score_file
@@ -25,7 +27,8 @@ def table(
     folders: list[str], mode: str, judge: str | None, allow_missing: bool, answer_is: bool
 ) -> str:
     """The headlines of some runs, as text and as Markdown, and what they were computed from."""
-    headlines = []
+    runs = []
+    values = []
     notes = []
     for folder in folders:
         settings = read_settings(folder)
@@ -41,21 +44,57 @@ def table(
             )
         except BenchmarkError as error:
             raise BenchmarkError(f"{folder}: {error}") from error
-        label = describe_model(settings, benchmark.prompt_mode)
-        headlines.append((label, benchmark.title, scores["headline"]["value"]))
+        runs.append((settings, benchmark))
+        values.append(scores["headline"]["value"])
         notes.append(describe_scores(folder, scores))
+    titles = [benchmark.title for _, benchmark in runs]
+    headlines = list(zip(labels_of(runs), titles, values, strict=True))
     heading = f"mode {mode}, judge: {judge or NO_JUDGE}; percent"
     return "\n".join([heading, "", *lay_out(headlines), "", *notes])
 
 
-def describe_model(settings: dict, usual_prompt: str) -> str:
+def labels_of(runs: list[tuple[dict, Benchmark]]) -> list[str]:
+    """The label of each run, given as (its run.json, its benchmark).
+
+    Runs of one label stand on one row of the table. Where what decides the responses differs
+    although the label is the same, such as the weights of a folder that was trained on, the
+    label says so.
+    """
+    labels = [describe_model(*run) for run in runs]
+    details = [details_of(*run) for run in runs]
+    told_apart = []
+    for label, mine in zip(labels, details, strict=True):
+        of_label = [other for name, other in zip(labels, details, strict=True) if name == label]
+        for place, detail in enumerate(mine):
+            if any(other[place] != detail for other in of_label):
+                label += f", {detail}"
+        told_apart.append(label)
+    return told_apart
+
+
+def describe_model(settings: dict, benchmark: Benchmark) -> str:
     """A run's label: its model, and what is unusual about how it was asked."""
     label = settings["model"]
-    if settings["prompt"] != usual_prompt:
+    if settings["prompt"] != benchmark.prompt_mode:
         label += f", {settings['prompt']} prompt"
     if settings["temperature"]:
         label += f", {settings['sample']} samples at {settings['temperature']}"
+    if settings["max_new_tokens"] != benchmark.max_new_tokens:
+        label += f", at most {settings['max_new_tokens']} tokens"
+    pixels = settings["min_pixels"], settings["max_pixels"]
+    if pixels != (benchmark.min_pixels, benchmark.max_pixels):
+        label += f", {pixels[0]} to {pixels[1]} pixels"
     return label
+
+
+def details_of(settings: dict, benchmark: Benchmark) -> tuple[str, ...]:
+    """What a label leaves out unless it has to tell runs apart."""
+    # A run that an earlier version began does not say its dtype.
+    details = (f"weights {settings['weights'][:8]}", settings.get("dtype", "dtype not known"))
+    if settings["prompt"] == benchmark.prompt_mode:
+        return (*details, "the usual template")
+    template = hashlib.sha256(settings["template"].encode()).hexdigest()
+    return (*details, f"template {template[:8]}")
 
 
 def describe_scores(folder: str, scores: dict) -> str:

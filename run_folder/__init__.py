@@ -271,7 +271,8 @@ class RunFolder:
         if self.checkpoint is None:
             return
         for key, fingerprint in training.inputs.items():
-            if fingerprint == self.facts["inputs"].get(key):
+            # A held-out set may be added to a run; _refuse_changes has said so.
+            if self.facts["inputs"].get(key, fingerprint) == fingerprint:
                 continue
             if key == "reward.custom":  # a reward that failed is mended, and the run goes on
                 self.say(f"changed since the checkpoint: the file of {key}")
@@ -348,7 +349,8 @@ class RunFolder:
             facts = {
                 "step": step,
                 "sampler": training.sampler.state_dict(),
-                "inputs": training.inputs,
+                # A key that a run leaves out for a while is compared when it is back.
+                "inputs": self.facts.get("inputs", {}) | training.inputs,
                 "config": asdict(self.config),
             }
             try:

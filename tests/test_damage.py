@@ -141,6 +141,41 @@ def test_a_sample_that_vanishes_does_not_cost_the_steps_before(start, monkeypatc
         assert torch.equal(weight, weights_of(broken)[name])
 
 
+@pytest.mark.parametrize(
+    "error, said_last",
+    [
+        (DataError("image b.png is gone"), "image b.png is gone"),
+        (torch.OutOfMemoryError("no room"), "out of memory at the evaluation of"),
+    ],
+)
+def test_an_evaluation_that_fails_does_not_cost_the_steps_before(
+    error, said_last, start, monkeypatch, capsys
+):
+    plain = train.evaluate.held_out
+    calls = []
+
+    def held_out(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:  # the first one is of step 0
+            raise error
+        return plain(*arguments, **options)
+
+    settings = ("train.steps=4", "checkpoint.every=100", "eval.every=3")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train.evaluate, "held_out", held_out)
+        start(*settings)
+    said = capsys.readouterr()
+    assert "saved step 3, without its evaluation" in said.out
+    assert said.err.splitlines()[-1].startswith(f"error: {said_last}")
+    broken, whole = start(*settings), start(*settings, folder="whole")
+    without = [{k: v for k, v in row.items() if "eval" not in k} for row in rows_of(whole)]
+    with_some = [{k: v for k, v in row.items() if "eval" not in k} for row in rows_of(broken)]
+    assert with_some == without
+    assert "eval/accuracy" in rows_of(whole)[3]
+    assert "eval/accuracy" not in rows_of(broken)[3]
+    assert rows_of(broken)[4] == rows_of(whole)[4]
+
+
 def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(train.signal, "signal", lambda number, handler: None)

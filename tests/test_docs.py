@@ -5,6 +5,7 @@ test collects what the pages name and looks for it.
 """
 
 import re
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -96,6 +97,15 @@ def test_commands_name_what_exists(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"(?:`|^)make ([\w-]+)", text, re.MULTILINE):
         assert target in targets, f"make {target}"
+
+
+def test_a_setting_that_make_takes_for_a_variable_is_an_error():
+    make = ["make", "-n", "-C", str(ROOT), "train"]
+    refused = subprocess.run([*make, "algo.name=gspo"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert 'found the settings algo.name of train.py; expected them in ARGS="' in refused.stderr
+    taken = subprocess.run([*make, "ARGS=algo.name=gspo"], capture_output=True, text=True)
+    assert "train.py config.yaml algo.name=gspo" in taken.stdout
 
 
 @each_page

@@ -604,6 +604,22 @@ def test_other_inputs_cannot_resume(start, tmp_path, capsys):
     assert "model.path: what is there is not what this run's checkpoint" in capsys.readouterr().err
 
 
+def test_a_held_out_set_may_come_and_go_but_not_change(start, tmp_path, capsys):
+    rows, held_out = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
+    rows.write_text('{"question": "Sum circle.", "answer": "4"}\n' * 3)
+    held_out.write_text('{"question": "Sum cross.", "answer": "4"}\n' * 3)
+    without = (f"data.path={rows}", "checkpoint.every=1")
+    start(*without, "train.steps=1", folder="text")
+    folder = start(*without, f"data.eval_path={held_out}", "train.steps=2", folder="text")
+    assert "changed since the checkpoint: data.eval_path None ->" in capsys.readouterr().out
+    assert ["eval/accuracy" in row for row in rows_of(folder)] == [False, False, True]
+    start(*without, "train.steps=3", folder="text")
+    held_out.write_text('{"question": "Sum square.", "answer": "4"}\n' * 3)
+    with pytest.raises(SystemExit):
+        start(*without, f"data.eval_path={held_out}", "train.steps=4", folder="text")
+    assert "data.eval_path: what is there is not what" in capsys.readouterr().err
+
+
 def test_a_prompt_drawn_twice_in_a_step_is_answered_twice(start, tmp_path):
     """Three rows, four prompts a step: the two groups of the same row must not be copies."""
     (tmp_path / "rows.jsonl").write_text('{"question": "Sum circle.", "answer": "4"}\n' * 3)

@@ -11,6 +11,7 @@ Nothing in them is trusted. `convert` raises RowProblem for a row that training 
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
@@ -87,13 +88,13 @@ class Columns:
     question: str
     answer: str
     images: tuple[str, ...] = ()
-    options: str | None = None
+    options: tuple[str, ...] = ()  # one column of all options, or a column of each
     id: str | None = None
     extra: tuple[str, ...] = ()
 
     @property
     def used(self) -> list[str]:
-        named = [self.question, self.answer, *self.images, self.options, self.id]
+        named = [self.question, self.answer, *self.images, *self.options, self.id]
         return [name for name in named if name is not None]
 
     @property
@@ -125,19 +126,30 @@ def find_columns(present: list[str], wanted: dict[str, str | None], keep: str | 
             )
         return name
 
-    given_images = wanted.get("image")
-    if given_images and "," in given_images:
-        images = [_existing(name, present, "--image") for name in given_images.split(",")]
-    else:
-        images = [choose("image", IMAGE_COLUMNS)]
+    def choose_some(what: str, usual: tuple[str, ...]) -> tuple[str, ...]:
+        given = wanted.get(what)
+        if given is not None and "," in given:
+            return tuple(_existing(name, present, f"--{what}") for name in given.split(","))
+        name = choose(what, usual)
+        return () if name is None else (name,)
+
+    options = choose_some("options", OPTIONS_COLUMNS)
+    if not options and wanted.get("options") is None:
+        options = _lettered(present)
     columns = Columns(
         question=choose_needed("question", QUESTION_COLUMNS),
         answer=choose_needed("answer", ANSWER_COLUMNS),
-        images=tuple(name for name in images if name is not None),
-        options=choose("options", OPTIONS_COLUMNS),
+        images=choose_some("image", IMAGE_COLUMNS),
+        options=options,
         id=choose("id", ID_COLUMNS),
     )
     return replace(columns, extra=_others(present, columns, keep))
+
+
+def _lettered(present: list[str]) -> tuple[str, ...]:
+    """The columns A, B, … of MMBench and others, if there are two or more of them."""
+    letters = tuple(itertools.takewhile(present.__contains__, string.ascii_uppercase))
+    return letters if len(letters) > 1 else ()
 
 
 def _existing(name: str, present: list[str], option: str) -> str:
@@ -186,7 +198,7 @@ def convert(
     row_id = _read_id(cell_of(cells, columns.id))
     question = read_question(cell_of(cells, columns.question))
     answer = read_answer(cell_of(cells, columns.answer))
-    options = read_options(cell_of(cells, columns.options))
+    options = read_options(_options_cell(cells, columns.options))
     if options:
         answer = letter_of(answer, options)
         if not has_options(question, options):
@@ -329,6 +341,21 @@ def read_answer(value: Any) -> str | int | float:
 # ------------------------------------------------------------------------------------------ options
 
 
+def _options_cell(cells: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """The cell of all options; of a column each the cells, up to the last that is not empty."""
+    if len(names) < 2:
+        return cell_of(cells, names[0]) if names else None
+    options = [cell_of(cells, name) for name in names]
+    while options and _is_empty(options[-1]):
+        options.pop()
+    return options
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a cell holds nothing. pandas has NaN where a text is missing."""
+    return value is None or value == "" or value != value
+
+
 def read_options(value: Any) -> dict[str, str]:
     """Letter -> text of each option; {} where there are none.
 
@@ -347,7 +374,8 @@ def read_options(value: Any) -> dict[str, str]:
         raise _bad_options(value)
     options = {}
     for letter, option in zip(string.ascii_uppercase, value, strict=False):
-        if isinstance(option, bool) or not isinstance(option, str | int | float):
+        is_number = isinstance(option, int | float) and not isinstance(option, bool)
+        if not isinstance(option, str) and not (is_number and math.isfinite(option)):
             raise _bad_options(option)
         options[letter] = _bounded(str(option).strip(), "option")
     if not all(options.values()):

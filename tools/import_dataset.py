@@ -137,9 +137,12 @@ def _holds_bytes(kind) -> bool:
 
     if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
         return True
-    if types.is_list(kind) or types.is_large_list(kind):
+    if types.is_fixed_size_binary(kind):
+        return True
+    if types.is_dictionary(kind):  # each value once, and its place wherever it stands
         return _holds_bytes(kind.value_type)
-    return types.is_struct(kind) and any(_holds_bytes(part.type) for part in kind)
+    # What lists, structs and maps are made of.
+    return any(_holds_bytes(kind.field(place).type) for place in range(kind.num_fields))
 
 
 def rows_of(source: Source, group: int, names: list[str]) -> Iterator[dict[str, Any] | RowProblem]:
@@ -491,7 +494,10 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     usual = {"question": QUESTION_COLUMNS, "answer": ANSWER_COLUMNS, "image": IMAGE_COLUMNS}
     usual |= {"options": OPTIONS_COLUMNS, "id": ID_COLUMNS}
     for name, columns in usual.items():
-        option(f"--{name}", metavar="COLUMN", help=f"by default the first of {', '.join(columns)}")
+        text = f"by default the first of {', '.join(columns)}"
+        if name == "options":
+            text += ", or the columns A, B, …"
+        option(f"--{name}", metavar="COLUMN", help=text)
     option(
         "--keep",
         metavar="COLUMN,…",

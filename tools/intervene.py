@@ -478,16 +478,21 @@ def intervention_text(described: list[dict]) -> str:
 # ------------------------------------------------------------------------------------- the command
 
 
-def settings_of(options, config: Config, count: int, layers: list[int] | None) -> dict:
+def settings_of(
+    options, config: Config, samples: Sequence, count: int, layers: list[int] | None
+) -> dict:
     """What the passes of one intervene.jsonl must agree in."""
     return {
         "model": options.model,
         "weights": evaluate.weights_of(str(model_folder(options, config))),
         "data": options.data,
+        "rows": None if options.data == "toy" else samples.fingerprint,
         "samples": count,
         "layers": layers,
         "seed": config.train.seed,
         "template": config.data.prompt_template,
+        "image_root": config.data.image_root,
+        "max_pixels": config.data.max_pixels,
         "toy": asdict(config.toy),
         "rollout": asdict(config.rollout),
         "dyco": asdict(config.dyco),
@@ -515,7 +520,7 @@ def run_intervene(options) -> None:
         )
     out = Path(options.out)
     make_folder(out, "--out")
-    settings = settings_of(options, config, count, layers=layers)
+    settings = settings_of(options, config, samples, count, layers=layers)
     passes = Passes(
         policy, samples, count, config=config, log=out / "intervene.jsonl", settings=settings
     )

@@ -7,6 +7,7 @@ named after, and with rows that are broken in the ways that such files are.
 import doctest
 import io
 import json
+import math
 import os
 import sys
 import warnings
@@ -335,7 +336,17 @@ def test_options(cell, texts):
 
 
 @pytest.mark.parametrize(
-    "cell", [["one", ""], ["one", None], {"A": "1", "C": "2"}, "one, two", ["x"] * 27, 5, [b"x"]]
+    "cell",
+    [
+        ["one", ""],
+        ["one", None],
+        {"A": "1", "C": "2"},
+        "one, two",
+        ["x"] * 27,
+        5,
+        [b"x"],
+        [math.nan],
+    ],
 )
 def test_options_that_cannot_be_read(cell):
     with pytest.raises(RowProblem, match=r"found|cannot be read"):
@@ -555,6 +566,46 @@ def test_columns_can_be_named(tmp_path):
     assert "no column 'nothing'" in refusal(source, *out, *named, "--keep", "nothing")
     (row,) = run_tool(tmp_path / "out", source, *named, "--image", "left,right", "--keep", "note")
     assert (row["id"], row["answer"], row["note"], len(row["images"])) == ("7", "3", "x", 2)
+
+
+def test_options_in_columns_of_their_own(tmp_path):
+    """MMBench's way. pandas leaves NaN where a question has fewer options."""
+    rows = [
+        {"question": "Which?", "answer": "C", "A": "one", "B": "two", "C": "three", "D": None},
+        {"question": "Is it?", "answer": "yes", "A": "yes", "B": "no", "C": None, "D": None},
+        {"question": "Gap?", "answer": "A", "A": "x", "B": None, "C": "y", "D": None},
+    ]
+    source = write_table(tmp_path / "a.parquet", rows)
+    first, second = run_tool(tmp_path / "out", source)
+    assert first["question"] == "Which?\nOptions:\nA. one\nB. two\nC. three"
+    assert (second["answer"], first.keys() & set("ABCD")) == ("A", set())
+    assert skipped(tmp_path / "out") == [(3, "the options cannot be read")]
+    (row,) = run_tool(tmp_path / "named", source, "--options", "B,A", "--keep", "")
+    assert row["question"] == "Is it?\nOptions:\nA. no\nB. yes"
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "fixed-size list", "fixed-size bytes", "map"])
+def test_bytes_are_seen_in_every_kind_of_column(tmp_path, kind):
+    picture_bytes = picture()
+    if kind == "dictionary":
+        column = pyarrow.array([picture_bytes]).dictionary_encode()
+    elif kind == "fixed-size list":
+        column = pyarrow.array([[picture_bytes]], pyarrow.list_(pyarrow.binary(), 1))
+    elif kind == "fixed-size bytes":
+        column = pyarrow.array([picture_bytes], pyarrow.binary(len(picture_bytes)))
+    else:
+        column = pyarrow.array(
+            [[("a", picture_bytes)]], pyarrow.map_(pyarrow.string(), pyarrow.binary())
+        )
+    table = pyarrow.table({"question": ["How many?"], "answer": ["3"], "drawing": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    said = refusal(str(tmp_path / "a.parquet"), "--out", str(tmp_path / "out"))
+    assert "'drawing' hold bytes" in said
+    if kind.startswith("map"):
+        return
+    named = ["--image", "drawing"]
+    (row,) = run_tool(tmp_path / "out", str(tmp_path / "a.parquet"), *named)
+    assert len(row["images"]) == 1
 
 
 def test_several_files_count_as_one(tmp_path):

@@ -233,6 +233,8 @@ def test_a_folder_holds_one_run(run, model, tmp_path, asked):
         ("LogicVista", ("--prompt", "train"), "another prompt .'benchmark', now 'train'"),
         ("LogicVista", ("--temperature", "0.5"), "another temperature .0.0, now 0.5"),
         ("LogicVista", ("--max-new-tokens", "5"), "another max_new_tokens .4, now 5"),
+        ("LogicVista", ("--image-root", "/"), "another image_root .None, now '/'"),
+        ("LogicVista", ("--dtype", "bfloat16"), "another dtype .'float32', now 'bfloat16'"),
     ):
         with pytest.raises(SystemExit, match=f"error: {folder} holds a run with {message}"):
             run(name, *options)
@@ -301,6 +303,7 @@ def test_all_bad_rows_are_one_error_before_anything_is_generated(run, asked):
         (("--out", "/proc/x"), "/proc/x"),
         (("--data", "/nowhere.tsv"), "/nowhere.tsv cannot be read"),
         (("--prompt", "train", "--template", "no place"), "has 0 {question}; expected exactly one"),
+        (("--template", "{question}"), "that of --prompt train; found it with --prompt benchmark"),
     ],
 )
 def test_wrong_arguments_are_one_error(run, options, message):

@@ -9,7 +9,8 @@ from benchmark_rows import write_tsv
 from benchmark_runs import FILES, lines, run_benchmark, save_tiny_policy
 
 import evaluate
-from benchmarks.table import lay_out
+from benchmarks.suite import find
+from benchmarks.table import labels_of, lay_out
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +72,10 @@ def test_table_scores_the_runs_it_is_given(run, model, tmp_path, capsys):
     evaluate.main(["table", *folders])
     printed = capsys.readouterr().out
     assert printed.startswith("mode final, judge: none (rule-based); percent\n")
-    assert f"| {model} | – | – | – | 100.0 | – | – | – | – |" in printed
+    unusual = "at most 4 tokens, 3136 to 12845056 pixels"
+    assert f"| {model}, {unusual} | – | – | – | 100.0 | – | – | – | – |" in printed
     assert (
-        f"| {model}, train prompt | – | – | – | – | – | 1.8 | – | – |" in printed
+        f"| {model}, train prompt, {unusual} | – | – | – | – | – | 1.8 | – | – |" in printed
     )  # 50 points of 2800
     note = "MME, 100 · (perception + reasoning) / 2800, 2 rows, 1 of 2 responses unmatched"
     assert f"{folders[1]}: {note}" in printed
@@ -95,6 +97,56 @@ def test_table_scores_the_runs_it_is_given(run, model, tmp_path, capsys):
     ):
         with pytest.raises(SystemExit, match=message):
             evaluate.main(["table", str(bad)])
+
+
+def test_one_row_holds_responses_of_one_kind():
+    """Other weights under one path, or another template, are told apart where they meet."""
+    usual = find("MME")
+    mme = {
+        "model": "runs/3b/final",
+        "weights": "a" * 64,
+        "prompt": "benchmark",
+        "template": "{question}",
+        "dtype": "bfloat16",
+        "temperature": 0.0,
+        "max_new_tokens": usual.max_new_tokens,
+        "min_pixels": usual.min_pixels,
+        "max_pixels": usual.max_pixels,
+        "sample": 1,
+    }
+    trained_on = mme | {"weights": "b" * 64}
+    labels = labels_of([(mme, usual), (trained_on, find("WeMath"))])
+    assert labels == ["runs/3b/final, weights aaaaaaaa", "runs/3b/final, weights bbbbbbbb"]
+    labels = labels_of([(mme, usual), (mme | {"max_new_tokens": 64}, find("WeMath"))])
+    assert labels == ["runs/3b/final", "runs/3b/final, at most 64 tokens"]
+    asked = [mme | {"prompt": "train", "template": f"{{question}} {end}"} for end in "xy"]
+    one, other = labels_of([(settings, usual) for settings in asked])
+    assert one != other and one.startswith("runs/3b/final, train prompt, template ")
+    toy = find("toy")
+    of_toy = mme | {
+        "prompt": toy.prompt_mode,
+        "template": "{question} Think.",
+        "max_new_tokens": toy.max_new_tokens,
+        "min_pixels": toy.min_pixels,
+        "max_pixels": toy.max_pixels,
+    }
+    assert labels_of([(mme, usual), (of_toy, toy)]) == ["runs/3b/final"] * 2
+
+
+def test_responses_are_scored_on_the_rows_that_they_were_written_for(run, tmp_path, capsys):
+    folder = run("LogicVista")
+    scored = ["score", "--responses", str(folder / "responses.jsonl"), "--data"]
+    mme = write_tsv(tmp_path / "other.tsv", FILES["MME"])
+    with pytest.raises(SystemExit, match="are responses to LogicVista; expected responses to MME"):
+        evaluate.main([*scored, str(mme), "--benchmark", "MME"])
+    capsys.readouterr()
+    evaluate.main(["table", str(folder)])
+    assert "rows have changed" not in capsys.readouterr().err
+    write_tsv(tmp_path / "LogicVista.tsv", [dict(FILES["LogicVista"][0], answer="B")])
+    evaluate.main(["table", str(folder)])
+    assert "LogicVista.tsv is not what" in capsys.readouterr().err
+    evaluate.main([*scored, str(tmp_path / "LogicVista.tsv"), "--benchmark", "LogicVista"])
+    assert "its rows have changed" in capsys.readouterr().err
 
 
 def test_errors_of_score_are_one_line(tmp_path, capsys):
