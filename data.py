@@ -56,8 +56,9 @@ from rows import (
     Row,
     check_image_size,
     check_special_tokens,
-    decode_image,  # noqa: F401  (for callers whose images are not files)
+    decode_image,
     load_image,
+    open_image,
     parse_row,
     printable,
     refuse_other_formats,
@@ -242,8 +243,9 @@ class JsonlDataset:
 
         def size_or_error(path: str) -> tuple[int, int] | DataError:
             try:
-                size = load_image(path, self.image_root).size
-                with open(Path(self.image_root) / path, "rb") as file:
+                with open_image(path, self.image_root) as file:
+                    size = decode_image(file, f"image {show(path)}").size
+                    file.seek(0)
                     self._image_hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
                 return size
             except DataError as error:

@@ -227,6 +227,16 @@ def ask(arguments: argparse.Namespace) -> None:
     from tools.token_table import token_table
 
     check_sampling(arguments.max_new_tokens, arguments.temperature)
+    paths = [Path(path).resolve() for path in arguments.image]
+    images = tuple(load_image(path.name, path.parent) for path in paths)
+    question = arguments.question
+    if "<image>" not in question:
+        question = "<image>" * len(images) + question
+    markers = question.count("<image>")
+    if markers != len(images):
+        raise DataError(
+            f"the question has {markers} <image> markers; expected {len(images)}, one per --image"
+        )
     config = config_of(arguments.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # A model of a run sees images as it did in training, another one as it was released.
@@ -238,16 +248,6 @@ def ask(arguments: argparse.Namespace) -> None:
         trainable=False,
         max_pixels=config.data.max_pixels if is_of_run else None,
     )
-    paths = [Path(path).resolve() for path in arguments.image]
-    images = tuple(load_image(path.name, path.parent) for path in paths)
-    question = arguments.question
-    if "<image>" not in question:
-        question = "<image>" * len(images) + question
-    markers = question.count("<image>")
-    if markers != len(images):
-        raise DataError(
-            f"the question has {markers} <image> markers; expected {len(images)}, one per --image"
-        )
     rollout = respond(
         policy,
         [Sample("ask", images, question, "")],

@@ -576,6 +576,12 @@ def load_image(path: str | Path, root: str | Path) -> Image.Image:
     Raises DataError if the file is missing, cannot be decoded, or lies outside `root`: no row may
     reach other files of this machine, neither through `..` nor through a symbolic link.
     """
+    with open_image(path, root) as stream:
+        return decode_image(stream, f"image {show(str(path))}")
+
+
+def open_image(path: str | Path, root: str | Path) -> BinaryIO:
+    """The image file `path`, opened. Raises DataError as `load_image` does."""
     what = f"image {show(str(path))}"
     root = Path(root).resolve()
     try:
@@ -586,8 +592,7 @@ def load_image(path: str | Path, root: str | Path) -> Image.Image:
             )
         if not file.is_file():
             raise MissingImageError(f"{what} is not a file under the image root {str(root)!r}")
-        with open(file, "rb") as stream:
-            return decode_image(stream, what)
+        return open(file, "rb")
     except DataError:
         raise
     # No permission, a loop of links, or a NUL in the name.

@@ -2,6 +2,7 @@
 
 import re
 import string
+from dataclasses import replace
 
 from benchmarks.answers import HIDDEN, answer_letters, half_width, is_equal, match_option
 from benchmarks.benchmark import (
@@ -154,6 +155,14 @@ class LogicVista(Benchmark):
     columns = ("question", "answer", "skill")
     reference = "letters A-I joined by ', ', or a number"
     SKILLS = ("inductive", "deductive", "numerical", "spatial", "mechanical")
+
+    def load(self, path, pictures=False):
+        rows, dropped = super().load(path, pictures)
+        # Some copies of the file have small letters, which in a response would be words.
+        cells = [row.cells | {"answer": row.cells.get("answer", "").upper()} for row in rows]
+        return [
+            replace(row, cells=of_row) for row, of_row in zip(rows, cells, strict=True)
+        ], dropped
 
     def final(self, response, unbox=True):
         return half_width(super().final(response, unbox))

@@ -16,6 +16,7 @@ import contextlib
 import difflib
 import gc
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -51,7 +52,8 @@ def load_custom(spec: str, what: str = "custom reward") -> Callable[[str, str, A
     """The function named by ``path/to/file.py:function``; `what` it is for is said in errors.
 
     A reward is called as function(response, answer, sample) and returns a number.
-    Raises ValueError if there is no such file or function, or if the file cannot be imported.
+    Raises ValueError if there is no such file or function, if the file cannot be imported, or if
+    the function cannot be called with three arguments.
     """
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not name:
@@ -68,6 +70,7 @@ def load_custom(spec: str, what: str = "custom reward") -> Callable[[str, str, A
         raise RewardError(f"{what} {spec!r}: {_import_problem(file, error)}") from error
     function = getattr(module, name, None)
     if callable(function):
+        _check_arguments(function, f"{what} {spec!r}")
         return function
     there = "nothing of that name"
     if hasattr(module, name):
@@ -76,6 +79,21 @@ def load_custom(spec: str, what: str = "custom reward") -> Callable[[str, str, A
         f"{what} {spec!r}: found {there}, expected a function; "
         f"nearest in the file: {_nearest_functions(module, name)}"
     )
+
+
+def _check_arguments(function: Callable, where: str) -> None:
+    """Raise RewardError where the function does not take a response, an answer and a sample."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some that are written in C do not tell
+        return
+    try:
+        signature.bind("response", "answer", "sample")
+    except TypeError as error:
+        raise RewardError(
+            f"{where}: found the arguments {signature} ({error}); "
+            "expected a function that is called with three"
+        ) from error
 
 
 def _import_file(file: Path) -> ModuleType:

@@ -57,6 +57,29 @@ def test_it_runs_in_another_process_which_is_kept():
     assert ask(process_of) == ask(process_of) != os.getpid()
 
 
+@pytest.mark.parametrize(
+    "code, problem",
+    [
+        ("def f(response, answer): return 1", r"arguments \(response, answer\) \(too many"),
+        ("def f(a, b, c, *, limit): return 1", "missing a required argument: 'limit'"),
+        ("class f: pass", "too many positional arguments"),
+    ],
+)
+def test_a_function_of_other_arguments_is_refused_at_once(tmp_path, code, problem):
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(RewardError, match=problem):
+        rewards.load_custom(f"{tmp_path / 'mine.py'}:f")
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["def f(*what): return 1", "def f(a, b, c, d=1): return 1", "f = max", "f = lambda a, b, c: 1"],
+)
+def test_a_function_that_can_be_called_with_three_arguments_is_taken(tmp_path, code):
+    (tmp_path / "mine.py").write_text(code)
+    assert callable(rewards.load_custom(f"{tmp_path / 'mine.py'}:f"))
+
+
 def test_code_in_c_ends_at_the_limit():
     def computes(response, answer, sample):
         return sum(range(10**12))

@@ -148,16 +148,27 @@ def test_image_that_changes_after_the_check_names_its_line(folder):
 
 
 def test_every_image_is_decoded_once_at_construction(folder, monkeypatch):
-    opened = []
-    plain_load_image = data.load_image
+    decoded = []
+    plain_decode_image = data.decode_image
 
-    def recorded(path, root):
-        opened.append(path)
-        return plain_load_image(path, root)
+    def recorded(stream, what):
+        decoded.append(what)
+        return plain_decode_image(stream, what)
 
-    monkeypatch.setattr(data, "load_image", recorded)
+    monkeypatch.setattr(data, "decode_image", recorded)
     load_rows(folder, [plain_row(image="a.png"), plain_row(images=["a.png", "b.png"])])
-    assert sorted(opened) == ["a.png", "b.png"]
+    assert sorted(decoded) == ["image 'a.png'", "image 'b.png'"]
+
+
+def test_a_path_through_a_folder_that_is_not_there_is_checked_and_hashed(folder):
+    """It names the same file as the plain path, which the operating system would not open."""
+    rows = [plain_row(image="nowhere/../a.png"), plain_row(image="nowhere/../c.png")]
+    with pytest.warns(UserWarning, match="1 of 2 rows"):
+        dataset = load_rows(folder, rows, on_error="skip")
+    assert len(dataset) == 1
+    plain = load_rows(folder, [plain_row(image="a.png")])
+    assert list(dataset._image_hashes.values()) == list(plain._image_hashes.values())
+    assert dataset[0].images[0].size == plain[0].images[0].size
 
 
 def test_broken_images_keep_no_pixels_alive(tmp_path):

@@ -203,6 +203,12 @@ def test_a_question_has_as_many_markers_as_images(ask, tmp_path):
         ask(*more, question="Sum <image>.")
 
 
+def test_pictures_are_looked_at_before_the_model_is(ask, monkeypatch):
+    monkeypatch.setattr("model.load_policy", None)  # which would be a TypeError
+    with pytest.raises(SystemExit, match="image 'nowhere.png' is not a file"):
+        ask("--image", "nowhere.png")
+
+
 def test_errors_and_warnings_are_not_obeyed_by_the_terminal(capsys, monkeypatch):
     """Whatever text of a file they hold; a message of several lines keeps them."""
 

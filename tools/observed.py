@@ -274,35 +274,47 @@ def load(
 ) -> tuple[Policy, Sequence, list[str], int]:
     """(policy, samples, their ids, how many of them to sample from), everything checked.
 
+    What is cheap to check comes first: the data and --responses before the model.
+
     Of the toy these are the held-out samples, from which responses are sampled, and behind them the
     training samples, since a run's samples.jsonl is about those.
     """
     if config.train.threads:  # 0: as many as PyTorch chooses
         torch.set_num_threads(config.train.threads)
+    samples, ids, count = load_samples(options, config)
+    if getattr(options, "responses", None) is not None:
+        with open(options.responses, "rb"):  # raises OSError where it cannot be read
+            pass
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = model_folder(options, config)
     policy = policy_from_config(config, folder, device, trainable=trainable)
     policy.tap(config.dyco)  # refuses layers that the model does not have
+    if isinstance(samples, JsonlDataset):
+        check_lengths(
+            samples,
+            policy.tokenizer,
+            policy.image_processor,
+            template=config.data.prompt_template,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+        )
+    return policy, samples, ids, count
+
+
+def load_samples(options, config: Config) -> tuple[Sequence, list[str], int]:
+    """(samples, their ids, how many of them to sample from)."""
     if options.data == "toy":
         training, held_out = toy.splits(config)
         ids = [f"test-{index}" for index in range(len(held_out))]
         ids += [f"train-{index}" for index in range(len(training))]
         count = min(config.eval.samples, len(held_out))
-        return policy, ConcatDataset([held_out, training]), ids, count
+        return ConcatDataset([held_out, training]), ids, count
     samples = JsonlDataset(
         options.data,
         config.data.image_root,
         config.data.on_error,
         check_answer=reference_of,  # as in training: a reference that nothing matches is an error
     )
-    check_lengths(
-        samples,
-        policy.tokenizer,
-        policy.image_processor,
-        template=config.data.prompt_template,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-    )
-    return policy, samples, samples.ids, min(config.eval.samples, len(samples))
+    return samples, samples.ids, min(config.eval.samples, len(samples))
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 import dyco
 from rollout import Rollout, generate
-from tools import intervene
+from tools import intervene, observed
 from tools.intervene import IntervenedDecoding, Intervention, mass_bias, random_plan
 
 
@@ -419,6 +419,23 @@ def test_intervene_refuses(start, tmp_path, more, message):
         start(*more)
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_files_are_looked_at_before_the_model(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(observed, "policy_from_config", None)  # which would be a TypeError
+    with pytest.raises(SystemExit, match="nowhere.jsonl"):
+        start(data="nowhere.jsonl")
+
+
+def test_other_rows_or_pictures_are_another_analysis(start, tmp_path):
+    asked = ("--factors", "2", "--role", "visual", "--layers", "0")
+    start(*asked)
+    with pytest.raises(SystemExit, match="another max_pixels .1003520, now 4000"):
+        start(*asked, "data.max_pixels=4000")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(path.read_text().replace("cross 1.", "square."))
+    with pytest.raises(SystemExit, match="another rows "):
+        start(*asked)
 
 
 def test_text_only_data_cannot_be_intervened_on(start, tmp_path):

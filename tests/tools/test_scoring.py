@@ -220,6 +220,14 @@ def plain_row(index, answer):
     return dict(index=index, image=RED, question="?", answer=answer, skill="spatial")
 
 
+def test_small_letters_of_a_reference_are_read(tmp_path, recwarn):
+    path = write_tsv(tmp_path / "x.tsv", [plain_row(1, "b"), plain_row(2, "a, c")])
+    append_jsonl(tmp_path / "r.jsonl", [{"index": i, "response": "A, C"} for i in (1, 2)])
+    found = score_file(find("LogicVista"), path, tmp_path / "r.jsonl", "final")
+    assert found["headline"]["value"] == 50
+    assert not [warning for warning in recwarn if "own text" in str(warning.message)]
+
+
 def test_references_are_held_against_themselves(tmp_path):
     """One line for all of them, with the first three; the rows are scored, as wrong."""
     answers = ["B", "", "A,C", "Z", "nan", "A, C", "3"]
