@@ -587,6 +587,12 @@ def load_policy(
     return policy.train()  # gradient checkpointing asks for training mode; there is no dropout
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an operation found no memory. Running out of the CPU's has no class of its own."""
+    on_device = isinstance(error, torch.OutOfMemoryError)
+    return on_device or "can't allocate memory" in str(error)
+
+
 def resolve_dtype(dtype: str, device: torch.device) -> str:
     """What "auto" stands for on a device; other names stand for themselves."""
     if dtype != "auto":

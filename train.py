@@ -54,7 +54,7 @@ import toy
 from config import Config, ConfigError, load_config, split_arguments
 from data import DataError, JsonlDataset, Prompt, Sampler, check_lengths
 from distributed import ALONE, World
-from model import Policy, policy_from_config
+from model import Policy, is_out_of_memory, policy_from_config
 from rollout import (
     RECORDABLE,
     Rollout,
@@ -626,9 +626,7 @@ def memory_for(describe: Callable[..., str], *arguments):
     try:
         yield
     except RuntimeError as error:
-        # torch.OutOfMemoryError is one; running out of the CPU's has no class of its own.
-        is_memory = isinstance(error, torch.OutOfMemoryError)
-        if not is_memory and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         where = describe(*arguments)
         raise RunError(f"out of memory at {where} ({first_line(error)})") from error

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 def command(*expected: type[Exception], advice: str = "") -> Iterator[None]:
     """What a command does: a decorator of its main function, or a block in it.
 
-    An expected error is said in one line, with exit status 1. So is Ctrl-C, with status 130 and the
-    advice on how to go on. A reader of standard output that has left, as `| head -1` does, ends the
-    command without a word.
+    An expected error is said in one line, with exit status 1, and so is a lack of memory. So is
+    Ctrl-C, with status 130 and the advice on how to go on. A reader of standard output that has
+    left, as `| head -1` does, ends the command without a word.
     """
     try:
         yield
@@ -26,6 +26,16 @@ def command(*expected: type[Exception], advice: str = "") -> Iterator[None]:
         from rows import printable
 
         sys.exit(printable(f"error: {error}"))
+    except RuntimeError as error:
+        from model import is_out_of_memory
+        from rows import first_line
+
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(
+            f"error: out of memory ({first_line(error)}); smaller images, shorter responses or "
+            "fewer of them at once take less"
+        )
     finally:
         _flush_output()
 

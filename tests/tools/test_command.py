@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tools.command import command
 
@@ -101,6 +102,15 @@ def test_files_of_the_core_that_print_something_end_as_well(file, monkeypatch, c
         runpy.run_path(str(ROOT / file), run_name="__main__")
     assert leaving.value.code == 130
     assert capsys.readouterr().err == "stopped\n"
+
+
+def test_a_lack_of_memory_is_one_line_and_another_runtime_error_is_not():
+    on_cpu = "[enforce fail at alloc_cpu.cpp:127] err == 0. can't allocate memory"
+    for error in (torch.OutOfMemoryError("Tried to allocate 2 GiB."), RuntimeError(on_cpu)):
+        with pytest.raises(SystemExit, match="^error: out of memory .*take less$"), command():
+            raise error
+    with pytest.raises(RuntimeError, match="shapes"), command(ValueError):
+        raise RuntimeError("shapes do not match")
 
 
 def test_an_expected_error_is_one_line_and_another_is_not():
