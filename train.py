@@ -641,10 +641,10 @@ def describe_sampling(config: Config, prompts: list[Prompt]) -> str:
     )
 
 
-def describe_evaluation(config: Config) -> str:
+def describe_evaluation(samples: list) -> str:
     return (
-        f"the evaluation of {config.eval.samples} held-out samples; lower "
-        "rollout.max_cache_tokens, rollout.max_new_tokens or data.max_pixels"
+        f"the evaluation of {len(samples)} held-out samples; lower rollout.max_cache_tokens, "
+        "rollout.max_new_tokens or data.max_pixels"
     )
 
 
@@ -812,7 +812,7 @@ def evaluation(training: Training) -> dict[str, float]:
         return {}
     samples = [held_out[i] for i in range(min(config.eval.samples, len(held_out)))]
     started = time.perf_counter()
-    with memory_for(describe_evaluation, config), distributed.gathered(training.policy):
+    with memory_for(describe_evaluation, samples), distributed.gathered(training.policy):
         figures = evaluate.held_out(
             training.policy,
             samples,
@@ -869,13 +869,16 @@ def run(config: Config, world: World) -> None:
     if folder.step == 0:
         folder.record({"step": 0, **evaluation(training)})
         refresh_report(training, folder, step=0, evaluated=True)
+    elif misses_evaluation(training, folder):
+        folder.amend(evaluation(training))
+        refresh_report(training, folder, folder.step, evaluated=True)
     failures, watch = 0, run_folder.Watch(config)
     with tqdm(
         total=config.train.steps, initial=folder.step, disable=not world.is_main, desc="train"
     ) as bar:
         for step in range(folder.step + 1, config.train.steps + 1):
             is_last = step == config.train.steps
-            evaluated = is_last or step % config.eval.every == 0
+            evaluated = is_evaluated(config, step)
             stop.step = step
             with profiled(training, folder, step), save_first(training, folder, step):
                 row, batch = train_step(training, step)
@@ -906,6 +909,20 @@ def run(config: Config, world: World) -> None:
                 folder.say(f"stopped at step {step}; the same command resumes it")
                 return
     folder.finish(training)
+
+
+def is_evaluated(config: Config, step: int) -> bool:
+    """Whether an evaluation follows a step."""
+    return step == config.train.steps or step % config.eval.every == 0
+
+
+def misses_evaluation(training: Training, folder: RunFolder) -> bool:
+    """Whether the newest checkpoint's step should have been evaluated. Collective.
+
+    The run may have ended because that failed, or has got its held-out set only now.
+    """
+    due = training.held_out is not None and is_evaluated(training.config, folder.step)
+    return due and not distributed.on_main(training.world, folder.has_evaluation)
 
 
 def check_division(config: Config, world: World) -> None:
@@ -983,7 +1000,7 @@ def evaluation_or_save(training: Training, folder: RunFolder, row: dict) -> dict
         if training.world.size == 1:
             folder.record(row)
             folder.save(training, row["step"])
-            folder.say(f"saved step {row['step']}, without its evaluation")
+            folder.say(f"saved step {row['step']}; the same command goes on with its evaluation")
         raise
 
 

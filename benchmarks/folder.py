@@ -41,11 +41,14 @@ def open_folder(
     responses_there = any(path.stat().st_size for path in folder.glob("responses*.jsonl"))
     # A folder without any response holds no run yet: a command that failed may have left it.
     if (folder / "run.json").exists() and responses_there:
-        changes = _changes(read_settings(folder), settings)
+        before = read_settings(folder)
+        changes = _changes(before, settings)
         if changes:
             raise BenchmarkError(
                 f"{folder} holds a run with another {', '.join(changes)}; set --out to a new folder"
             )
+        # What an earlier version left out is not known of the responses that are there.
+        settings = {key: value for key, value in settings.items() if key in before}
     elif responses_there:
         raise BenchmarkError(
             f"{folder} holds responses but no run.json that says of what; set --out to a new folder"

@@ -158,11 +158,12 @@ class LogicVista(Benchmark):
 
     def load(self, path, pictures=False):
         rows, dropped = super().load(path, pictures)
-        # Some copies of the file have small letters, which in a response would be words.
-        cells = [row.cells | {"answer": row.cells.get("answer", "").upper()} for row in rows]
-        return [
-            replace(row, cells=of_row) for row, of_row in zip(rows, cells, strict=True)
-        ], dropped
+        # In a response small letters are words; alone in a reference they can only be letters.
+        for place, row in enumerate(rows):
+            answer = row.cells.get("answer", "")
+            if re.fullmatch("[a-i](, [a-i])*", answer):
+                rows[place] = replace(row, cells=row.cells | {"answer": answer.upper()})
+        return rows, dropped
 
     def final(self, response, unbox=True):
         return half_width(super().final(response, unbox))

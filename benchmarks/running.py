@@ -70,8 +70,10 @@ def run_together(arguments: argparse.Namespace, world: World) -> None:
         # Before the folder is opened: a command that failed must not leave one that then refuses
         # the corrected command.
         together(world, check_model, model)
-        settings = together(world, run_settings, benchmark, arguments, model, world.device)
         root = Path(arguments.image_root or Path(arguments.data or ".").parent)
+        settings = together(world, run_settings, benchmark, arguments, model, world.device)
+        if any(row.images and not row.encoded for row in rows):
+            settings["image_root"] = str(root.resolve())
         task = Task(benchmark, rows, dropped, settings=settings, root=root)
         order = [row.index for row in rows]
         done = on_main(world, open_folder, Path(arguments.out), settings, order, stack)
@@ -117,7 +119,6 @@ def run_settings(
         "benchmark": benchmark.name,
         "data": arguments.data and str(Path(arguments.data).resolve()),
         "rows": benchmark.fingerprint(arguments.data),
-        "image_root": arguments.image_root and str(Path(arguments.image_root).resolve()),
         "model": arguments.model,
         "weights": evaluate.weights_of(model),
         "dtype": resolve_dtype(arguments.dtype, device),

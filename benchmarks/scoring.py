@@ -15,7 +15,14 @@ import rewards
 from benchmarks.answers import HIDDEN, final_answer
 from benchmarks.benchmark import Benchmark, Result, mean
 from benchmarks.files import MISSING, BenchmarkError, Row, show
-from benchmarks.responses import Responses, listed, name_of, read_responses, read_settings
+from benchmarks.responses import (
+    RESPONSES,
+    Responses,
+    listed,
+    name_of,
+    read_responses,
+    read_settings,
+)
 
 NO_JUDGE = "none (rule-based)"
 MAX_SHOWN = 3  # rows whose reference nothing matches, in one message
@@ -113,9 +120,11 @@ def score_file(
 def check_origin(benchmark: Benchmark, data: str | None, responses: Path) -> None:
     """Compare the run.json beside the responses, where there is one, with what they are scored on.
 
-    Warns of rows that have changed since then: a reference may have been mended. Raises
+    Warns of a file that has changed since then: a reference may have been mended. Raises
     BenchmarkError for another benchmark, whose rows may well have the same indices.
     """
+    if responses.name != RESPONSES:
+        return
     try:
         settings = read_settings(responses.parent)
     except BenchmarkError:  # responses that evaluate.py did not write have none
@@ -127,7 +136,7 @@ def check_origin(benchmark: Benchmark, data: str | None, responses: Path) -> Non
         )
     if settings["rows"] != benchmark.fingerprint(data):
         warnings.warn(
-            f"{data} is not what {responses} was written for: its rows have changed", stacklevel=4
+            f"{data or benchmark.name} has changed since {responses} was written", stacklevel=4
         )
 
 

@@ -61,12 +61,13 @@ def labels_of(runs: list[tuple[dict, Benchmark]]) -> list[str]:
     label says so.
     """
     labels = [describe_model(*run) for run in runs]
-    details = [details_of(*run) for run in runs]
+    details = [details_of(settings) for settings, _ in runs]
     told_apart = []
     for label, mine in zip(labels, details, strict=True):
         of_label = [other for name, other in zip(labels, details, strict=True) if name == label]
         for place, detail in enumerate(mine):
-            if any(other[place] != detail for other in of_label):
+            others = {other[place] for other in of_label} - {None}
+            if detail is not None and len(others) > 1:
                 label += f", {detail}"
         told_apart.append(label)
     return told_apart
@@ -87,14 +88,13 @@ def describe_model(settings: dict, benchmark: Benchmark) -> str:
     return label
 
 
-def details_of(settings: dict, benchmark: Benchmark) -> tuple[str, ...]:
-    """What a label leaves out unless it has to tell runs apart."""
+def details_of(settings: dict) -> tuple[str | None, ...]:
+    """What a label leaves out unless it has to tell runs apart; None where it does not matter."""
+    template = None
+    if settings["prompt"] == "train":
+        template = f"template {hashlib.sha256(settings['template'].encode()).hexdigest()[:8]}"
     # A run that an earlier version began does not say its dtype.
-    details = (f"weights {settings['weights'][:8]}", settings.get("dtype", "dtype not known"))
-    if settings["prompt"] == benchmark.prompt_mode:
-        return (*details, "the usual template")
-    template = hashlib.sha256(settings["template"].encode()).hexdigest()
-    return (*details, f"template {template[:8]}")
+    return (f"weights {settings['weights'][:8]}", settings.get("dtype"), template)
 
 
 def describe_scores(folder: str, scores: dict) -> str:

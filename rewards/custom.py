@@ -84,7 +84,8 @@ def load_custom(spec: str, what: str = "custom reward") -> Callable[[str, str, A
 def _check_arguments(function: Callable, where: str) -> None:
     """Raise RewardError where the function does not take a response, an answer and a sample."""
     try:
-        signature = inspect.signature(function)
+        # What is called is the wrapper, whatever it wraps.
+        signature = inspect.signature(function, follow_wrapped=False)
     except (TypeError, ValueError):  # some that are written in C do not tell
         return
     try:

@@ -19,6 +19,7 @@ The class RunFolder stands here. files.py writes whole files, saving.py saves an
 console.py says how it goes.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -31,7 +32,7 @@ import dyco
 import lora
 from config import Config, ConfigError, load_run_config
 from distributed import World
-from rows import RowError, append_jsonl
+from rows import RowError, append_jsonl, read_jsonl
 from run_folder.console import (
     LEGEND,
     Watch,
@@ -326,6 +327,21 @@ class RunFolder:
         if self.world.is_main:
             append_finite(self.metrics, [row])
             for line in step_lines(row, self.config.train.steps):
+                self.say(line)
+
+    def has_evaluation(self) -> bool:
+        """Whether the last row of metrics.jsonl, that of the newest checkpoint, has one."""
+        rows = [row for _, row in read_jsonl(self.metrics)]
+        return "eval/accuracy" in rows[-1]
+
+    def amend(self, figures: dict) -> None:
+        """Add the figures of an evaluation to the last row of metrics.jsonl, and say them."""
+        if self.world.is_main:
+            *before, last = self.metrics.read_bytes().splitlines(keepends=True)
+            row = json.loads(last) | figures
+            # Whole or not at all: the row must not be missing if the run is killed now.
+            write_file(self.metrics, b"".join(before) + json.dumps(row).encode() + b"\n")
+            for line in step_lines({"step": row["step"], **figures}, self.config.train.steps):
                 self.say(line)
 
     def record_samples(self, rows: Iterable[dict]) -> None:

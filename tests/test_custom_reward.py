@@ -73,7 +73,14 @@ def test_a_function_of_other_arguments_is_refused_at_once(tmp_path, code, proble
 
 @pytest.mark.parametrize(
     "code",
-    ["def f(*what): return 1", "def f(a, b, c, d=1): return 1", "f = max", "f = lambda a, b, c: 1"],
+    [
+        "def f(*what): return 1",
+        "def f(a, b, c, d=1): return 1",
+        "f = max",
+        "f = lambda a, b, c: 1",
+        "import functools\ndef of_two(a, b): return 1\n"
+        "@functools.wraps(of_two)\ndef f(a, b, c): return of_two(a, b)",
+    ],
 )
 def test_a_function_that_can_be_called_with_three_arguments_is_taken(tmp_path, code):
     (tmp_path / "mine.py").write_text(code)

@@ -26,18 +26,27 @@ def command(*expected: type[Exception], advice: str = "") -> Iterator[None]:
         from rows import printable
 
         sys.exit(printable(f"error: {error}"))
-    except RuntimeError as error:
-        from model import is_out_of_memory
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
         from rows import first_line
 
-        if not is_out_of_memory(error):
-            raise
         sys.exit(
             f"error: out of memory ({first_line(error)}); smaller images, shorter responses or "
             "fewer of them at once take less"
         )
     finally:
         _flush_output()
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    if "torch" not in sys.modules:
+        return False
+    from model import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _flush_output() -> None:

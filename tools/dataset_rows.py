@@ -14,9 +14,10 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ from rows import (
     ROW_KEYS,
     DataError,
     decode_image,
-    load_image,
     nearest,
+    open_image,
     parse_row,
     show,
 )
@@ -135,7 +136,7 @@ def find_columns(present: list[str], wanted: dict[str, str | None], keep: str | 
 
     options = choose_some("options", OPTIONS_COLUMNS)
     if not options and wanted.get("options") is None:
-        options = _lettered(present)
+        options = lettered(present)
     columns = Columns(
         question=choose_needed("question", QUESTION_COLUMNS),
         answer=choose_needed("answer", ANSWER_COLUMNS),
@@ -146,7 +147,7 @@ def find_columns(present: list[str], wanted: dict[str, str | None], keep: str | 
     return replace(columns, extra=_others(present, columns, keep))
 
 
-def _lettered(present: list[str]) -> tuple[str, ...]:
+def lettered(present: Collection[str]) -> tuple[str, ...]:
     """The columns A, B, … of MMBench and others, if there are two or more of them."""
     letters = tuple(itertools.takewhile(present.__contains__, string.ascii_uppercase))
     return letters if len(letters) > 1 else ()
@@ -374,10 +375,11 @@ def read_options(value: Any) -> dict[str, str]:
         raise _bad_options(value)
     options = {}
     for letter, option in zip(string.ascii_uppercase, value, strict=False):
-        is_number = isinstance(option, int | float) and not isinstance(option, bool)
-        if not isinstance(option, str) and not (is_number and math.isfinite(option)):
+        if isinstance(option, bool) or not isinstance(option, str | int | float):
             raise _bad_options(option)
-        options[letter] = _bounded(str(option).strip(), "option")
+        if isinstance(option, float) and not math.isfinite(option):
+            raise _bad_options(option)
+        options[letter] = _bounded(str(_whole(option)).strip(), "option")
     if not all(options.values()):
         raise RowProblem("the options cannot be read", "found an option without text")
     return _without_letters(options)
@@ -527,9 +529,10 @@ def _content_of_file(path: str, root: Path | None, what: str) -> bytes:
             "a picture is a path",
             f"{what} is the path {show(path)}; name the folder of the pictures with --images",
         )
-    with _as_problem("a picture cannot be read"):
-        # It looks where the path leads, and that a picture is there, before anything is copied.
-        load_image(path, root)
-        if (root / path).stat().st_size > MOST_BYTES:
+    with _as_problem("a picture cannot be read"), open_image(path, root) as file:
+        # A picture must be there before anything is copied.
+        decode_image(file, what)
+        if os.fstat(file.fileno()).st_size > MOST_BYTES:
             raise DataError(f"{what} is a file of more than {MOST_BYTES} bytes")
-        return (root / path).read_bytes()
+        file.seek(0)
+        return file.read()

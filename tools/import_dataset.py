@@ -17,7 +17,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from tools.dataset_rows import (
     RowProblem,
     convert,
     find_columns,
+    lettered,
 )
 
 READ_AT_ONCE = 2**20  # bytes of a column
@@ -397,8 +398,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     record = folder / RECORD
     if record.exists():
         try:
-            return dict(json.loads(record.read_bytes()))
-        except (ValueError, TypeError) as error:
+            return _as_today(dict(json.loads(record.read_bytes())))
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{record}: {error}; expected what an earlier call wrote; remove {folder}"
             ) from error
@@ -409,6 +410,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
             f"--out {folder} holds something else ({others[0]!r}); expected a new folder"
         )
     return None
+
+
+def _as_today(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of the version that knew one column of options, or none."""
+    options = record["columns"]["options"]
+    if not isinstance(options, list):
+        record["columns"]["options"] = [] if options is None else [options]
+    return record
 
 
 def compare(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -426,8 +435,13 @@ def import_files(options: argparse.Namespace) -> dict[str, Any]:
     before = read_record(options.out)
     sources = open_sources(options.files)
     columns = find_columns(list(sources[0].present), vars(options), options.keep)
+    if options.options is None and columns.options == lettered(sources[0].present):
+        # A file whose questions have few options may lack the last letters.
+        present = {name for source in sources for name in source.present}
+        columns = replace(columns, options=lettered(present))
     for source in sources:
-        missing = [name for name in columns.used if name not in source.present]
+        optional = columns.options[2:]
+        missing = [name for name in columns.used if name not in {*source.present, *optional}]
         if missing:
             raise ValueError(
                 f"{source.path} has no column {missing[0]!r}, as {sources[0].path} has"
@@ -475,8 +489,8 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m tools.import_dataset",
         description="Turn Parquet files of a public data set into a file to train on. The same "
         "command goes on where it was interrupted. COLUMN may be a part of a struct, as in "
-        "reward_model.ground_truth; for --image it may be several with commas between them, and "
-        "for --image, --options and --id it may be none.",
+        "reward_model.ground_truth; for --image and --options it may be several with commas "
+        "between them, and for --image, --options and --id it may be none.",
     )
     option = parser.add_argument
     option("files", nargs="+", type=Path, metavar="FILE.parquet")

@@ -268,7 +268,7 @@ def read_log(path: Path, settings: dict) -> dict[tuple, dict]:
     for line, row in read_jsonl(path, growing=True) if path.exists() else []:
         before = row.get("settings", {})
         for key, now in settings.items():
-            if before.get(key) != now:
+            if before.get(key, now) != now:  # an earlier version left some out
                 raise AnalysisError(
                     f"{path}, line {line}: holds an analysis with another {key} "
                     f"({before.get(key)!r}, now {now!r}); choose another --out"
@@ -491,7 +491,6 @@ def settings_of(
         "layers": layers,
         "seed": config.train.seed,
         "template": config.data.prompt_template,
-        "image_root": config.data.image_root,
         "max_pixels": config.data.max_pixels,
         "toy": asdict(config.toy),
         "rollout": asdict(config.rollout),

@@ -106,7 +106,8 @@ def test_files_of_the_core_that_print_something_end_as_well(file, monkeypatch, c
 
 def test_a_lack_of_memory_is_one_line_and_another_runtime_error_is_not():
     on_cpu = "[enforce fail at alloc_cpu.cpp:127] err == 0. can't allocate memory"
-    for error in (torch.OutOfMemoryError("Tried to allocate 2 GiB."), RuntimeError(on_cpu)):
+    on_gpu = torch.OutOfMemoryError("Tried to allocate 2 GiB.")
+    for error in (on_gpu, RuntimeError(on_cpu), MemoryError("Unable to allocate 2 GiB")):
         with pytest.raises(SystemExit, match="^error: out of memory .*take less$"), command():
             raise error
     with pytest.raises(RuntimeError, match="shapes"), command(ValueError):

@@ -569,7 +569,7 @@ def test_columns_can_be_named(tmp_path):
 
 
 def test_options_in_columns_of_their_own(tmp_path):
-    """MMBench's way. pandas leaves NaN where a question has fewer options."""
+    """MMBench's way."""
     rows = [
         {"question": "Which?", "answer": "C", "A": "one", "B": "two", "C": "three", "D": None},
         {"question": "Is it?", "answer": "yes", "A": "yes", "B": "no", "C": None, "D": None},
@@ -582,6 +582,48 @@ def test_options_in_columns_of_their_own(tmp_path):
     assert skipped(tmp_path / "out") == [(3, "the options cannot be read")]
     (row,) = run_tool(tmp_path / "named", source, "--options", "B,A", "--keep", "")
     assert row["question"] == "Is it?\nOptions:\nA. no\nB. yes"
+
+
+def test_numbers_as_options_with_gaps_that_pandas_left(tmp_path):
+    """They are 2.0 and NaN in the file; the answer 2 is the text of B, and not the third option."""
+    row = {"question": "How many?", "answer": 2, "A": 1.0, "B": 2.0, "C": 3.5, "D": math.nan}
+    source = write_table(tmp_path / "a.parquet", [row | {"answer": "2"}])
+    (row,) = run_tool(tmp_path / "out", source)
+    assert row["question"] == "How many?\nOptions:\nA. 1\nB. 2\nC. 3.5"
+    assert row["answer"] == "B"
+    assert read_options([10**400, "x"])["A"] == str(10**400)
+
+
+def test_a_file_may_lack_the_last_letters_of_another(tmp_path):
+    few = {"question": "Is it?", "answer": "A", "A": "yes", "B": "no"}
+    more = {"question": "Which?", "answer": "C", "A": "one", "B": "two", "C": "three"}
+    sources = [write_table(tmp_path / f"{n}.parquet", [row]) for n, row in enumerate((few, more))]
+    first, second = run_tool(tmp_path / "out", *sources)
+    assert (first["answer"], second["answer"]) == ("A", "C")
+    assert "C. three" in second["question"]
+
+
+def test_a_folder_of_the_version_before_is_known(tmp_path, capsys):
+    rows = [{"question": "Is it?", "answer": "yes", "options": ["yes", "no"]}]
+    source = write_table(tmp_path / "a.parquet", rows)
+    run_tool(tmp_path / "out", source)
+    record = tmp_path / "out" / "import.json"
+    content = json.loads(record.read_text())
+    assert content["columns"]["options"] == ["options"]
+    content["columns"]["options"] = "options"
+    record.write_text(json.dumps(content))
+    capsys.readouterr()
+    run_tool(tmp_path / "out", source)
+    assert "is finished; there is nothing to do" in capsys.readouterr().out
+
+
+def test_a_picture_behind_a_folder_that_is_not_there(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(picture())
+    rows = [{"image": "nowhere/../a.png", "problem": "?", "answer": "1"}]
+    source = write_table(tmp_path / "a.parquet", rows)
+    (row,) = run_tool(tmp_path / "out", source, "--images", str(tmp_path / "pictures"))
+    assert len(row["images"]) == 1
 
 
 @pytest.mark.parametrize("kind", ["dictionary", "fixed-size list", "fixed-size bytes", "map"])

@@ -233,7 +233,6 @@ def test_a_folder_holds_one_run(run, model, tmp_path, asked):
         ("LogicVista", ("--prompt", "train"), "another prompt .'benchmark', now 'train'"),
         ("LogicVista", ("--temperature", "0.5"), "another temperature .0.0, now 0.5"),
         ("LogicVista", ("--max-new-tokens", "5"), "another max_new_tokens .4, now 5"),
-        ("LogicVista", ("--image-root", "/"), "another image_root .None, now '/'"),
         ("LogicVista", ("--dtype", "bfloat16"), "another dtype .'float32', now 'bfloat16'"),
     ):
         with pytest.raises(SystemExit, match=f"error: {folder} holds a run with {message}"):
@@ -256,6 +255,32 @@ def test_a_folder_holds_one_run(run, model, tmp_path, asked):
     (folder / "run.json").write_text("{")
     with pytest.raises(SystemExit, match="run.json cannot be read"):
         run("LogicVista")
+
+
+def test_a_folder_of_an_earlier_version_goes_on_and_knows_no_more_than_before(run, tmp_path, asked):
+    picture(84, 56, 0).save(tmp_path / "a.png")
+    row = {"index": 1, "question": "?", "answer": "B", "skill": "spatial", "image_path": "a.png"}
+    folder = run("LogicVista", rows=[row])
+    path = folder / "run.json"
+    settings = json.loads(path.read_text())
+    assert settings["image_root"] == str(tmp_path.resolve())  # its pictures are paths
+    for key in ("image_root", "dtype"):
+        del settings[key]
+    path.write_text(json.dumps(settings))
+    asked.clear()
+    run("LogicVista", "--dtype", "bfloat16", rows=[row])
+    assert not asked
+    assert json.loads(path.read_text()) == settings
+
+
+def test_pictures_of_another_folder_are_another_run(run, tmp_path):
+    row = {"index": 1, "question": "?", "answer": "B", "skill": "spatial", "image_path": "a.png"}
+    for folder, seed in ((tmp_path, 0), (tmp_path / "more", 1)):
+        folder.mkdir(exist_ok=True)
+        picture(84, 56, seed).save(folder / "a.png")
+    run("LogicVista", rows=[row])
+    with pytest.raises(SystemExit, match="another image_root .*more'"):
+        run("LogicVista", "--image-root", str(tmp_path / "more"), rows=[row])
 
 
 def test_all_bad_rows_are_one_error_before_anything_is_generated(run, asked):

@@ -221,8 +221,10 @@ def plain_row(index, answer):
 
 
 def test_small_letters_of_a_reference_are_read(tmp_path, recwarn):
-    path = write_tsv(tmp_path / "x.tsv", [plain_row(1, "b"), plain_row(2, "a, c")])
-    append_jsonl(tmp_path / "r.jsonl", [{"index": i, "response": "A, C"} for i in (1, 2)])
+    references = ["b", "a, c", "D", r"\boxed{A, C}"]
+    rows = [plain_row(i, reference) for i, reference in enumerate(references)]
+    path = write_tsv(tmp_path / "x.tsv", rows)
+    append_jsonl(tmp_path / "r.jsonl", [{"index": i, "response": "A, C"} for i in range(4)])
     found = score_file(find("LogicVista"), path, tmp_path / "r.jsonl", "final")
     assert found["headline"]["value"] == 50
     assert not [warning for warning in recwarn if "own text" in str(warning.message)]

@@ -131,6 +131,8 @@ def test_one_row_holds_responses_of_one_kind():
         "max_pixels": toy.max_pixels,
     }
     assert labels_of([(mme, usual), (of_toy, toy)]) == ["runs/3b/final"] * 2
+    earlier = {key: value for key, value in mme.items() if key != "dtype"}
+    assert labels_of([(earlier, find("WeMath")), (mme, usual)]) == ["runs/3b/final"] * 2
 
 
 def test_responses_are_scored_on_the_rows_that_they_were_written_for(run, tmp_path, capsys):
@@ -141,12 +143,16 @@ def test_responses_are_scored_on_the_rows_that_they_were_written_for(run, tmp_pa
         evaluate.main([*scored, str(mme), "--benchmark", "MME"])
     capsys.readouterr()
     evaluate.main(["table", str(folder)])
-    assert "rows have changed" not in capsys.readouterr().err
+    assert "has changed since" not in capsys.readouterr().err
     write_tsv(tmp_path / "LogicVista.tsv", [dict(FILES["LogicVista"][0], answer="B")])
     evaluate.main(["table", str(folder)])
-    assert "LogicVista.tsv is not what" in capsys.readouterr().err
+    assert "LogicVista.tsv has changed since" in capsys.readouterr().err
     evaluate.main([*scored, str(tmp_path / "LogicVista.tsv"), "--benchmark", "LogicVista"])
-    assert "its rows have changed" in capsys.readouterr().err
+    assert "LogicVista.tsv has changed since" in capsys.readouterr().err
+    other = folder / "other.jsonl"  # such as another model's, kept beside
+    other.write_text('{"index": "0", "response": "yes"}\n{"index": "1", "response": "no"}\n')
+    evaluate.main(["score", "--benchmark", "MME", "--data", str(mme), "--responses", str(other)])
+    assert "has changed since" not in capsys.readouterr().err
 
 
 def test_errors_of_score_are_one_line(tmp_path, capsys):
