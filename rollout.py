@@ -170,16 +170,18 @@ def sample_tokens(
     drawn. The vocabulary is large, so it is passed over as seldom as can be: sums of blocks of ids
     say in which block a uniform number falls, and only that block is looked into.
     """
-    highest, likeliest = logits.max(dim=-1, keepdim=True)
+    highest = logits.amax(dim=-1, keepdim=True)
     shares = (logits - highest).exp_()
-    blocks = shares.unflatten(-1, (-1, math.gcd(shares.shape[-1], BLOCK)))
+    size = math.gcd(shares.shape[-1], BLOCK)
+    # The sums of blocks, with the rows last: so it is quick, however the logits lie in memory.
+    of_blocks = shares.T.unflatten(0, (-1, size)).sum(1).T
     # In float64, or what a large vocabulary adds up to would be lost in rounding.
-    up_to = blocks.sum(-1).double().cumsum(-1)
+    up_to = of_blocks.double().cumsum(-1)
     total = up_to[:, -1:]
     threshold = uniforms.double()[:, None] * total
-    block = torch.searchsorted(up_to, threshold, right=True).clamp_(max=blocks.shape[1] - 1)
+    block = torch.searchsorted(up_to, threshold, right=True).clamp_(max=up_to.shape[1] - 1)
 
-    size = blocks.shape[2]
+    blocks = shares.unflatten(-1, (-1, size))
     inside = blocks.gather(1, block[..., None].expand(-1, -1, size)).squeeze(1).double().cumsum(-1)
     of_block = inside[:, -1:]
     threshold = threshold - (up_to.gather(-1, block) - of_block)
@@ -188,7 +190,7 @@ def sample_tokens(
     ids = block * size + torch.searchsorted(inside, threshold, right=True)
     ids.clamp_(max=logits.shape[-1] - 1)  # logits that are not numbers give an id, too
     if greedy is not None:
-        ids = torch.where(greedy[:, None], likeliest, ids)
+        ids = torch.where(greedy[:, None], logits.argmax(dim=-1, keepdim=True), ids)
     logprobs = logits.gather(-1, ids) - highest - total.log().float()
     return ids.squeeze(-1), logprobs.squeeze(-1)
 
@@ -347,13 +349,15 @@ class _Wave:
         self.signals: Signals | None = None
         if self.tap is not None:
             self.signals = Signals(*(torch.zeros(shape, device=device) for _ in Signals._fields))
-        # [B, T], and the rows that are greedy, [B]
+        # [B, T], and the rows that are greedy, [B], if there are any
         self.uniforms = torch.zeros(shape, device=device)
-        self.greedy = torch.ones(rows, dtype=torch.bool, device=device)
-        if key is not None:
+        self.greedy: Tensor | None = None
+        if key is None:
+            self.greedy = torch.ones(rows, dtype=torch.bool, device=device)
+        else:
             self.uniforms = self._draw_uniforms(key).to(device)
-            is_last = torch.arange(rows, device=device) % group_size == group_size - 1
-            self.greedy = is_last & greedy_last
+            if greedy_last:
+                self.greedy = torch.arange(rows, device=device) % group_size == group_size - 1
         self.end_ids = torch.tensor(sorted(policy.eos_ids), dtype=torch.long, device=device)
         self.truncated = torch.ones(rows, dtype=torch.bool, device=device)
         # Of the rows that are still decoded: which row of the result each is, whether it goes on,
@@ -468,7 +472,8 @@ class _Wave:
         """Draw the next token of every row from hidden [R, D], and write it down."""
         logits = self.policy.next_token_logits(hidden, self.head, self.temperature)
         uniforms = self.uniforms[self.alive, self.column]
-        tokens, logprobs = sample_tokens(logits, uniforms, self.greedy[self.alive])
+        greedy = None if self.greedy is None else self.greedy[self.alive]
+        tokens, logprobs = sample_tokens(logits, uniforms, greedy)
         place = (self.alive, self.column)
         for name, values in self.recorded.items():
             if name == "entropy":
