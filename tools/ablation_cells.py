@@ -167,6 +167,7 @@ AGAINST = {  # what a cell is set against besides its host
     "paper": (*controls_of("paper"), "response"),
     "paper minmax": ("uniform", "paper"),
     "signed minmax": tuple(controls_of("signed")),
+    "phrases": tuple(controls_of("phrases")),  # our own rule, which has to beat both of them
     **{rule: tuple(controls_of(rule)) for rule in RULE_PARTS},
 }
 

@@ -90,6 +90,14 @@ def gain_text(gain: tuple | None) -> str:
     return form.format(*gain).replace("-", "−")
 
 
+def p_text(p: float) -> str:
+    """
+    >>> p_text(0.0204), p_text(0.0004)
+    ('0.020', '< 0.001')
+    """
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def rule_lines(answers: list[Answer], planned: int) -> list[str]:
     """A table in Markdown: every rule against its own shuffled control; last, against the host.
 
@@ -105,7 +113,7 @@ def rule_lines(answers: list[Answer], planned: int) -> list[str]:
         p_values = ["–", "–"]
         # Holm's correction is for all of them together.
         if len(tested) == planned:
-            p_values = [f"{answer.p:.3f}", f"{corrected[answer.rule]:.3f}"]
+            p_values = [p_text(answer.p), p_text(corrected[answer.rule])]
         cells = [answer.rule, str(answer.pairs), *cells, *p_values]
         lines.append(f"| {' | '.join(cells)} | {gain_text(answer.over_host['both'])} |")
     return lines
