@@ -42,13 +42,13 @@ def open_folder(
     # A folder without any response holds no run yet: a command that failed may have left it.
     if (folder / "run.json").exists() and responses_there:
         before = read_settings(folder)
+        # What an earlier version left out is not known of the responses that are there.
+        settings = {key: value for key, value in settings.items() if key in before}
         changes = _changes(before, settings)
         if changes:
             raise BenchmarkError(
                 f"{folder} holds a run with another {', '.join(changes)}; set --out to a new folder"
             )
-        # What an earlier version left out is not known of the responses that are there.
-        settings = {key: value for key, value in settings.items() if key in before}
     elif responses_there:
         raise BenchmarkError(
             f"{folder} holds responses but no run.json that says of what; set --out to a new folder"
@@ -64,8 +64,6 @@ def _changes(before: dict, settings: dict) -> list[str]:
     changes = []
     for key in settings:
         if key in HASHED.values() or before.get(key) == settings[key]:
-            continue
-        if key not in before:  # run.json has got it since then
             continue
         name = HASHED.get(key, key)
         if before.get(name) == settings[name]:

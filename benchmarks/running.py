@@ -70,11 +70,8 @@ def run_together(arguments: argparse.Namespace, world: World) -> None:
         # Before the folder is opened: a command that failed must not leave one that then refuses
         # the corrected command.
         together(world, check_model, model)
-        root = Path(arguments.image_root or Path(arguments.data or ".").parent)
-        settings = together(world, run_settings, benchmark, arguments, model, world.device)
-        if any(row.images and not row.encoded for row in rows):
-            settings["image_root"] = str(root.resolve())
-        task = Task(benchmark, rows, dropped, settings=settings, root=root)
+        settings = together(world, run_settings, benchmark, rows, arguments, model, world.device)
+        task = Task(benchmark, rows, dropped, settings=settings, root=image_root(arguments))
         order = [row.index for row in rows]
         done = on_main(world, open_folder, Path(arguments.out), settings, order, stack)
         answer_all(task, model, done, arguments=arguments, world=world)
@@ -95,8 +92,17 @@ def warm_start() -> Path:
     return toy.warm_start_folder(load_config())
 
 
+def image_root(arguments: argparse.Namespace) -> Path:
+    """The folder that image paths are relative to."""
+    return Path(arguments.image_root or Path(arguments.data or ".").parent)
+
+
 def run_settings(
-    benchmark: Benchmark, arguments: argparse.Namespace, model: str, device: torch.device
+    benchmark: Benchmark,
+    rows: list[Row],
+    arguments: argparse.Namespace,
+    model: str,
+    device: torch.device,
 ) -> dict:
     """What run.json holds: all that decides what the responses are, defaults filled in.
 
@@ -131,6 +137,8 @@ def run_settings(
         "temperature": arguments.temperature,
         "seed": arguments.seed,
     }
+    if any(row.images and not row.encoded for row in rows):
+        settings["image_root"] = str(image_root(arguments).resolve())
     check_settings(settings)
     return settings
 

@@ -1,6 +1,7 @@
 """table.py: several runs side by side, in the layout of the paper's table 1."""
 
 import hashlib
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,14 +63,15 @@ def labels_of(runs: list[tuple[dict, Benchmark]]) -> list[str]:
     """
     labels = [describe_model(*run) for run in runs]
     details = [details_of(settings) for settings, _ in runs]
+    # (label, name of a detail) -> what the runs of that label have there
+    kinds = defaultdict(set)
+    for label, mine in zip(labels, details, strict=True):
+        for name, detail in mine.items():
+            kinds[label, name].add(detail)
     told_apart = []
     for label, mine in zip(labels, details, strict=True):
-        of_label = [other for name, other in zip(labels, details, strict=True) if name == label]
-        for place, detail in enumerate(mine):
-            others = {other[place] for other in of_label} - {None}
-            if detail is not None and len(others) > 1:
-                label += f", {detail}"
-        told_apart.append(label)
+        differing = [detail for name, detail in mine.items() if len(kinds[label, name]) > 1]
+        told_apart.append(", ".join([label, *differing]))
     return told_apart
 
 
@@ -88,13 +90,15 @@ def describe_model(settings: dict, benchmark: Benchmark) -> str:
     return label
 
 
-def details_of(settings: dict) -> tuple[str | None, ...]:
-    """What a label leaves out unless it has to tell runs apart; None where it does not matter."""
-    template = None
+def details_of(settings: dict) -> dict[str, str]:
+    """What a label leaves out unless it has to tell runs apart, by name."""
+    details = {"weights": f"weights {settings['weights'][:8]}"}
+    if "dtype" in settings:  # a run that an earlier version began does not say it
+        details["dtype"] = settings["dtype"]
     if settings["prompt"] == "train":
-        template = f"template {hashlib.sha256(settings['template'].encode()).hexdigest()[:8]}"
-    # A run that an earlier version began does not say its dtype.
-    return (f"weights {settings['weights'][:8]}", settings.get("dtype"), template)
+        digest = hashlib.sha256(settings["template"].encode()).hexdigest()
+        details["template"] = f"template {digest[:8]}"
+    return details
 
 
 def describe_scores(folder: str, scores: dict) -> str:

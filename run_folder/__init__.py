@@ -272,8 +272,11 @@ class RunFolder:
         if self.checkpoint is None:
             return
         for key, fingerprint in training.inputs.items():
+            before = self.facts["inputs"].get(key)
+            if fingerprint == before:
+                continue
             # A held-out set may be added to a run; _refuse_changes has said so.
-            if self.facts["inputs"].get(key, fingerprint) == fingerprint:
+            if key == "data.eval_path" and before is None:
                 continue
             if key == "reward.custom":  # a reward that failed is mended, and the run goes on
                 self.say(f"changed since the checkpoint: the file of {key}")

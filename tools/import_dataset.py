@@ -435,12 +435,14 @@ def import_files(options: argparse.Namespace) -> dict[str, Any]:
     before = read_record(options.out)
     sources = open_sources(options.files)
     columns = find_columns(list(sources[0].present), vars(options), options.keep)
-    if options.options is None and columns.options == lettered(sources[0].present):
+    optional = ()
+    are_letters = columns.options and columns.options == lettered(sources[0].present)
+    if are_letters and options.options is None:
         # A file whose questions have few options may lack the last letters.
         present = {name for source in sources for name in source.present}
         columns = replace(columns, options=lettered(present))
-    for source in sources:
         optional = columns.options[2:]
+    for source in sources:
         missing = [name for name in columns.used if name not in {*source.present, *optional}]
         if missing:
             raise ValueError(

@@ -50,6 +50,7 @@ from tools.observed import (
 
 HIGHEST_MASS = 0.99  # an intervention raises no head's mass above this
 ARMS = ("role tokens", "random tokens", "other modality")
+LATER_SETTINGS = ("rows", "max_pixels")  # which the logs of earlier versions lack
 
 
 # --------------------------------------------------------------------------- changing attention
@@ -268,7 +269,9 @@ def read_log(path: Path, settings: dict) -> dict[tuple, dict]:
     for line, row in read_jsonl(path, growing=True) if path.exists() else []:
         before = row.get("settings", {})
         for key, now in settings.items():
-            if before.get(key, now) != now:  # an earlier version left some out
+            if key in LATER_SETTINGS and key not in before:
+                continue
+            if before.get(key) != now:
                 raise AnalysisError(
                     f"{path}, line {line}: holds an analysis with another {key} "
                     f"({before.get(key)!r}, now {now!r}); choose another --out"

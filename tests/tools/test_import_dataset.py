@@ -586,8 +586,8 @@ def test_options_in_columns_of_their_own(tmp_path):
 
 def test_numbers_as_options_with_gaps_that_pandas_left(tmp_path):
     """They are 2.0 and NaN in the file; the answer 2 is the text of B, and not the third option."""
-    row = {"question": "How many?", "answer": 2, "A": 1.0, "B": 2.0, "C": 3.5, "D": math.nan}
-    source = write_table(tmp_path / "a.parquet", [row | {"answer": "2"}])
+    row = {"question": "How many?", "answer": "2", "A": 1.0, "B": 2.0, "C": 3.5, "D": math.nan}
+    source = write_table(tmp_path / "a.parquet", [row])
     (row,) = run_tool(tmp_path / "out", source)
     assert row["question"] == "How many?\nOptions:\nA. 1\nB. 2\nC. 3.5"
     assert row["answer"] == "B"
@@ -601,6 +601,14 @@ def test_a_file_may_lack_the_last_letters_of_another(tmp_path):
     first, second = run_tool(tmp_path / "out", *sources)
     assert (first["answer"], second["answer"]) == ("A", "C")
     assert "C. three" in second["question"]
+    # Letters that were asked for by name must be there, and so must all where the first file has
+    # none: then they are no options.
+    out = ["--out", str(tmp_path / "named")]
+    said = refusal(sources[1], sources[0], *out, "--options", "A,B,C")
+    assert f"{sources[0]} has no column 'C', as {sources[1]} has" in said
+    plain = write_table(tmp_path / "plain.parquet", [{"question": "How many?", "answer": "3"}])
+    rows = run_tool(tmp_path / "plain", plain, sources[1])
+    assert [row["question"] for row in rows] == ["How many?", "Which?"]
 
 
 def test_a_folder_of_the_version_before_is_known(tmp_path, capsys):
