@@ -99,15 +99,18 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
     Attention and logits rounded to bfloat16 would drown shifts of τ = 0.05, and the ratios that
     GSPO clips at 3e-4. CUDA's product of 16 bits into float32 has no derivative.
     """
-    with torch.autocast(a.device.type, enabled=False):
-        if a.dtype == torch.float32 and b.dtype == torch.float32:
-            return a @ b
-        if not a.is_cuda:  # only CUDA multiplies 16 bits into 32
-            return a.float() @ b.float()
-        if a.dim() == 2:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
-        return product.unflatten(0, a.shape[:-2])
+    if torch.is_autocast_enabled(a.device.type):
+        # Only then: leaving autocast takes as long as a small product.
+        with torch.autocast(a.device.type, enabled=False):
+            return float32_product(a, b)
+    if a.dtype == torch.float32 and b.dtype == torch.float32:
+        return a @ b
+    if not a.is_cuda:  # only CUDA multiplies 16 bits into 32
+        return a.float() @ b.float()
+    if a.dim() == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+    return product.unflatten(0, a.shape[:-2])
 
 
 def grouped_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -232,7 +235,8 @@ class PackedGroups:
         query, key, value = (x.transpose(0, 1)[None] for x in of_prompt)
         outputs = [grouped_query_attention(query, key, value, scale)[0].transpose(0, 1)]
         if self.kept is not None:
-            self.kept.setdefault(layer, []).append((key, value))
+            # Copies, because these are views of tensors that hold queries as well.
+            self.kept.setdefault(layer, []).append((key.clone(), value.clone()))
 
         # The last token of the prompt predicts the first token of every response.
         rows = max(len(group), 1)
@@ -459,18 +463,19 @@ class Decoding:
         self.prompt_width = round_up(int(lengths.max()), ALIGNED)
         # layer -> keys and values of the prompts, [P, H_kv, prompt_width, W] each
         self.shared: dict[int, tuple[Tensor, Tensor]] = {}
-        # layer -> keys and values of the rows' own tokens, [R, H_kv, capacity, W] each
+        # layer -> keys and values of the rows' own tokens, [P, H_kv, S, capacity, W] each
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
         for layer in list(kept):
             keys, values = (self._stack(x) for x in zip(*kept.pop(layer), strict=True))
             self.shared[layer] = (keys, values)
             # Zeros, because 0 · NaN would be NaN where nobody looks yet.
-            shape = (len(self.prompt_of), keys.shape[1], self.capacity, keys.shape[3])
+            shape = (self.count, keys.shape[1], group_size, self.capacity, keys.shape[3])
             self.own[layer] = (keys.new_zeros(shape), values.new_zeros(shape))
         places = torch.arange(self.prompt_width + self.capacity, device=device)
         seen = (places < lengths[:, None])[self.prompt_of]
-        self.bias = torch.where(seen, 0.0, -math.inf)[:, None, None]  # [R, 1, 1, K] float32
         self._place()
+        # [P, 1, S, 1, K] float32
+        self.bias = self.to_grid(torch.where(seen, 0.0, -math.inf)[:, None, None]).contiguous()
         if tap is not None:
             self._prepare_tap(prompts, device)
 
@@ -497,52 +502,57 @@ class Decoding:
             self.tap.rows[layer][:, 0, : self.prompt_width] = of_prompts[self.prompt_of]
 
     def _place(self) -> None:
-        """Where each row stands in the grid [P, slots] in which it meets its prompt's keys."""
+        """Give each row a slot in the grid [P, S] of prompts and their rows.
+
+        Where prompts have different numbers of rows, some slots are empty. They show row 0, and
+        what they compute is dropped.
+        """
         counts = torch.bincount(self.prompt_of, minlength=self.count)
         first = counts.cumsum(0) - counts
         self.slots = int(counts.max())
         rows = torch.arange(len(self.prompt_of), device=counts.device)
-        self.grid_place = self.prompt_of * self.slots + rows - first[self.prompt_of]
-        self.full = len(self.prompt_of) == self.count * self.slots
+        self.slot_of_row = self.prompt_of * self.slots + rows - first[self.prompt_of]
+        self.row_of_slot = rows.new_zeros(self.count * self.slots)
+        self.row_of_slot[self.slot_of_row] = rows
+        self.full = len(rows) == len(self.row_of_slot)
 
-    def _to_grid(self, x: Tensor) -> Tensor:
-        """[R, H_kv, n, W] -> [P, H_kv, slots·n, W], with zeros where a slot is empty."""
+    def to_grid(self, x: Tensor) -> Tensor:
+        """[R, heads, n, W] -> [P, heads, S, n, W]."""
         if not self.full:
-            grid = x.new_zeros(self.count * self.slots, *x.shape[1:])
-            x = grid.index_copy_(0, self.grid_place, x)
-        x = x.unflatten(0, (self.count, self.slots)).transpose(1, 2)
-        return x.flatten(2, 3)
+            x = x.index_select(0, self.row_of_slot)
+        return x.view(self.count, self.slots, *x.shape[1:]).transpose(1, 2)
 
-    def _from_grid(self, x: Tensor) -> Tensor:
-        """[P, H_kv, slots·n, W] -> [R, H_kv, n, W]."""
-        x = x.unflatten(2, (self.slots, -1)).transpose(1, 2).flatten(0, 1)
-        return x if self.full else x[self.grid_place]
+    def from_grid(self, x: Tensor) -> Tensor:
+        """[P, heads, S, n, W] -> [R, heads, n, W]."""
+        x = x.transpose(1, 2).flatten(0, 1)
+        return x if self.full else x.index_select(0, self.slot_of_row)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query [R, H, 1, W], key and value [R, H_kv, 1, W] of the newest token -> [R, 1, H, W]."""
         rows, heads, _, width = query.shape
-        key_heads = key.shape[1]
-        own_keys, own_values = (x[:, :, : self.width] for x in self.own[layer])
-        own_keys.index_copy_(2, self.position, key)
-        own_values.index_copy_(2, self.position, value)
+        own_keys, own_values = (x[:, :, :, : self.width] for x in self.own[layer])
+        own_keys.index_copy_(3, self.position, self.to_grid(key))
+        own_values.index_copy_(3, self.position, self.to_grid(value))
         shared_keys, shared_values = self.shared[layer]
 
-        query = query.reshape(rows, key_heads, heads // key_heads, width)
-        shared_logits = float32_product(self._to_grid(query), shared_keys.transpose(-1, -2))
-        own_logits = float32_product(query, own_keys.transpose(-1, -2))
-        logits = torch.cat([self._from_grid(shared_logits), own_logits], dim=-1)
+        # [P, H_kv, S, n, W], where n = H / H_kv heads share a head of keys
+        query = self.to_grid(query.reshape(rows, key.shape[1], -1, width)).contiguous()
+        shared_logits = float32_product(query.flatten(2, 3), shared_keys.mT)
+        own_logits = float32_product(query, own_keys.mT)
+        shared_logits = shared_logits.view(*query.shape[:-1], -1)
+        logits = torch.cat([shared_logits, own_logits], dim=-1)
         logits = torch.add(self.bias[..., : logits.shape[-1]], logits, alpha=scale)
         logits = self.adjust_logits(layer, logits)
-        attention = torch.softmax(logits, dim=-1)  # [R, H_kv, H / H_kv, K]
+        attention = torch.softmax(logits, dim=-1)  # [P, H_kv, S, n, K]
         if self.tap is not None and layer in self.tap.layers:
-            row = attention.mean(dim=(1, 2))[:, None]
+            row = self.from_grid(attention.mean(3, keepdim=True).mean(1, keepdim=True))[:, 0]
             self.tap.rows[layer][:, :, : row.shape[-1]].index_copy_(1, self.next_row, row)
 
         attention = attention.to(value.dtype)
-        to_prompt = self._to_grid(attention[..., : self.prompt_width])
-        output = self._from_grid(to_prompt @ shared_values)
-        output = output + attention[..., self.prompt_width :] @ own_values
-        return output.reshape(rows, 1, heads, width)
+        output = attention[..., self.prompt_width :] @ own_values
+        to_prompt = attention[..., : self.prompt_width].flatten(2, 3)
+        output = output + (to_prompt @ shared_values).view_as(output)
+        return self.from_grid(output).reshape(rows, 1, heads, width)
 
     def make_room(self, keys: int) -> None:
         """Let the next steps use the space for so many own keys."""
@@ -550,11 +560,26 @@ class Decoding:
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows go on: [rows] places in the present batch, in their order."""
-        for layer, (keys, values) in self.own.items():
-            self.own[layer] = (keys[rows], values[rows])
-        self.bias = self.bias[rows]
-        self.prompt_of = self.prompt_of[rows]
+        old_slots = self.slots
+        old_slot_of_row = self.slot_of_row[rows]
+        # Prompts without rows leave, too.
+        prompts, self.prompt_of = self.prompt_of[rows].unique(return_inverse=True)
+        if len(prompts) < self.count:
+            self.count = len(prompts)
+            for layer, (keys, values) in self.shared.items():
+                self.shared[layer] = (keys[prompts], values[prompts])
         self._place()
+        # Where what a slot shows now was before, [P, 1, S] each.
+        before = old_slot_of_row[self.row_of_slot].view(self.count, 1, self.slots)
+        prompt, slot = before // old_slots, before % old_slots
+
+        def pick(x: Tensor) -> Tensor:  # [old P, heads, old S, …] -> [P, heads, S, …]
+            head = torch.arange(x.shape[1], device=x.device)[:, None]
+            return x[prompt, head, slot]
+
+        for layer, (keys, values) in self.own.items():
+            self.own[layer] = (pick(keys), pick(values))
+        self.bias = pick(self.bias)
         if self.tap is not None:
             self.visual = self.visual[rows]
             self.text = self.text[rows]
@@ -589,7 +614,10 @@ class Decoding:
         return hidden
 
     def adjust_logits(self, layer: int, logits: Tensor) -> Tensor:
-        """The attention logits [R, H_kv, H / H_kv, K] of a step on their way to the softmax."""
+        """The attention logits [P, H_kv, S, H / H_kv, K] of a step on their way to the softmax.
+
+        `from_grid` gives them by rows, [R, H_kv, H / H_kv, K], and `to_grid` takes these back.
+        """
         return logits
 
 

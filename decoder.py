@@ -3,7 +3,8 @@
 The weights are those of transformers' modules, and so is every step of the arithmetic. What differs
 is how often it is done. The residual stream is float32: here its normalised rows are cast once for
 the projections that read them, norms are fused, and the rotary embedding is worked out once for all
-layers. On a GPU a layer of a decoding step launches half as many kernels.
+layers. For a rollout weights are cast and joined beforehand (`prepared`). On a GPU a layer of a
+decoding step launches half as many kernels as in transformers.
 
 Attention is left to a *layout* (attention.py), which knows what a query may see. A layer that is
 called without one runs as it came, so `generate` and `forward` of transformers stay what they are.
@@ -17,7 +18,9 @@ of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -50,6 +53,10 @@ class Rotary(NamedTuple):
         other_half = x.roll(x.shape[-1] // 2, dims=-1)
         return (x * self.cos).addcmul_(other_half, self.sin)
 
+    def at(self, places: Tensor) -> Rotary:
+        """Where this is one row of all positions: those of R rows with a token each, places [R]."""
+        return Rotary(*(x[0, 0].index_select(0, places)[:, None, None] for x in self))
+
 
 def rotary_of(model: nn.Module, positions: Tensor) -> Rotary:
     """positions [3, R, N], the three axes of M-RoPE: time, height and width.
@@ -69,10 +76,12 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, norm.variance_epsilon)
 
 
+# ----------------------------------------------------------------------------------------- products
+
+
 def has_few_rows(x: Tensor) -> bool:
-    """Whether x [R, D] is float32 on a CPU, with as few rows as a step of decoding has."""
-    on_cpu = x.device.type == "cpu"
-    return on_cpu and x.dtype == torch.float32 and len(x) <= FEW_ROWS
+    """Whether x [..., D] is float32 on a CPU, with as few rows as a step of decoding has."""
+    return x.shape[:-1].numel() <= FEW_ROWS and x.dtype == torch.float32 and x.is_cpu
 
 
 def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -84,55 +93,139 @@ def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
     return (weight @ x.T).T
 
 
-def linear(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x) of x [R, N, in] -> [R, N, out], the quick way where there are few rows."""
-    rows = x.flatten(0, -2)
-    is_plain = type(module) is nn.Linear and module.bias is None
-    if is_plain and module.weight.dtype == x.dtype and has_few_rows(rows):
-        return few_rows_product(rows, module.weight).unflatten(0, x.shape[:-1])
-    return module(x)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear of x [R, N, in] -> [R, N, out], the quick way where there are few rows."""
+    if bias is None and has_few_rows(x):
+        return few_rows_product(x.flatten(0, 1), weight).view(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
 
 
-def project(layer: nn.Module, hidden: Tensor, turns: Rotary, dtype: torch.dtype):
+def side_by_side(*modules: nn.Module) -> Callable[[Tensor], Tensor]:
+    """One function for linear layers that read the same: [R, N, in] -> [R, N, sum of out]."""
+    if len(modules) == 1:
+        return modules[0]
+    return lambda x: torch.cat([module(x) for module in modules], dim=-1)
+
+
+def joined(*modules: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """`side_by_side` as one product, of the weights in dtype, which are copied where need be.
+
+    Layers that are more than a product, such as those with adapters, stay what they are.
+    """
+    are_plain = all(type(module) is nn.Linear for module in modules)
+    if not are_plain or len({module.bias is None for module in modules}) > 1:
+        return side_by_side(*modules)
+
+    def join(tensors: list[Tensor]) -> Tensor:
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    weight = join([module.weight.to(dtype) for module in modules])
+    bias = None
+    if modules[0].bias is not None:
+        bias = join([module.bias.to(dtype) for module in modules])
+    return partial(linear, weight=weight, bias=bias)
+
+
+# ------------------------------------------------------------------------------------------- layers
+
+
+class Parts(NamedTuple):
+    """What a layer computes with. A function of linear layers takes [R, N, in] to [R, N, out]."""
+
+    number: int  # of the layer
+    head_width: int  # W
+    shared_by: int  # H / H_kv, the heads that share a head of keys and values
+    scale: float  # of queries · keys
+    input_norm: nn.Module
+    query_key_value: Callable[[Tensor], Tensor]
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+    output: Callable[[Tensor], Tensor]
+    mlp_norm: nn.Module
+    gate: Callable[[Tensor], Tensor]
+    activation: nn.Module
+    up: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+
+
+def parts_of(layer: nn.Module, as_one: Callable = side_by_side) -> Parts:
+    """as_one: makes one function of linear layers that read the same."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return Parts(
+        number=attention.layer_idx,
+        head_width=attention.head_dim,
+        shared_by=attention.num_key_value_groups,
+        scale=attention.scaling,
+        input_norm=layer.input_layernorm,
+        query_key_value=as_one(attention.q_proj, attention.k_proj, attention.v_proj),
+        query_norm=getattr(attention, "q_norm", None),
+        key_norm=getattr(attention, "k_norm", None),
+        output=as_one(attention.o_proj),
+        mlp_norm=layer.post_attention_layernorm,
+        gate=as_one(mlp.gate_proj),
+        activation=mlp.act_fn,
+        up=as_one(mlp.up_proj),
+        down=as_one(mlp.down_proj),
+    )
+
+
+@contextlib.contextmanager
+def prepared(layers: nn.ModuleList, dtype: torch.dtype):
+    """Inside, the layers are ready for many passes without gradients, such as those of a rollout.
+
+    What a layer computes with is looked up once, weights are cast once, and those of queries, keys
+    and values are joined: a step of decoding spends more time on calls than on numbers. So weights
+    must not change inside.
+    """
+    try:
+        for layer in layers:
+            layer.parts = parts_of(layer, partial(joined, dtype=dtype))
+        yield
+    finally:
+        for layer in layers:
+            layer.parts = None
+
+
+def project(parts: Parts, hidden: Tensor, turns: Rotary, dtype: torch.dtype):
     """Queries [R, H, N, W], keys and values [R, H_kv, N, W] of hidden states [R, N, D]."""
-    attention = layer.self_attn
-    normalised = rms_norm(layer.input_layernorm, hidden).to(dtype)
-
-    def heads(projection: nn.Module) -> Tensor:
-        projected = linear(projection, normalised)
-        return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-    query = heads(attention.q_proj)
-    key = heads(attention.k_proj)
-    value = heads(attention.v_proj)
-    if hasattr(attention, "q_norm"):
+    projected = parts.query_key_value(rms_norm(parts.input_norm, hidden).to(dtype))
+    heads = projected.view(*projected.shape[:-1], -1, parts.head_width).transpose(1, 2)
+    key_heads = heads.shape[1] // (parts.shared_by + 2)
+    query_heads = key_heads * parts.shared_by
+    to_turn, value = heads.split((query_heads + key_heads, key_heads), dim=1)
+    if value.requires_grad:
+        # Else what is saved for the backward would be the values with queries and keys.
+        value = value.clone()
+    if parts.query_norm is not None:
+        query, key = to_turn.split((query_heads, key_heads), dim=1)
         # In float32, as the rotary embedding that follows.
-        query = rms_norm(attention.q_norm, query.float())
-        key = rms_norm(attention.k_norm, key.float())
-    return turns.turn(query).to(dtype), turns.turn(key).to(dtype), value
+        query = rms_norm(parts.query_norm, query.float())
+        key = rms_norm(parts.key_norm, key.float())
+        to_turn = torch.cat([query, key], dim=1)
+    query, key = turns.turn(to_turn).to(dtype).split((query_heads, key_heads), dim=1)
+    return query, key, value
 
 
-def finish(layer: nn.Module, hidden: Tensor, attended: Tensor, dtype: torch.dtype) -> Tensor:
+def finish(parts: Parts, hidden: Tensor, attended: Tensor, dtype: torch.dtype) -> Tensor:
     """What follows attention in a layer: hidden [R, N, D], attended [R, N, H, W] -> [R, N, D]."""
-    hidden = hidden + linear(layer.self_attn.o_proj, attended.flatten(2))
-    normalised = rms_norm(layer.post_attention_layernorm, hidden).to(dtype)
-    mlp = layer.mlp
-    gate = mlp.act_fn(linear(mlp.gate_proj, normalised))
-    return hidden + linear(mlp.down_proj, gate * linear(mlp.up_proj, normalised))
+    hidden = hidden + parts.output(attended.flatten(2))
+    normalised = rms_norm(parts.mlp_norm, hidden).to(dtype)
+    gate = parts.activation(parts.gate(normalised))
+    return hidden + parts.down(gate * parts.up(normalised))
 
 
 class PackedLayer:
     """The forward that a decoder layer is given. Mixed into its class, before the library's own."""
 
+    parts: Parts | None = None  # looked up beforehand, see `prepared`
+
     def forward(self, hidden, *args, layout=None, turns=None, dtype=None, **kwargs):
         if layout is None:
             return super().forward(hidden, *args, **kwargs)
-        query, key, value = project(self, hidden, turns, dtype)
-        attention = self.self_attn
-        attended = layout.attend(
-            attention.layer_idx, query, key, value=value, scale=attention.scaling
-        )
-        return finish(self, hidden, attended, dtype)
+        parts = self.parts or parts_of(self)
+        query, key, value = project(parts, hidden, turns, dtype)
+        attended = layout.attend(parts.number, query, key, value=value, scale=parts.scale)
+        return finish(parts, hidden, attended, dtype)
 
 
 def mix_in(module: nn.Module, ours: type) -> None:
@@ -148,14 +241,13 @@ def take_layouts(layers: nn.ModuleList) -> None:
         mix_in(layer, PackedLayer)
 
 
-def run(model: nn.Module, embedded: Embedded, positions: Tensor, layout, dtype: torch.dtype):
-    """The last hidden states [R, N, D] of embedded tokens at positions [3, R, N].
+def run(model: nn.Module, embedded: Embedded, turns: Rotary, layout, dtype: torch.dtype):
+    """The last hidden states [R, N, D] of embedded tokens.
 
-    model: the language model, whose layers were given to `take_layouts`. layout.hooks: whether the
-    layers' hooks run, which gather sharded weights and start checkpoints. dtype: of the arithmetic
-    between the float32 residuals.
+    model: the language model, whose layers were given to `take_layouts`. turns: the rotary
+    embedding of the tokens' positions. layout.hooks: whether the layers' hooks run, which gather
+    sharded weights and start checkpoints. dtype: of the arithmetic between the float32 residuals.
     """
-    turns = rotary_of(model, positions)
     hidden = embedded.tokens
     for number, layer in enumerate(model.layers):
         run_layer = layer if layout.hooks else layer.forward

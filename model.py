@@ -29,7 +29,7 @@ import decoder
 import dyco
 from attention import WINDOWS, PackedGroups, Tap, float32_product, register_windows
 from data import Prompt, Sample, encode_prompt, without_images
-from decoder import Embedded
+from decoder import Embedded, Rotary
 from dyco import Signals
 from rows import first_line
 
@@ -364,11 +364,18 @@ class Policy(nn.Module):
         )
         return positions[:, 0]
 
-    def decoder(self, embedded: Embedded, positions: Tensor, layout) -> Tensor:
-        """The decoder's last hidden states [rows, N, D], at positions [3, rows, N]."""
+    def rotary(self, positions: Tensor) -> Rotary:
+        """The rotary embedding of positions [3, rows, N]."""
+        return decoder.rotary_of(self.hf.model.language_model, positions.to(self.device))
+
+    def prepared(self):
+        """A context in which the decoder's weights must not change, see decoder.prepared."""
+        return decoder.prepared(self.hf.model.language_model.layers, self.dtype)
+
+    def decoder(self, embedded: Embedded, turns: Rotary, layout) -> Tensor:
+        """The decoder's last hidden states [rows, N, D]; turns: of the tokens' positions."""
         model = self.hf.model.language_model
-        positions = positions.to(self.device)
-        return decoder.run(model, embedded, positions, layout, dtype=self.dtype)
+        return decoder.run(model, embedded, turns, layout, dtype=self.dtype)
 
     # -------------------------------------------------------------------------------------- outputs
 
@@ -422,7 +429,7 @@ class Policy(nn.Module):
         )
         with self.autocast():
             embedded = self.embed(prompts, responses)
-            hidden = self.decoder(embedded, positions[:, None], layout)[0]
+            hidden = self.decoder(embedded, self.rotary(positions[:, None]), layout)[0]
             images = mean_image_states(hidden.detach(), prompts, layout) if similarity else None
             hidden = hidden[torch.tensor(predictors, dtype=torch.long, device=self.device)]
         mask = mask.to(self.device)

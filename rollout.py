@@ -234,25 +234,26 @@ def generate(
     lengths = [len(prompt.input_ids) for prompt in prompts]
     pace = pace_on(policy.device)
     training = policy.training
+    waves = waves_within(lengths, group_size, max_new_tokens, budget=max_cache_tokens, pace=pace)
     policy.eval()  # in training mode each layer would prepare to be checkpointed
     try:
         rollouts = []
-        for wave in waves_within(
-            lengths, group_size, max_new_tokens, budget=max_cache_tokens, pace=pace
-        ):
-            of_wave = _Wave(
-                policy,
-                [prompts[i] for i in wave],
-                group_size,
-                max_new_tokens=max_new_tokens,
-                key=key,
-                capture=capture,
-                temperature=temperature,
-                greedy_last=greedy_last,
-                decoding=decoding,
-                record=record,
-            )
-            rollouts.append(of_wave.run())
+        with policy.prepared():
+            for wave in waves:
+                of_wave = _Wave(
+                    policy,
+                    [prompts[i] for i in wave],
+                    group_size,
+                    max_new_tokens=max_new_tokens,
+                    key=key,
+                    capture=capture,
+                    temperature=temperature,
+                    greedy_last=greedy_last,
+                    decoding=decoding,
+                    record=record,
+                )
+                of_wave.run()
+                rollouts.append(of_wave.result())
         return join(rollouts)
     finally:
         policy.train(training)
@@ -376,7 +377,11 @@ class _Wave:
                 streams.append(torch.rand(self.max_new_tokens, generator=generator))
         return torch.stack(streams)
 
-    def run(self) -> Rollout:
+    # Launching the kernels of a small model takes longer than running them, and less long without
+    # the books that are kept for gradients. A tensor that is made in here cannot be saved for a
+    # backward. So what `result` returns is allocated in `__init__`, and only written to in here.
+    @torch.inference_mode()
+    def run(self) -> None:
         """Decode to the end."""
         with self.policy.autocast():
             self._choose(self._prefill())
@@ -403,7 +408,6 @@ class _Wave:
                     self._write_waiting(length)
             self._write_waiting(length)
         self.truncated[self.alive] = self.going
-        return self._result()
 
     def _prefill(self) -> Tensor:
         """Every prompt once, as many in a row as PREFILL_TOKENS allow.
@@ -422,8 +426,8 @@ class _Wave:
             layout = PackedGroups(
                 prompts, no_responses, tap=tap, keep_keys=True, first_group=run[0]
             )
-            row_positions = torch.cat([positions[i] for i in run], dim=1)[:, None]
-            row = policy.decoder(policy.embed(prompts), row_positions, layout)[0]
+            turns = policy.rotary(torch.cat([positions[i] for i in run], dim=1)[:, None])
+            row = policy.decoder(policy.embed(prompts), turns, layout)[0]
             last = torch.tensor([len(p.input_ids) for p in prompts]).cumsum(0) - 1
             hidden.append(row[last.to(policy.device)])
             if "image_similarity" in self.recorded:
@@ -449,6 +453,9 @@ class _Wave:
         # M-RoPE: a response goes on behind the largest position of its prompt.
         following = torch.tensor([int(p.max()) + 1 for p in positions], device=policy.device)
         self.following = following.repeat_interleave(self.group_size)
+        # Text has the same position on all three axes.
+        end = int(following.max()) + self.max_new_tokens
+        self.turns = policy.rotary(torch.arange(end, device=policy.device).expand(3, 1, -1))
         if images:
             self.images = torch.cat(images).repeat_interleave(self.group_size, dim=0)
         return torch.cat(hidden).repeat_interleave(self.group_size, dim=0)
@@ -460,11 +467,10 @@ class _Wave:
         kept is written into tensors that are there already. So a graph can hold it.
         """
         embedded = Embedded(self.policy.look_up(self.newest)[:, None])
-        position = self.following + self.layout.position
+        turns = self.turns.at(self.following + self.layout.position)
 
         def compute() -> Tensor:
-            positions = position.expand(3, -1)[..., None]
-            return self.policy.decoder(embedded, positions, self.layout)[:, 0]
+            return self.policy.decoder(embedded, turns, self.layout)[:, 0]
 
         self._choose(self.layout.advance(compute, self.going))
 
@@ -510,7 +516,7 @@ class _Wave:
         for whole, values in zip(self.signals, signals, strict=True):
             whole[self.alive, end - values.shape[1] : end] = values
 
-    def _result(self) -> Rollout:
+    def result(self) -> Rollout:
         lengths = self.mask.sum(1)
         width = int(lengths.max())
         mask = self.mask[:, :width]

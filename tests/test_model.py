@@ -467,7 +467,7 @@ def test_few_rows_are_multiplied_weight_first_to_the_same_result(rows, weight_fi
     usual, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
 
     expected = module(usual)
-    output = decoder.linear(module, ours)
+    output = decoder.joined(module, dtype=torch.float32)(ours)
     # The product with the weight in front lies the other way round in memory.
     assert (output[:, 0].T.is_contiguous()) == weight_first
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
@@ -481,18 +481,70 @@ class Halved(torch.nn.Linear):
         return super().forward(x) / 2
 
 
+@pytest.mark.parametrize("rows", [8, 200])
 @pytest.mark.parametrize(
-    "module, dtype",
+    "kind, bias, dtype",
     [
-        (Halved(24, 40, bias=False), torch.float32),
-        (torch.nn.Linear(24, 40), torch.float32),
-        (torch.nn.Linear(24, 40, bias=False).bfloat16(), torch.bfloat16),
+        (Halved, True, torch.float32),
+        (torch.nn.Linear, False, torch.float32),
+        (torch.nn.Linear, True, torch.float32),
+        (torch.nn.Linear, True, torch.bfloat16),
     ],
-    ids=["other class", "bias", "16 bits"],
 )
-def test_other_linear_layers_are_called_as_they_are(module, dtype):
-    x = torch.randn(8, 1, 24).to(dtype)
-    assert torch.equal(decoder.linear(module, x), module(x))
+def test_joined_linear_layers_compute_what_each_of_them_does(kind, bias, dtype, rows):
+    modules = [kind(24, width, bias=bias).requires_grad_(False) for width in (40, 16, 8)]
+    x = torch.randn(rows, 1, 24).to(dtype)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        expected = torch.cat([module(x) for module in modules], dim=-1)
+        output = decoder.joined(*modules, dtype=dtype)(x)
+        one = decoder.joined(modules[0], dtype=dtype)(x)
+        mixed = decoder.joined(modules[0], torch.nn.Linear(24, 3, bias=not bias), dtype=dtype)(x)
+    torch.testing.assert_close(mixed[..., :40], one, rtol=0.02, atol=0.02)
+    assert mixed.shape == (rows, 1, 43)
+    assert output.dtype == dtype
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(output, expected, **close)
+    torch.testing.assert_close(one, expected[..., :40], **close)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prepared_decoder_computes_what_it_did(make_policy, prompts):
+    policy = make_policy()
+    tokens, mask = random_responses(prompts, 2, 5, 300)
+    with torch.no_grad():
+        expected = policy(prompts, tokens, mask).logprobs
+        with policy.prepared():
+            output = policy(prompts, tokens, mask).logprobs
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+def test_what_was_prepared_is_forgotten_also_after_an_error(make_policy, monkeypatch):
+    policy = make_policy()
+    layers = policy.hf.model.language_model.layers
+    with pytest.raises(RuntimeError, match="in it"), policy.prepared():
+        assert all(layer.parts is not None for layer in layers)
+        raise RuntimeError("in it")
+    assert all(layer.parts is None for layer in layers)
+
+    def joined(*modules, dtype):
+        if modules[0] is layers[1].self_attn.q_proj:
+            raise RuntimeError("no memory")
+        return modules[0]
+
+    monkeypatch.setattr(decoder, "joined", joined)
+    with pytest.raises(RuntimeError, match="no memory"), policy.prepared():
+        pass
+    assert all(layer.parts is None for layer in layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rotary_embedding_of_text_is_taken_from_a_table(make_policy):
+    policy = make_policy()
+    table = policy.rotary(torch.arange(90).expand(3, 1, -1))
+    places = torch.tensor([7, 89, 7, 30])
+    expected = policy.rotary(places.expand(3, -1)[..., None])
+    for taken, computed in zip(table.at(places), expected, strict=True):
+        assert torch.equal(taken, computed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -126,6 +126,27 @@ def test_bfloat16_decoding_is_close_to_scoring(make_policy, prompts):
         assert (a - b).abs().max() < 0.1
 
 
+def test_the_prefill_keeps_keys_and_values_and_nothing_else(make_policy, prompts):
+    """They are cut from tensors with queries, which are several times as large."""
+    policy = make_policy()
+    layout = attention.PackedGroups(prompts, [[] for _ in prompts], keep_keys=True)
+    positions = torch.cat([policy.prompt_positions(prompt) for prompt in prompts], dim=1)
+    with torch.no_grad():
+        policy.decoder(policy.embed(prompts), policy.rotary(positions[:, None]), layout)
+    assert len(layout.kept) == policy.depth
+    for pairs in layout.kept.values():
+        for x in itertools.chain(*pairs):
+            assert x.untyped_storage().nbytes() == x.nbytes
+
+
+def test_what_a_rollout_returns_can_meet_a_backward(make_policy, prompts):
+    decoded = generate(make_policy(), prompts, 2, 5, (0, 0), DYCO, record=rollout.RECORDABLE)
+    returned = [value for value in vars(decoded).values() if isinstance(value, torch.Tensor)]
+    assert len(returned) == 6
+    for x in [*returned, *decoded.signals]:
+        assert not x.is_inference()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_recorded_in_bfloat16_is_float32_and_close_to_scoring(make_policy, prompts):
     """Entropies of order 7 of logits with 8 bits; suppressed ids have the lowest float32."""
@@ -298,9 +319,10 @@ def test_a_step_is_one_graph(make_policy, prompts, monkeypatch, capture):
     prompt another number. That it reads no number either is a test of tests/tools/test_count.py.
     """
     policy = eager_to_end(make_policy())
-    monkeypatch.setattr(attention, "ON_CPU", Pace(look=8, own_keys=32, leave=0.7))
+    monkeypatch.setattr(attention, "ON_CPU", Pace(look=4, own_keys=32, leave=0.9))
     eager = generate(policy, prompts, 4, 25, (0, 1), capture)
-    grids = []  # of each step: how many rows, and whether all prompts have as many of them
+    # Of each step: how many rows and prompts, and whether all prompts have as many rows.
+    grids = []
 
     class Compiled(rollout.StepGraphs):
         def __init__(self, step, enabled, policy):
@@ -309,15 +331,18 @@ def test_a_step_is_one_graph(make_policy, prompts, monkeypatch, capture):
             compiled = torch.compile(step, fullgraph=True, backend="eager", dynamic=False)
 
             def watched():
-                grids.append((len(wave.alive), wave.layout.full))
+                layout = wave.layout
+                assert len(layout.shared[0][0]) == layout.count
+                grids.append((len(wave.alive), layout.count, layout.full))
                 compiled()
 
             super().__init__(watched, enabled, policy)
 
     monkeypatch.setattr(rollout, "StepGraphs", Compiled)
     compiled = generate(policy, prompts, 4, 25, (0, 1), capture)
-    assert grids[0] == (12, True)
-    assert not grids[-1][1]
+    assert grids[0] == (12, 3, True)
+    assert any(not is_full for *_, is_full in grids)
+    assert grids[-1][1] < 3
     assert torch.equal(compiled.tokens, eager.tokens)
     assert torch.equal(compiled.mask, eager.mask)
     torch.testing.assert_close(compiled.logprobs, eager.logprobs, rtol=0, atol=1e-5)

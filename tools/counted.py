@@ -69,6 +69,7 @@ def wave_of(
     wave = _Wave(policy, of_prompts, group, own, key=(0, 0), capture=CAPTURE)
     wave.head = policy.hf.lm_head.weight.to(policy.dtype)
     wave.following = torch.zeros(prompts * group, dtype=torch.long)
+    wave.turns = policy.rotary(torch.arange(own).expand(3, 1, -1))
     # What the prefill leaves, which itself would need the image.
     for layer in wave.tap.layers:
         row = torch.zeros(1, length)
@@ -99,10 +100,9 @@ def step_of(wave: _Wave) -> list[Kernel]:
         torch.no_grad(),
         policy.autocast(),
         Counting([*policy.parameters(), wave.head]) as counting,
+        policy.prepared(),
     ):
-        wave._step()
-        # Weights are cast in the first step, for all that follow.
-        counting.kernels.clear()
+        counting.kernels.clear()  # the casts of weights, once a rollout
         wave._step()
     return counting.kernels
 

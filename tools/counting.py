@@ -127,7 +127,8 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.kernels: list[Kernel] = []
         self.waits: list[str] = []
-        # Of weights and of their casts. They are kept, so that no other tensor takes their place.
+        # Of weights, and of what is cast from them or joined of them. They are kept, so that no
+        # other tensor takes their place.
         self.weights = {self._key(weight): weight for weight in weights}
 
     @staticmethod
@@ -152,7 +153,7 @@ class Counting(TorchDispatchMode):
         returned = tensors_in(output)
         read, written = _traffic(name, given, returned)
         weights = [x for x in given if self._key(x) in self.weights]
-        if name == "_to_copy" and weights:
+        if name in ("_to_copy", "cat") and len(weights) == len(given):
             self.weights |= {self._key(x): x for x in returned}
         operations = 0
         if function._overloadpacket in flop_registry:

@@ -215,6 +215,13 @@ def head_bytes(text, tokens: int, width: int, frozen: bool = False) -> float:
 # ----------------------------------------------------------------------------- what a rollout holds
 
 
+def joined_weights(text) -> int:
+    """The weights of queries, keys and values in all layers."""
+    width = text.hidden_size // text.num_attention_heads
+    outputs = (text.num_attention_heads + 2 * text.num_key_value_heads) * width
+    return text.num_hidden_layers * text.hidden_size * outputs
+
+
 def cached_token_bytes(text, width: int) -> int:
     """Key and value of one token, in all layers."""
     head_size = text.hidden_size // text.num_attention_heads
@@ -450,6 +457,10 @@ def rollout_memory(
     states = sum(amount for _, amount in weights_memory(weights, gpus))
     states -= FLOAT32 * weights.trained / gpus
     copies = BFLOAT16 * (weights.trained if gpus == 1 else weights.whole)
+    if gpus > 1 and not weights.adapters:
+        # Gathered weights have 16 bits already, and decoder.joined copies some of them. So it does
+        # with adapters that leave out queries, keys and values, which is not counted.
+        copies += BFLOAT16 * joined_weights(config.text_config)
     wave = max(waves_of(config, scenario), key=Decoding.cache_bytes)
     a_token = cached_token_bytes(config.text_config, BFLOAT16)
     reference = "" if weights.adapters else ", reference"

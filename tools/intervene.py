@@ -211,7 +211,8 @@ class IntervenedDecoding(Decoding):
         if not self.is_second:
             return scores
         visual, text = self.members()
-        return self.intervention.shift(layer, scores, visual, text)
+        shifted = self.intervention.shift(layer, self.from_grid(scores), visual, text)
+        return self.to_grid(shifted)
 
     def signals(self, count: int) -> Signals:
         signals = zip(*self.recorded, strict=True)

@@ -235,7 +235,7 @@ def forward_with_bias(policy, prompt, ids, chosen, modality, factor, **options):
     following = int(before.max()) + 1
     after = torch.arange(following, following + len(ids)).expand(3, -1)
     positions = torch.cat([before, after], 1)[:, None]
-    hidden = policy.decoder(policy.embed([prompt], [[ids]]), positions, layout)
+    hidden = policy.decoder(policy.embed([prompt], [[ids]]), policy.rotary(positions), layout)
     return layout, policy.next_token_logits(hidden[0, last:], policy.hf.lm_head.weight)
 
 
