@@ -472,10 +472,10 @@ class Decoding:
             shape = (self.count, keys.shape[1], group_size, self.capacity, keys.shape[3])
             self.own[layer] = (keys.new_zeros(shape), values.new_zeros(shape))
         places = torch.arange(self.prompt_width + self.capacity, device=device)
-        seen = (places < lengths[:, None])[self.prompt_of]
-        self._place()
+        bias = torch.where(places < lengths[:, None], 0.0, -math.inf)
         # [P, 1, S, 1, K] float32
-        self.bias = self.to_grid(torch.where(seen, 0.0, -math.inf)[:, None, None]).contiguous()
+        self.bias = bias[:, None, None, None].repeat(1, 1, group_size, 1, 1)
+        self._place()
         if tap is not None:
             self._prepare_tap(prompts, device)
 
@@ -507,7 +507,7 @@ class Decoding:
         Where prompts have different numbers of rows, some slots are empty. They show row 0, and
         what they compute is dropped.
         """
-        counts = torch.bincount(self.prompt_of, minlength=self.count)
+        counts = torch.bincount(self.prompt_of)  # of each prompt: one without rows has left
         first = counts.cumsum(0) - counts
         self.slots = int(counts.max())
         rows = torch.arange(len(self.prompt_of), device=counts.device)

@@ -53,9 +53,13 @@ class Rotary(NamedTuple):
         other_half = x.roll(x.shape[-1] // 2, dims=-1)
         return (x * self.cos).addcmul_(other_half, self.sin)
 
-    def at(self, places: Tensor) -> Rotary:
-        """Where this is one row of all positions: those of R rows with a token each, places [R]."""
-        return Rotary(*(x[0, 0].index_select(0, places)[:, None, None] for x in self))
+    def at(self, positions: Tensor) -> Rotary:
+        """The embedding of rows with one token each, at positions [R].
+
+        Only of a table: one row, whose tokens stand at the positions 0, 1, 2, ….
+        """
+        cos, sin = (table[0, 0].index_select(0, positions) for table in self)
+        return Rotary(cos[:, None, None], sin[:, None, None])
 
 
 def rotary_of(model: nn.Module, positions: Tensor) -> Rotary:
@@ -104,7 +108,11 @@ def side_by_side(*modules: nn.Module) -> Callable[[Tensor], Tensor]:
     """One function for linear layers that read the same: [R, N, in] -> [R, N, sum of out]."""
     if len(modules) == 1:
         return modules[0]
-    return lambda x: torch.cat([module(x) for module in modules], dim=-1)
+
+    def outputs(x: Tensor) -> Tensor:
+        return torch.cat([module(x) for module in modules], dim=-1)
+
+    return outputs
 
 
 def joined(*modules: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -113,7 +121,8 @@ def joined(*modules: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor
     Layers that are more than a product, such as those with adapters, stay what they are.
     """
     are_plain = all(type(module) is nn.Linear for module in modules)
-    if not are_plain or len({module.bias is None for module in modules}) > 1:
+    have_bias = [module.bias is not None for module in modules]
+    if not are_plain or any(have_bias) != all(have_bias):
         return side_by_side(*modules)
 
     def join(tensors: list[Tensor]) -> Tensor:
@@ -121,7 +130,7 @@ def joined(*modules: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor
 
     weight = join([module.weight.to(dtype) for module in modules])
     bias = None
-    if modules[0].bias is not None:
+    if all(have_bias):
         bias = join([module.bias.to(dtype) for module in modules])
     return partial(linear, weight=weight, bias=bias)
 
@@ -194,7 +203,7 @@ def project(parts: Parts, hidden: Tensor, turns: Rotary, dtype: torch.dtype):
     query_heads = key_heads * parts.shared_by
     to_turn, value = heads.split((query_heads + key_heads, key_heads), dim=1)
     if value.requires_grad:
-        # Else what is saved for the backward would be the values with queries and keys.
+        # A view would keep the queries and keys that it lies among until the backward.
         value = value.clone()
     if parts.query_norm is not None:
         query, key = to_turn.split((query_heads, key_heads), dim=1)

@@ -252,8 +252,7 @@ def generate(
                     decoding=decoding,
                     record=record,
                 )
-                of_wave.run()
-                rollouts.append(of_wave.result())
+                rollouts.append(of_wave.run())
         return join(rollouts)
     finally:
         policy.train(training)
@@ -377,13 +376,13 @@ class _Wave:
                 streams.append(torch.rand(self.max_new_tokens, generator=generator))
         return torch.stack(streams)
 
-    # Launching the kernels of a small model takes longer than running them, and less long without
-    # the books that are kept for gradients. A tensor that is made in here cannot be saved for a
-    # backward. So what `result` returns is allocated in `__init__`, and only written to in here.
-    @torch.inference_mode()
-    def run(self) -> None:
+    def run(self) -> Rollout:
         """Decode to the end."""
-        with self.policy.autocast():
+        # Launching the kernels of a small model takes longer than running them, and less long
+        # without the books that are kept for gradients. A tensor that is made in inference mode
+        # cannot be saved for a backward. So what is returned was allocated in `__init__`, and is
+        # only written to here.
+        with torch.inference_mode(), self.policy.autocast():
             self._choose(self._prefill())
             pace = self.layout.pace
             on_gpu = self.policy.device.type == "cuda"
@@ -407,7 +406,8 @@ class _Wave:
                 if self.waiting == Tap.STEPS:
                     self._write_waiting(length)
             self._write_waiting(length)
-        self.truncated[self.alive] = self.going
+            self.truncated[self.alive] = self.going
+        return self._result()
 
     def _prefill(self) -> Tensor:
         """Every prompt once, as many in a row as PREFILL_TOKENS allow.
@@ -451,11 +451,12 @@ class _Wave:
         )
         self.head = policy.hf.lm_head.weight.to(policy.dtype)
         # M-RoPE: a response goes on behind the largest position of its prompt.
-        following = torch.tensor([int(p.max()) + 1 for p in positions], device=policy.device)
-        self.following = following.repeat_interleave(self.group_size)
-        # Text has the same position on all three axes.
-        end = int(following.max()) + self.max_new_tokens
-        self.turns = policy.rotary(torch.arange(end, device=policy.device).expand(3, 1, -1))
+        following = [int(p.max()) + 1 for p in positions]
+        of_prompts = torch.tensor(following, device=policy.device)
+        self.following = of_prompts.repeat_interleave(self.group_size)
+        # All positions that a response may have. Text has the same one on all three axes.
+        end = max(following) + self.max_new_tokens
+        self.turns = policy.rotary(torch.arange(end).expand(3, 1, -1))
         if images:
             self.images = torch.cat(images).repeat_interleave(self.group_size, dim=0)
         return torch.cat(hidden).repeat_interleave(self.group_size, dim=0)
@@ -516,7 +517,7 @@ class _Wave:
         for whole, values in zip(self.signals, signals, strict=True):
             whole[self.alive, end - values.shape[1] : end] = values
 
-    def result(self) -> Rollout:
+    def _result(self) -> Rollout:
         lengths = self.mask.sum(1)
         width = int(lengths.max())
         mask = self.mask[:, :width]

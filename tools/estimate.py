@@ -215,13 +215,6 @@ def head_bytes(text, tokens: int, width: int, frozen: bool = False) -> float:
 # ----------------------------------------------------------------------------- what a rollout holds
 
 
-def joined_weights(text) -> int:
-    """The weights of queries, keys and values in all layers."""
-    width = text.hidden_size // text.num_attention_heads
-    outputs = (text.num_attention_heads + 2 * text.num_key_value_heads) * width
-    return text.num_hidden_layers * text.hidden_size * outputs
-
-
 def cached_token_bytes(text, width: int) -> int:
     """Key and value of one token, in all layers."""
     head_size = text.hidden_size // text.num_attention_heads
@@ -293,6 +286,7 @@ class Weights:
     tower: int  # of the vision tower, which is frozen
     layer: int  # of one decoder layer
     looked_up: int  # of embeddings that are not the head's, too
+    joined: int  # of the projections to queries, keys and values, in all layers
     adapters: int = 0  # of LoRA, beside them
 
     @property
@@ -331,11 +325,14 @@ def weights_of(hf, rank: int = 0) -> Weights:
         return sum(parameter.numel() for parameter in module.parameters())
 
     embeddings = hf.get_input_embeddings()
+    attention = layer.self_attn
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     return Weights(
         whole=count(hf),
         tower=count(hf.model.visual),
         layer=count(layer),
         looked_up=0 if hf.config.tie_word_embeddings else count(embeddings),
+        joined=len(layers) * sum(map(count, projections)),
         adapters=len(layers) * adapter_size(layer, rank),
     )
 
@@ -460,7 +457,7 @@ def rollout_memory(
     if gpus > 1 and not weights.adapters:
         # Gathered weights have 16 bits already, and decoder.joined copies some of them. So it does
         # with adapters that leave out queries, keys and values, which is not counted.
-        copies += BFLOAT16 * joined_weights(config.text_config)
+        copies += BFLOAT16 * weights.joined
     wave = max(waves_of(config, scenario), key=Decoding.cache_bytes)
     a_token = cached_token_bytes(config.text_config, BFLOAT16)
     reference = "" if weights.adapters else ", reference"

@@ -61,6 +61,16 @@ def test_casts_of_weights_are_weights():
     assert (cast.weights, product.weights) == (4 * 64, 2 * 64)
 
 
+def test_joined_weights_are_weights_and_what_is_joined_with_others_is_not():
+    weight, other = torch.ones(8, 8), torch.ones(8, 8)
+    a = torch.ones(4, 8)
+    with Counting([weight]) as counting:
+        a @ torch.cat([weight, weight]).T
+        a @ torch.cat([weight, other]).T
+    _, of_weights, _, of_both = counting.kernels
+    assert (of_weights.weights, of_both.weights) == (4 * 128, 0)
+
+
 def test_waits_are_seen():
     numbers = torch.tensor([1.0, 0.0])
     with Counting() as counting:
