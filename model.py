@@ -174,13 +174,13 @@ def image_similarity(hidden: Tensor, image: Tensor) -> Tensor:
     return F.cosine_similarity(hidden.float(), image.float(), dim=-1)
 
 
-def mean_image_states(row: Tensor, prompts: list[Prompt], layout: PackedGroups) -> Tensor:
+def mean_image_states(row: Tensor, layout: PackedGroups) -> Tensor:
     """The mean last hidden state of each prompt's image tokens: packed row [N, D] -> [prompts, D].
 
     0 where a prompt has no image.
     """
     means = []
-    for hidden, prompt in zip(row.split(layout.sections)[::2], prompts, strict=True):
+    for hidden, prompt in zip(row.split(layout.sections)[::2], layout.prompts, strict=True):
         visual = prompt.visual_mask.to(row.device)
         means.append((hidden.float() * visual[:, None]).sum(0) / visual.sum().clamp(min=1))
     return torch.stack(means)
@@ -372,10 +372,34 @@ class Policy(nn.Module):
         """A context in which the decoder's weights must not change, see decoder.prepared."""
         return decoder.prepared(self.hf.model.language_model.layers, self.dtype)
 
-    def decoder(self, embedded: Embedded, turns: Rotary, layout) -> Tensor:
-        """The decoder's last hidden states [rows, N, D]; turns: of the tokens' positions."""
+    def decoder(
+        self, embedded: Embedded, turns: Rotary, layout, places: Tensor | None = None
+    ) -> Tensor:
+        """The decoder's last hidden states [rows, N, D]; turns: of the tokens' positions.
+
+        places: [n] of the tokens whose states are wanted, [rows, n, D]; by default all.
+        """
         model = self.hf.model.language_model
-        return decoder.run(model, embedded, turns, layout, dtype=self.dtype)
+        return decoder.run(model, embedded, turns, layout, dtype=self.dtype, places=places)
+
+    def packed_states(
+        self,
+        embedded: Embedded,
+        turns: Rotary,
+        layout: PackedGroups,
+        places: list[int],
+        with_images: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The last hidden states [n, D] at n places of a packed row.
+
+        with_images: also the mean one of each prompt's image tokens, [prompts, D] without gradient;
+            else None.
+        """
+        places = torch.tensor(places, dtype=torch.long, device=self.device)
+        if not with_images:
+            return self.decoder(embedded, turns, layout, places)[0], None
+        row = self.decoder(embedded, turns, layout)[0]
+        return row[places], mean_image_states(row.detach(), layout)
 
     # -------------------------------------------------------------------------------------- outputs
 
@@ -429,9 +453,10 @@ class Policy(nn.Module):
         )
         with self.autocast():
             embedded = self.embed(prompts, responses)
-            hidden = self.decoder(embedded, self.rotary(positions[:, None]), layout)[0]
-            images = mean_image_states(hidden.detach(), prompts, layout) if similarity else None
-            hidden = hidden[torch.tensor(predictors, dtype=torch.long, device=self.device)]
+            turns = self.rotary(positions[:, None])
+            hidden, images = self.packed_states(
+                embedded, turns, layout, predictors, with_images=similarity
+            )
         mask = mask.to(self.device)
         logprobs, entropy = TokenLogprobs.apply(
             hidden.to(self.dtype),

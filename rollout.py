@@ -17,6 +17,7 @@ still decoded, D hidden width, V vocabulary.
 """
 
 import hashlib
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from attention import ALIGNED, Decoding, Pace, PackedGroups, Tap, pace_on, round
 from data import Prompt
 from decoder import Embedded
 from dyco import Signals
-from model import Policy, image_similarity, mean_image_states
+from model import Policy, image_similarity
 from rows import first_line
 
 PREFILL_TOKENS = 16384  # prompt tokens in one prefill
@@ -418,7 +419,7 @@ class _Wave:
         policy, tap = self.policy, self.tap
         positions = [policy.prompt_positions(prompt) for prompt in self.prompts]
         hidden, first_signals = [], []
-        images: list[Tensor] = []  # mean states, [prompts of a row, D]
+        images: list[Tensor | None] = []  # if recorded, mean states, [prompts of a row, D]
         kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for run in runs_within([len(p.input_ids) for p in self.prompts], PREFILL_TOKENS):
             prompts = [self.prompts[i] for i in run]
@@ -427,11 +428,16 @@ class _Wave:
                 prompts, no_responses, tap=tap, keep_keys=True, first_group=run[0]
             )
             turns = policy.rotary(torch.cat([positions[i] for i in run], dim=1)[:, None])
-            row = policy.decoder(policy.embed(prompts), turns, layout)[0]
-            last = torch.tensor([len(p.input_ids) for p in prompts]).cumsum(0) - 1
-            hidden.append(row[last.to(policy.device)])
-            if "image_similarity" in self.recorded:
-                images.append(mean_image_states(row, prompts, layout))
+            ends = itertools.accumulate(len(p.input_ids) for p in prompts)
+            states, of_images = policy.packed_states(
+                policy.embed(prompts),
+                turns,
+                layout,
+                places=[end - 1 for end in ends],
+                with_images="image_similarity" in self.recorded,
+            )
+            hidden.append(states)
+            images.append(of_images)
             for layer, pairs in layout.kept.items():
                 kept.setdefault(layer, []).extend(pairs)
             if tap is not None:
@@ -457,7 +463,7 @@ class _Wave:
         # All positions that a response may have. Text has the same one on all three axes.
         end = max(following) + self.max_new_tokens
         self.turns = policy.rotary(torch.arange(end).expand(3, 1, -1))
-        if images:
+        if "image_similarity" in self.recorded:
             self.images = torch.cat(images).repeat_interleave(self.group_size, dim=0)
         return torch.cat(hidden).repeat_interleave(self.group_size, dim=0)
 
