@@ -210,6 +210,27 @@ def test_image_similarity_equals_hidden_states_of_transformers(make_policy, prom
         assert similarity[row][~mask[row]].eq(0).all()
 
 
+@pytest.mark.parametrize("similarity", [False, True])
+def test_the_last_layer_ends_with_the_tokens_that_are_read(make_policy, prompts, similarity):
+    """With similarities the image tokens are read, too, and so is the whole row."""
+    policy = make_policy()
+    tokens, mask = random_responses(prompts, 2, 9, 300)
+    lengths = mask.sum(1)
+    # The last token of a response is predicted, and never read.
+    whole = sum(len(prompt.input_ids) for prompt in prompts) + int((lengths - 1).clamp(min=0).sum())
+    predicted = int(lengths.sum())
+    assert predicted < whole - 20
+    seen = []
+    hooks = [
+        layer.mlp.down_proj.register_forward_hook(lambda *call: seen.append(call[2].shape[1]))
+        for layer in policy.hf.model.language_model.layers
+    ]
+    policy(prompts, tokens, mask, similarity=similarity)
+    for hook in hooks:
+        hook.remove()
+    assert seen == [whole, whole if similarity else predicted]
+
+
 def last_hidden_states(policy, prompt, response):
     """Behind the last norm, of the stock forward on [prompt | response] alone: [N, D]."""
     kept = []
