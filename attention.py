@@ -541,9 +541,10 @@ class Decoding:
         own_logits = float32_product(query, own_keys.mT)
         shared_logits = shared_logits.view(*query.shape[:-1], -1)
         logits = torch.cat([shared_logits, own_logits], dim=-1)
-        logits = torch.add(self.bias[..., : logits.shape[-1]], logits, alpha=scale)
+        # In place: on a CPU, fresh memory of this size costs as much as what is computed in it.
+        torch.add(self.bias[..., : logits.shape[-1]], logits, alpha=scale, out=logits)
         logits = self.adjust_logits(layer, logits)
-        attention = torch.softmax(logits, dim=-1)  # [P, H_kv, S, n, K]
+        attention = torch.softmax(logits, dim=-1, out=logits)  # [P, H_kv, S, n, K]
         if self.tap is not None and layer in self.tap.layers:
             # Over all heads; a mean over both dimensions at once takes a CPU 3 to 5 times as long.
             row = self.from_grid(attention.mean(3, keepdim=True).mean(1, keepdim=True))[:, 0]
