@@ -461,13 +461,14 @@ class Decoding:
         self.prompt_of = torch.arange(self.count, device=device).repeat_interleave(group_size)
         lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
         self.prompt_width = round_up(int(lengths.max()), ALIGNED)
-        # layer -> keys and values of the prompts, [P, H_kv, prompt_width, W] each
+        # layer -> of the prompts, keys [P, H_kv, W, prompt_width], which are multiplied the quicker
+        # for being stored like this, and values [P, H_kv, prompt_width, W]
         self.shared: dict[int, tuple[Tensor, Tensor]] = {}
         # layer -> keys and values of the rows' own tokens, [P, H_kv, S, capacity, W] each
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
         for layer in list(kept):
             keys, values = (self._stack(x) for x in zip(*kept.pop(layer), strict=True))
-            self.shared[layer] = (keys, values)
+            self.shared[layer] = (keys.mT.contiguous(), values)
             # Zeros, because 0 · NaN would be NaN where nobody looks yet.
             shape = (self.count, keys.shape[1], group_size, self.capacity, keys.shape[3])
             self.own[layer] = (keys.new_zeros(shape), values.new_zeros(shape))
@@ -537,7 +538,7 @@ class Decoding:
 
         # [P, H_kv, S, n, W], where n = H / H_kv heads share a head of keys
         query = self.to_grid(query.reshape(rows, key.shape[1], -1, width)).contiguous()
-        shared_logits = float32_product(query.flatten(2, 3), shared_keys.mT)
+        shared_logits = float32_product(query.flatten(2, 3), shared_keys)
         own_logits = float32_product(query, own_keys.mT)
         shared_logits = shared_logits.view(*query.shape[:-1], -1)
         logits = torch.cat([shared_logits, own_logits], dim=-1)
