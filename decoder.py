@@ -228,14 +228,14 @@ class PackedLayer:
 
     parts: Parts | None = None  # looked up beforehand, see `prepared`
 
-    def forward(self, hidden, *args, layout=None, turns=None, dtype=None, places=None, **kwargs):
+    def forward(self, hidden, *args, layout=None, turns=None, dtype=None, wanted=None, **kwargs):
         if layout is None:
             return super().forward(hidden, *args, **kwargs)
         parts = self.parts or parts_of(self)
         query, key, value = project(parts, hidden, turns, dtype)
         attended = layout.attend(parts.number, query, key, value=value, scale=parts.scale)
-        if places is not None:
-            hidden, attended = hidden[:, places], attended[:, places]
+        if wanted is not None:
+            hidden, attended = hidden[:, wanted], attended[:, wanted]
         return finish(parts, hidden, attended, dtype)
 
 
@@ -258,24 +258,24 @@ def run(
     turns: Rotary,
     layout,
     dtype: torch.dtype,
-    places: Tensor | None = None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """The last hidden states [R, N, D] of embedded tokens.
 
     model: the language model, whose layers were given to `take_layouts`. turns: the rotary
     embedding of the tokens' positions. layout.hooks: whether the layers' hooks run, which gather
     sharded weights and start checkpoints. dtype: of the arithmetic between the float32 residuals.
-    places: [n] of the tokens whose states are wanted, [R, n, D]. In the last layer, nobody reads
-        what follows the attention of any other token, so it is left out there.
+    wanted: places [n] of the tokens whose states are asked for, [R, n, D]; by default all. Nobody
+        reads the others behind the last attention, so the rest of the last layer leaves them out.
     """
     hidden = embedded.tokens
     last = len(model.layers) - 1
-    # Features that are added behind the last layer belong to tokens that `places` may leave out.
-    assert places is None or len(embedded.deep) <= last
+    # Features that were added behind the last layer would belong to tokens that are left out.
+    assert wanted is None or len(embedded.deep) <= last
     for number, layer in enumerate(model.layers):
         run_layer = layer if layout.hooks else layer.forward
-        wanted = places if number == last else None
-        hidden = run_layer(hidden, layout=layout, turns=turns, dtype=dtype, places=wanted)
+        of_layer = wanted if number == last else None
+        hidden = run_layer(hidden, layout=layout, turns=turns, dtype=dtype, wanted=of_layer)
         if number < len(embedded.deep):
             hidden = hidden.index_add(1, embedded.places, embedded.deep[number][None])
     return rms_norm(model.norm, hidden)

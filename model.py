@@ -373,14 +373,14 @@ class Policy(nn.Module):
         return decoder.prepared(self.hf.model.language_model.layers, self.dtype)
 
     def decoder(
-        self, embedded: Embedded, turns: Rotary, layout, places: Tensor | None = None
+        self, embedded: Embedded, turns: Rotary, layout, wanted: Tensor | None = None
     ) -> Tensor:
         """The decoder's last hidden states [rows, N, D]; turns: of the tokens' positions.
 
-        places: [n] of the tokens whose states are wanted, [rows, n, D]; by default all.
+        wanted: places [n] of the tokens whose states are asked for, [rows, n, D]; by default all.
         """
         model = self.hf.model.language_model
-        return decoder.run(model, embedded, turns, layout, dtype=self.dtype, places=places)
+        return decoder.run(model, embedded, turns, layout, dtype=self.dtype, wanted=wanted)
 
     def packed_states(
         self,

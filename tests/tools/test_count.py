@@ -52,6 +52,14 @@ def test_look_ups_and_writes_touch_what_they_need():
     assert (cloned.read, cloned.written) == (8 * 4, 50 * 8 * 4)
 
 
+def test_where_a_result_is_put_is_not_read():
+    a, b = torch.ones(4, 8), torch.ones(8)
+    with Counting() as counting:
+        torch.add(b, a, out=a)
+    (added,) = counting.kernels
+    assert (added.read, added.written) == (4 * (32 + 8), 4 * 32)
+
+
 def test_casts_of_weights_are_weights():
     weight = torch.ones(8, 8)
     a = torch.ones(4, 8, dtype=torch.bfloat16)
