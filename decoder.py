@@ -270,12 +270,14 @@ def run(
     """
     hidden = embedded.tokens
     last = len(model.layers) - 1
-    # Features that were added behind the last layer would belong to tokens that are left out.
-    assert wanted is None or len(embedded.deep) <= last
     for number, layer in enumerate(model.layers):
         run_layer = layer if layout.hooks else layer.forward
-        of_layer = wanted if number == last else None
+        has_features = number < len(embedded.deep)
+        # Features are added at places of the whole row.
+        of_layer = wanted if number == last and not has_features else None
         hidden = run_layer(hidden, layout=layout, turns=turns, dtype=dtype, wanted=of_layer)
-        if number < len(embedded.deep):
+        if has_features:
             hidden = hidden.index_add(1, embedded.places, embedded.deep[number][None])
+    if of_layer is not wanted:
+        hidden = hidden[:, wanted]
     return rms_norm(model.norm, hidden)

@@ -419,7 +419,8 @@ class _Wave:
         policy, tap = self.policy, self.tap
         positions = [policy.prompt_positions(prompt) for prompt in self.prompts]
         hidden, first_signals = [], []
-        images: list[Tensor | None] = []  # if recorded, mean states, [prompts of a row, D]
+        with_images = "image_similarity" in self.recorded
+        images: list[Tensor | None] = []  # mean states, [prompts of a row, D]
         kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for run in runs_within([len(p.input_ids) for p in self.prompts], PREFILL_TOKENS):
             prompts = [self.prompts[i] for i in run]
@@ -434,7 +435,7 @@ class _Wave:
                 turns,
                 layout,
                 places=[end - 1 for end in ends],
-                with_images="image_similarity" in self.recorded,
+                with_images=with_images,
             )
             hidden.append(states)
             images.append(of_images)
@@ -463,7 +464,7 @@ class _Wave:
         # All positions that a response may have. Text has the same one on all three axes.
         end = max(following) + self.max_new_tokens
         self.turns = policy.rotary(torch.arange(end).expand(3, 1, -1))
-        if "image_similarity" in self.recorded:
+        if with_images:
             self.images = torch.cat(images).repeat_interleave(self.group_size, dim=0)
         return torch.cat(hidden).repeat_interleave(self.group_size, dim=0)
 

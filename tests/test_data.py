@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from row_files import chat_row, load_rows, noise, plain_row, write_rows
@@ -415,14 +415,14 @@ def is_allowed(size: tuple[int, int]) -> bool:
 
 
 SIZES = st.tuples(st.integers(1, 400), st.integers(1, 400)).filter(is_allowed)
-# Without "<": no text is a marker of an image or a special token, which are errors.
-CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="<")
-TEXTS = st.text(CHARACTERS, min_size=1, max_size=20)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(SIZES, max_size=3), TEXTS)
 def test_counted_length_is_the_encoded_length(tokenizer, processor, sizes, text):
+    # Strings of the sources are drawn as well, and these are errors in a text.
+    assume(not any(token in text for token in [*tokenizer.all_special_tokens, "<image>"]))
     question = text.join(["<image>"] * len(sizes)) + text
     sample = sample_of(question, *sizes)
     counted = data.count_prompt_tokens(question, sizes, tokenizer, processor, TEMPLATE)

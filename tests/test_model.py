@@ -138,6 +138,18 @@ def test_packed_equals_one_row_at_a_time(make_policy, prompts, chosen):
         assert (packed_gradients[name] - gradient).abs().max() < tolerance, name
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl"])
+def test_image_features_behind_the_last_layer(make_policy, prompts):
+    """As tiny checkpoints have them, with as few layers as image features."""
+    policy = make_policy()
+    del policy.hf.model.language_model.layers[2]
+    policy.hf.config.text_config.num_hidden_layers = 2
+    tokens, mask = random_responses(prompts, 2, 9, 300)
+    logprobs, _ = one_by_one(policy, prompts, tokens, mask)
+    packed = policy(prompts, tokens, mask).logprobs
+    torch.testing.assert_close(packed, logprobs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_micro_batches_add_up(make_policy, prompts):
     """Any split into groups gives the same numbers and gradients as one packed forward of all."""

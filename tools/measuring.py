@@ -111,6 +111,7 @@ def operations(
     """Multiply-adds of one forward: vision tower, linear layers, attention, language-model head.
 
     Each layer is counted for all tokens. Packed, the last one leaves a part of that out.
+
     length: tokens of the prompt, of which `visual` are the image's. new: tokens of a response.
     """
     text = policy.hf.config.text_config
