@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_ROWS = 64  # up to so many rows, a product on a CPU is quicker with the weight in front
+LARGE_WEIGHT = 16384  # a weight of so many rows, such as that of a head, is multiplied in blocks
+BLOCK_ROWS = 128
 
 
 class Embedded(NamedTuple):
@@ -93,8 +95,14 @@ def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
 
     The usual order of the product takes two threads of a CPU 1.2 to 2 times as long, because they
     share out the few rows. With the weight in front they share out its own rows, which are many.
+    A large weight goes as one batch of small ones, which takes a tenth less again.
     """
-    return (weight @ x.T).T
+    rows = weight.shape[0]
+    if rows < LARGE_WEIGHT or rows % BLOCK_ROWS:
+        return (weight @ x.T).T
+    blocks = weight.unflatten(0, (-1, BLOCK_ROWS))
+    products = torch.bmm(blocks, x.T.expand(len(blocks), -1, -1))
+    return products.flatten(0, 1).T
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

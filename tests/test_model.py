@@ -509,6 +509,22 @@ def test_few_rows_are_multiplied_weight_first_to_the_same_result(rows, weight_fi
     torch.testing.assert_close(output_gradients, expected_gradients, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("weight_rows", [256, 384, 320])  # the last are not whole blocks
+def test_a_large_weight_is_multiplied_in_blocks_to_the_same_result(monkeypatch, weight_rows):
+    monkeypatch.setattr(decoder, "LARGE_WEIGHT", 256)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 24, generator=generator, requires_grad=True)
+    weight = torch.randn(weight_rows, 24, generator=generator, requires_grad=True)
+    upstream = torch.randn(5, weight_rows, generator=generator)
+    expected = torch.nn.functional.linear(x, weight)
+    output = decoder.few_rows_product(x, weight)
+    assert output.T.is_contiguous()
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    expected_gradients = torch.autograd.grad(expected, [x, weight], upstream)
+    output_gradients = torch.autograd.grad(output, [x, weight], upstream)
+    torch.testing.assert_close(output_gradients, expected_gradients, rtol=1e-5, atol=1e-5)
+
+
 class Halved(torch.nn.Linear):
     def forward(self, x):
         return super().forward(x) / 2
