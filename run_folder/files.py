@@ -100,10 +100,30 @@ def make_folder(folder: Path, option: str) -> None:
 
     Raises FolderError, which names the option that sets the folder.
     """
-    try:
+    with _refusal(folder, option):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+
+
+def check_place(folder: Path, option: str) -> None:
+    """Find out whether `make_folder` could make a folder, without leaving one behind.
+
+    Raises FolderError, as `make_folder` would.
+    """
+    with _refusal(folder, option):
+        existing = folder
+        while not existing.exists():
+            existing = existing.parent
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+
+
+@contextlib.contextmanager
+def _refusal(folder: Path, option: str):
+    """Say an OSError as a FolderError of the option that sets the folder."""
+    try:
+        yield
     except OSError as error:
         raise FolderError(
             f"{option}: expected a folder that can be written to, found {str(folder)!r} ({error})"

@@ -31,7 +31,7 @@ from dyco import Signals
 from model import Policy, policy_from_config
 from rollout import Rollout, generate, runs_within
 from rows import read_jsonl
-from run_folder import write_file
+from run_folder import check_place, write_file
 from train import reference_of
 
 PROMPTS_AT_ONCE = 32  # whose pixels and signals are on the device together
@@ -274,7 +274,7 @@ def load(
 ) -> tuple[Policy, Sequence, list[str], int]:
     """(policy, samples, their ids, how many of them to sample from), everything checked.
 
-    What is cheap to check comes first: the data and --responses before the model.
+    What is cheap to check comes first: the data, --responses and --out before the model.
 
     Of the toy these are the held-out samples, from which responses are sampled, and behind them the
     training samples, since a run's samples.jsonl is about those.
@@ -285,6 +285,7 @@ def load(
     if getattr(options, "responses", None) is not None:
         with open(options.responses, "rb"):  # raises OSError where it cannot be read
             pass
+    check_place(Path(options.out), "--out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = model_folder(options, config)
     policy = policy_from_config(config, folder, device, trainable=trainable)

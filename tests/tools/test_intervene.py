@@ -425,6 +425,9 @@ def test_files_are_looked_at_before_the_model(start, tmp_path, monkeypatch):
     monkeypatch.setattr(observed, "policy_from_config", None)  # which would be a TypeError
     with pytest.raises(SystemExit, match="nowhere.jsonl"):
         start(data="nowhere.jsonl")
+    for out in ("rows.jsonl", "rows.jsonl/deeper/out"):  # a file is no folder
+        with pytest.raises(SystemExit, match="--out: expected a folder that can be written to"):
+            start(out=out)
 
 
 def test_other_rows_or_pictures_are_another_analysis(start, tmp_path):
