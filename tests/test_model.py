@@ -509,15 +509,31 @@ def test_few_rows_are_multiplied_weight_first_to_the_same_result(rows, weight_fi
     torch.testing.assert_close(output_gradients, expected_gradients, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("weight_rows", [256, 384, 320])  # the last are not whole blocks
-def test_a_large_weight_is_multiplied_in_blocks_to_the_same_result(monkeypatch, weight_rows):
+@pytest.mark.parametrize(
+    "rows, weight_rows, in_blocks",
+    [
+        (5, 256, True),  # a large weight
+        (5, 320, False),  # not whole blocks
+        (5, 128, False),
+        (1, 128, True),  # a single row
+    ],
+)
+def test_products_in_blocks_are_the_same(monkeypatch, rows, weight_rows, in_blocks):
     monkeypatch.setattr(decoder, "LARGE_WEIGHT", 256)
+    batches = []
+
+    def noted(blocks, x, bmm=torch.bmm):
+        batches.append(blocks.shape)
+        return bmm(blocks, x)
+
+    monkeypatch.setattr(torch, "bmm", noted)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(5, 24, generator=generator, requires_grad=True)
+    x = torch.randn(rows, 24, generator=generator, requires_grad=True)
     weight = torch.randn(weight_rows, 24, generator=generator, requires_grad=True)
-    upstream = torch.randn(5, weight_rows, generator=generator)
+    upstream = torch.randn(rows, weight_rows, generator=generator)
     expected = torch.nn.functional.linear(x, weight)
     output = decoder.few_rows_product(x, weight)
+    assert batches == ([(weight_rows // 128, 128, 24)] if in_blocks else [])
     assert output.T.is_contiguous()
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     expected_gradients = torch.autograd.grad(expected, [x, weight], upstream)
