@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 FEW_ROWS = 64  # up to so many rows, a product on a CPU is quicker with the weight in front
 LARGE_WEIGHT = 16384  # a weight of so many rows, such as that of a head, is multiplied in blocks
-BLOCK_ROWS = 128
+BLOCK_ROWS = 128  # of a weight that is multiplied in blocks
 
 
 class Embedded(NamedTuple):
@@ -98,8 +98,9 @@ def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
     One batch of small products is quicker still for a large weight, and for a single row, which
     one large product may leave to one thread (docs/performance.md).
     """
-    pays = len(x) == 1 or len(weight) >= LARGE_WEIGHT
-    if not pays or len(weight) % BLOCK_ROWS:
+    is_quicker = len(x) == 1 or len(weight) >= LARGE_WEIGHT
+    is_whole = len(weight) % BLOCK_ROWS == 0
+    if not (is_quicker and is_whole):
         return (weight @ x.T).T
     blocks = weight.unflatten(0, (-1, BLOCK_ROWS))
     products = torch.bmm(blocks, x.T.expand(len(blocks), -1, -1))
@@ -279,14 +280,15 @@ def run(
     """
     hidden = embedded.tokens
     last = len(model.layers) - 1
+    # Features that are added behind the last layer, too, are added at places of the whole row.
+    needs_whole_row = len(embedded.deep) > last
+    of_last = None if needs_whole_row else wanted
     for number, layer in enumerate(model.layers):
         run_layer = layer if layout.hooks else layer.forward
-        has_features = number < len(embedded.deep)
-        # Features are added at places of the whole row.
-        of_layer = wanted if number == last and not has_features else None
+        of_layer = of_last if number == last else None
         hidden = run_layer(hidden, layout=layout, turns=turns, dtype=dtype, wanted=of_layer)
-        if has_features:
+        if number < len(embedded.deep):
             hidden = hidden.index_add(1, embedded.places, embedded.deep[number][None])
-    if of_layer is not wanted:
+    if needs_whole_row and wanted is not None:
         hidden = hidden[:, wanted]
     return rms_norm(model.norm, hidden)

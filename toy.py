@@ -29,7 +29,6 @@ import math
 import random
 import shutil
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -41,9 +40,9 @@ from tqdm import tqdm
 
 from data import Prompt, Sample, encode_prompt
 from run_folder import (
-    FolderError,
     RunError,
     check_folder,
+    make_folder,
     remove_folder,
     write_checksums,
     write_folder,
@@ -480,7 +479,7 @@ def prepare(
     _remove_leftovers(folder)
     _remove_damaged(folder, progress)
     if not folder.exists():
-        _try_to_write(folder)  # before the minutes of work
+        make_folder(folder.parent, "toy.cache_dir")  # before the minutes of work
         if progress:
             batches = sum(batches for _, batches, _ in LEVELS[level].stages)
             minutes = math.ceil(batches * SECONDS_PER_BATCH / 60)
@@ -519,18 +518,6 @@ def _remove_damaged(folder: Path, progress: bool) -> None:
             tqdm.write(f"{error}: the warm start is built anew", file=sys.stderr)
         with contextlib.suppress(FileNotFoundError):  # another process has just removed it
             remove_folder(folder)
-
-
-def _try_to_write(folder: Path) -> None:
-    """Raise FolderError if no folder can be written beside this one."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.partial-").cleanup()
-    except OSError as error:
-        raise FolderError(
-            "toy.cache_dir: expected a folder that can be written to, "
-            f"found {str(folder.parent)!r} ({error})"
-        ) from error
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
@@ -400,6 +401,18 @@ def test_a_folder_is_tried_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(run_folder.FolderError, match="--out: .*new'.*Permission denied"):
         run_folder.make_folder(tmp_path / "new", "--out")
+
+
+def test_a_place_is_tried_without_a_folder_left_behind(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    run_folder.check_place(tmp_path, "--out")
+    run_folder.check_place(tmp_path / "new" / "one", "--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    monkeypatch.chdir(tmp_path)
+    run_folder.check_place(Path("new"), "--out")
+    for wrong in ("file", "file/below"):
+        with pytest.raises(run_folder.FolderError, match=f"--out: .*found '{wrong}' .*directory"):
+            run_folder.check_place(Path(wrong), "--out")
 
 
 # ---------------------------------------------------------------- errors under torchrun
