@@ -164,7 +164,8 @@ def test_stop_signal_saves_and_the_same_command_goes_on(start, tmp_path):
     # Paused, or it could be done before a second process has started.
     process.send_signal(signal.SIGSTOP)
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert second.returncode == 2 and "another process is writing there" in second.stderr
+    refusal = f"error: {tmp_path / 'cut'}: another process is writing there; set run.dir to a new"
+    assert second.returncode == 2 and refusal in second.stderr
     process.terminate()
     process.send_signal(signal.SIGCONT)
     output, _ = process.communicate(timeout=60)
