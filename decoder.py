@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW_ROWS = 64  # up to so many rows, a product on a CPU is quicker with the weight in front
-LARGE_WEIGHT = 16384  # a weight of so many rows, such as that of a head, is multiplied in blocks
-BLOCK_ROWS = 128  # of a weight that is multiplied in blocks
+FEW_ROWS = 4  # up to so many rows, a product on a CPU is quicker with the weight in front
+BLOCK_ROWS = 128  # of a weight that a single row meets in blocks
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class Embedded(NamedTuple):
@@ -85,33 +85,33 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- products
 
 
-def has_few_rows(x: Tensor) -> bool:
-    """Whether x [..., D] is float32 on a CPU, with as few rows as a step of decoding has."""
-    return x.shape[:-1].numel() <= FEW_ROWS and x.dtype == torch.float32 and x.is_cpu
-
-
 def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
     """x [R, in] times the transposed weight [out, in] -> [R, out], a view of a tensor [out, R].
 
-    The usual order of the product takes two threads of a CPU 1.2 to 2 times as long, because they
-    share out the few rows. With the weight in front they share out its own rows, which are many.
-    One batch of small products is quicker still for a large weight, and for a single row, which
-    one large product may leave to one thread (docs/performance.md).
+    In the usual order the threads of a CPU share out the few rows. With the weight in front they
+    share out its own rows, which are many. A single row may be left to one thread either way, but
+    not as one batch of small products.
     """
-    is_quicker = len(x) == 1 or len(weight) >= LARGE_WEIGHT
-    is_whole = len(weight) % BLOCK_ROWS == 0
-    if not (is_quicker and is_whole):
+    if len(x) > 1 or len(weight) % BLOCK_ROWS:
         return (weight @ x.T).T
     blocks = weight.unflatten(0, (-1, BLOCK_ROWS))
     products = torch.bmm(blocks, x.T.expand(len(blocks), -1, -1))
     return products.flatten(0, 1).T
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear of x [R, N, in] -> [R, N, out], the quick way where there are few rows."""
-    if bias is None and has_few_rows(x):
-        return few_rows_product(x.flatten(0, 1), weight).view(*x.shape[:-1], -1)
-    return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of x [..., in] -> [..., out], quicker in float32 on a CPU.
+
+    PyTorch gives such products to MKL, which uses AVX-512 on Intel's CPUs alone. oneDNN uses it on
+    all that have it, and handles the 5 to 64 rows of a decoding step better (docs/performance.md).
+    """
+    is_on_cpu = HAS_ONEDNN and x.is_cpu and x.dtype == torch.float32
+    if not is_on_cpu or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    if bias is None and x.shape[:-1].numel() <= FEW_ROWS:
+        return few_rows_product(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+    # What torch.compile puts in the place of a linear layer on a CPU. It has no gradient.
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def side_by_side(*modules: nn.Module) -> Callable[[Tensor], Tensor]:

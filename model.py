@@ -411,8 +411,8 @@ class Policy(nn.Module):
         weight: that of the language-model head, in the policy's dtype.
         """
         hidden = hidden.to(self.dtype)
-        if decoder.has_few_rows(hidden):
-            logits = decoder.few_rows_product(hidden, weight)
+        if hidden.dtype == torch.float32:
+            logits = decoder.linear(hidden, weight)
         else:
             logits = float32_product(hidden, weight.T)
         return scaled_logits(logits, temperature or self.temperature, self.suppressed)

@@ -491,54 +491,63 @@ def test_products_into_float32_take_no_gradient(make_policy, prompts, monkeypatc
     assert not any(wants_gradient)
 
 
-@pytest.mark.parametrize("rows, weight_first", [(1, True), (64, True), (65, False)])
-def test_few_rows_are_multiplied_weight_first_to_the_same_result(rows, weight_first):
-    generator = torch.Generator().manual_seed(rows)
-    module = torch.nn.Linear(24, 40, bias=False)
-    x = torch.randn(rows, 1, 24, generator=generator)
-    upstream = torch.randn(rows, 1, 40, generator=generator)
-    usual, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
+class Products(TorchDispatchMode):
+    """Notes which products are computed, by their names."""
 
-    expected = module(usual)
-    output = decoder.joined(module, dtype=torch.float32)(ours)
-    # The product with the weight in front lies the other way round in memory.
-    assert (output[:, 0].T.is_contiguous()) == weight_first
-    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
-    expected_gradients = torch.autograd.grad(expected, [usual, module.weight], upstream)
-    output_gradients = torch.autograd.grad(output, [ours, module.weight], upstream)
-    torch.testing.assert_close(output_gradients, expected_gradients, rtol=1e-5, atol=1e-5)
+    NAMES = {"mm", "addmm", "bmm", "_linear_pointwise"}
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.split("::")[1]
+        if name in self.NAMES:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
-    "rows, weight_rows, in_blocks",
+    "rows, out, has_onednn, expected",
     [
-        (5, 256, True),  # a large weight
-        (5, 320, False),  # not whole blocks
-        (5, 128, False),
-        (1, 128, True),  # a single row
+        (1, 256, True, "bmm"),  # two blocks of the weight
+        (1, 320, True, "mm"),  # not whole blocks
+        (4, 256, True, "mm"),
+        (5, 256, True, "_linear_pointwise"),
+        (700, 256, True, "_linear_pointwise"),
+        (5, 256, False, "mm"),
     ],
 )
-def test_products_in_blocks_are_the_same(monkeypatch, rows, weight_rows, in_blocks):
-    monkeypatch.setattr(decoder, "LARGE_WEIGHT", 256)
-    batches = []
+def test_quick_products_are_the_usual_one(monkeypatch, rows, out, has_onednn, expected):
+    if has_onednn and not decoder.HAS_ONEDNN:
+        pytest.skip("this PyTorch is built without oneDNN")
+    monkeypatch.setattr(decoder, "HAS_ONEDNN", has_onednn)
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 1, 24, generator=generator)
+    weight = torch.randn(out, 24, generator=generator)
+    bias = torch.randn(out, generator=generator)
+    with torch.no_grad(), Products() as products:
+        output = decoder.linear(x, weight)
+    assert products.names == [expected]
+    torch.testing.assert_close(output, torch.nn.functional.linear(x, weight), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        output = decoder.linear(x, weight, bias)
+    usual = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(output, usual, rtol=1e-5, atol=1e-5)
 
-    def noted(blocks, x, bmm=torch.bmm):
-        batches.append(blocks.shape)
-        return bmm(blocks, x)
 
-    monkeypatch.setattr(torch, "bmm", noted)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, 24, generator=generator, requires_grad=True)
-    weight = torch.randn(weight_rows, 24, generator=generator, requires_grad=True)
-    upstream = torch.randn(rows, weight_rows, generator=generator)
-    expected = torch.nn.functional.linear(x, weight)
-    output = decoder.few_rows_product(x, weight)
-    assert batches == ([(weight_rows // 128, 128, 24)] if in_blocks else [])
-    assert output.T.is_contiguous()
-    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
-    expected_gradients = torch.autograd.grad(expected, [x, weight], upstream)
-    output_gradients = torch.autograd.grad(output, [x, weight], upstream)
-    torch.testing.assert_close(output_gradients, expected_gradients, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_products_with_gradients_are_the_usual_ones(rows):
+    """The quick product of more than a few rows would lose them without a word."""
+    module = torch.nn.Linear(24, 256)
+    x = torch.randn(rows, 1, 24).requires_grad_()
+    output = decoder.joined(module, dtype=torch.float32)(x)
+    expected = module(x)
+    torch.testing.assert_close(output, expected)
+    wanted = [x, module.weight, module.bias]
+    upstream = torch.randn(rows, 1, 256)
+    gradients = torch.autograd.grad(output, wanted, upstream)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, wanted, upstream))
 
 
 class Halved(torch.nn.Linear):

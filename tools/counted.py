@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 
+import decoder
 from attention import Decoding
 from data import Prompt
 from model import Policy
@@ -101,6 +103,8 @@ def step_of(wave: _Wave) -> list[Kernel]:
         policy.autocast(),
         Counting([*policy.parameters(), wave.head]) as counting,
         policy.prepared(),
+        # Also of a policy on a CPU the products that a GPU would be given are counted.
+        patch.object(decoder, "HAS_ONEDNN", False),
     ):
         counting.kernels.clear()  # the casts of weights, once a rollout
         wave._step()

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+import decoder
 from model import Policy
 from rollout import _Wave, generate
 from tools.counted import CAPTURE, released_policy, step_of, sums, wave_of
@@ -36,7 +37,8 @@ def arithmetic() -> float:
     """Operations per second of a large product, two for each multiply-add."""
     size = 1024
     matrix = torch.ones(size, size)
-    return 2 * size**3 / min(seconds(partial(torch.matmul, matrix, matrix)) for _ in range(3))
+    with torch.no_grad():
+        return 2 * size**3 / min(seconds(partial(decoder.linear, matrix, matrix)) for _ in range(3))
 
 
 def wave_in_the_middle(policy: Policy, length: int) -> _Wave:
