@@ -27,9 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW_ROWS = 4  # up to so many rows, a product on a CPU is quicker with the weight in front
+# Whether float32 products of a rollout go to oneDNN, and up to how many rows a product on a CPU is
+# quicker by MKL with the weight in front. Measured in docs/performance.md.
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+USES_ONEDNN = HAS_AVX512 and torch.backends.mkldnn.is_available()
+FEW_ROWS = 4 if USES_ONEDNN else 64
 BLOCK_ROWS = 128  # of a weight that a single row meets in blocks
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class Embedded(NamedTuple):
@@ -102,16 +105,16 @@ def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear of x [..., in] -> [..., out], quicker in float32 on a CPU.
 
-    PyTorch gives such products to MKL, which uses AVX-512 on Intel's CPUs alone. oneDNN uses it on
-    all that have it, and handles the 5 to 64 rows of a decoding step better (docs/performance.md).
+    PyTorch gives such products to MKL, which leaves AVX-512 unused on AMD's CPUs. oneDNN does not.
     """
-    is_on_cpu = HAS_ONEDNN and x.is_cpu and x.dtype == torch.float32
-    if not is_on_cpu or torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    if bias is None and x.shape[:-1].numel() <= FEW_ROWS:
-        return few_rows_product(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
-    # What torch.compile puts in the place of a linear layer on a CPU. It has no gradient.
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if x.is_cpu and x.dtype == torch.float32:
+        has_few_rows = x.shape[:-1].numel() <= FEW_ROWS
+        if has_few_rows and bias is None:
+            return few_rows_product(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+        if USES_ONEDNN and not torch.is_grad_enabled():
+            # What torch.compile puts in the place of a linear layer on a CPU. It has no gradient.
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def side_by_side(*modules: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -508,7 +508,7 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "rows, out, has_onednn, expected",
+    "rows, out, uses_onednn, expected",
     [
         (1, 256, True, "bmm"),  # two blocks of the weight
         (1, 320, True, "mm"),  # not whole blocks
@@ -518,10 +518,11 @@ class Products(TorchDispatchMode):
         (5, 256, False, "mm"),
     ],
 )
-def test_quick_products_are_the_usual_one(monkeypatch, rows, out, has_onednn, expected):
-    if has_onednn and not decoder.HAS_ONEDNN:
+def test_quick_products_are_the_usual_one(monkeypatch, rows, out, uses_onednn, expected):
+    if uses_onednn and not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch is built without oneDNN")
-    monkeypatch.setattr(decoder, "HAS_ONEDNN", has_onednn)
+    monkeypatch.setattr(decoder, "USES_ONEDNN", uses_onednn)
+    monkeypatch.setattr(decoder, "FEW_ROWS", 4)
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, 1, 24, generator=generator)
     weight = torch.randn(out, 24, generator=generator)
@@ -536,18 +537,21 @@ def test_quick_products_are_the_usual_one(monkeypatch, rows, out, has_onednn, ex
     torch.testing.assert_close(output, usual, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-def test_products_with_gradients_are_the_usual_ones(rows):
-    """The quick product of more than a few rows would lose them without a word."""
-    module = torch.nn.Linear(24, 256)
+@pytest.mark.parametrize("rows, bias", [(1, False), (4, False), (5, False), (1, True), (5, True)])
+def test_quick_products_keep_their_gradients(monkeypatch, rows, bias):
+    """That of oneDNN would lose them without a word."""
+    monkeypatch.setattr(decoder, "USES_ONEDNN", True)
+    monkeypatch.setattr(decoder, "FEW_ROWS", 4)
+    module = torch.nn.Linear(24, 256, bias=bias)
     x = torch.randn(rows, 1, 24).requires_grad_()
     output = decoder.joined(module, dtype=torch.float32)(x)
     expected = module(x)
-    torch.testing.assert_close(output, expected)
-    wanted = [x, module.weight, module.bias]
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    wanted = [x, *module.parameters()]
     upstream = torch.randn(rows, 1, 256)
     gradients = torch.autograd.grad(output, wanted, upstream)
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected, wanted, upstream))
+    expected_gradients = torch.autograd.grad(expected, wanted, upstream)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
 
 
 class Halved(torch.nn.Linear):

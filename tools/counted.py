@@ -104,7 +104,7 @@ def step_of(wave: _Wave) -> list[Kernel]:
         Counting([*policy.parameters(), wave.head]) as counting,
         policy.prepared(),
         # Also of a policy on a CPU the products that a GPU would be given are counted.
-        patch.object(decoder, "HAS_ONEDNN", False),
+        patch.object(decoder, "USES_ONEDNN", False),
     ):
         counting.kernels.clear()  # the casts of weights, once a rollout
         wave._step()
