@@ -30,7 +30,7 @@ from torch import Tensor, nn
 # Whether float32 products of a rollout go to oneDNN, and up to how many rows a product on a CPU is
 # quicker by MKL with the weight in front. Measured in docs/performance.md.
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-USES_ONEDNN = HAS_AVX512 and torch.backends.mkldnn.is_available()
+USES_ONEDNN = HAS_AVX512 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 FEW_ROWS = 4 if USES_ONEDNN else 64
 BLOCK_ROWS = 128  # of a weight that a single row meets in blocks
 

@@ -193,10 +193,15 @@ class PatchProduct:
     cuDNN, some of whose versions lack one for 16 bits, or have one that takes seconds.
     """
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """[patches, channels · frames · height · width] -> [patches, width of the tower]."""
+    def forward(self, patches: Tensor | list[Tensor]) -> Tensor:
+        """[patches, channels · frames · height · width] -> [patches, width of the tower].
+
+        Or a list of such tensors, to spare the copy that would join them: they are large.
+        """
         weight = self.proj.weight.flatten(1)
-        return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
+        parts = [patches] if isinstance(patches, Tensor) else patches
+        embedded = [F.linear(x.to(weight.dtype), weight, self.proj.bias) for x in parts]
+        return torch.cat(embedded)
 
 
 class Policy(nn.Module):
@@ -338,17 +343,13 @@ class Policy(nn.Module):
         deeper layers of its vision tower, for the first layers of the decoder.
         """
         visual = self.hf.model.visual
-        pixels = torch.cat([p.pixel_values for p in prompts]).to(self.device, visual.dtype)
+        patches = [p.pixel_values.to(self.device, visual.dtype) for p in prompts]
         grid = torch.cat([p.image_grid_thw for p in prompts]).to(self.device)
         trained = bool(self._trained_vision_weights())
         with contextlib.nullcontext() if trained else torch.no_grad():
-            features = self.hf.model.get_image_features(pixels, grid, return_dict=True)
+            features = visual(patches, grid_thw=grid, return_dict=True)
         deep = getattr(features, "deepstack_features", None) or []
-        # Older versions of transformers do not cut the deeper ones by images.
-        whole = [
-            x if isinstance(x, Tensor) else torch.cat(x) for x in (features.pooler_output, *deep)
-        ]
-        return [x.float() for x in whole]
+        return [x.float() for x in (features.pooler_output, *deep)]
 
     def prompt_positions(self, prompt: Prompt) -> Tensor:
         """M-RoPE positions of a prompt, [3, L].
