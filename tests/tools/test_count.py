@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import attention
+import decoder
 import rollout
 from attention import Pace
 from rollout import StepGraphs, generate
@@ -121,6 +122,18 @@ def test_a_step_launches_few_kernels_and_never_more(policy_without_numbers):
     assert len(in_decoder) <= policy.depth * KERNELS_OF_A_LAYER + KERNELS_OF_NO_LAYER
     assert [kernel.name for kernel in early] == [kernel.name for kernel in late]
     assert sum(kernel.part == "casts" for kernel in early) <= 6 * policy.depth + 1
+
+
+def test_products_of_a_policy_on_a_cpu_are_counted(make_policy, monkeypatch):
+    """A CPU may compute them by a function whose operations nobody counts."""
+    monkeypatch.setattr(decoder, "USES_ONEDNN", True)
+    monkeypatch.setattr(decoder, "FEW_ROWS", 4)
+    policy = make_policy()
+    kernels = counted.step_of(counted.wave_of(policy, 4, 2, length=30, visual=20, own=16))
+    modules = policy.hf.model.language_model.layers.modules()
+    weights = sum(x.weight.numel() for x in modules if isinstance(x, torch.nn.Linear))
+    # Two operations for each multiply-add, of 8 rows.
+    assert sum(x.operations for x in kernels if x.part == "products") == 2 * 8 * weights
 
 
 def test_nothing_waits_between_two_looks(make_policy, prompts, monkeypatch):
