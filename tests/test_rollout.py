@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import attention
+import decoder
 import rollout
 from attention import Pace
 from model import FAMILIES
@@ -298,6 +299,21 @@ def test_select_and_join_are_inverse(make_policy, prompts):
     for a, b in zip(again.signals, batch.signals, strict=True):
         assert torch.equal(a, b[:, :width])
     assert torch.equal(again.truncated, batch.truncated)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_by_onednn_sample_the_same(make_policy, prompts, monkeypatch):
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch is built without oneDNN")
+    policy = eager_to_end(make_policy())
+    monkeypatch.setattr(decoder, "USES_ONEDNN", False)
+    expected = generate(policy, prompts, 4, 16, (0, 1), DYCO)
+    monkeypatch.setattr(decoder, "USES_ONEDNN", True)
+    monkeypatch.setattr(decoder, "FEW_ROWS", 0)
+    output = generate(policy, prompts, 4, 16, (0, 1), DYCO)
+    assert torch.equal(output.tokens, expected.tokens)
+    torch.testing.assert_close(output.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.signals, expected.signals, rtol=0, atol=1e-5)
 
 
 def test_keyed_generators_depend_on_the_whole_key():
