@@ -109,7 +109,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.is_cpu and x.dtype == torch.float32:
         has_few_rows = x.shape[:-1].numel() <= FEW_ROWS
-        if has_few_rows and bias is None:
+        if has_few_rows and bias is None:  # to add a bias costs what the order would gain
             return few_rows_product(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
         if USES_ONEDNN and not torch.is_grad_enabled():
             # What torch.compile puts in the place of a linear layer on a CPU. It has no gradient.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import toy
 from model import FAMILIES
@@ -227,3 +228,20 @@ def same_run(tmp_path: Path, one: Path, two: Path) -> None:
     print(f"weights moved by up to {moved:.1e} and are {apart:.1e} apart in the mean")
     assert moved > 1e-3
     assert apart < 1e-4 * moved
+
+
+class Products(TorchDispatchMode):
+    """The matrix products inside: their names, and the shapes of their results."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        product = function(*args, **(kwargs or {}))
+        name = function._schema.name.split("::")[1]
+        if "mm" in name or name == "_linear_pointwise":
+            self.names.append(name)
+            self.shapes.append(tuple(product.shape))
+        return product

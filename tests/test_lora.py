@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import random_responses
-from helpers import rows_of, same_run, torchrun, weights_of
+from helpers import Products, rows_of, same_run, torchrun, weights_of
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as config_module
 import lora
@@ -182,20 +181,6 @@ def test_a_rollout_samples_from_what_is_scored(adapted, prompts):
     rollout = generate(policy, prompts, 2, 5, key=(0, 0))
     scored = policy(prompts, rollout.tokens, rollout.mask).logprobs
     torch.testing.assert_close(rollout.logprobs, scored.detach(), rtol=1e-5, atol=1e-5)
-
-
-class Products(TorchDispatchMode):
-    """The shapes of the matrix products inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        product = function(*args, **(kwargs or {}))
-        if "mm" in function.__name__:
-            self.shapes.append(tuple(product.shape))
-        return product
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight"])

@@ -491,22 +491,6 @@ def test_products_into_float32_take_no_gradient(make_policy, prompts, monkeypatc
     assert not any(wants_gradient)
 
 
-class Products(TorchDispatchMode):
-    """Notes which products are computed, by their names."""
-
-    NAMES = {"mm", "addmm", "bmm", "_linear_pointwise"}
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.split("::")[1]
-        if name in self.NAMES:
-            self.names.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     "rows, out, uses_onednn, expected",
     [
@@ -527,7 +511,7 @@ def test_quick_products_are_the_usual_one(monkeypatch, rows, out, uses_onednn, e
     x = torch.randn(rows, 1, 24, generator=generator)
     weight = torch.randn(out, 24, generator=generator)
     bias = torch.randn(out, generator=generator)
-    with torch.no_grad(), Products() as products:
+    with torch.no_grad(), helpers.Products() as products:
         output = decoder.linear(x, weight)
     assert products.names == [expected]
     torch.testing.assert_close(output, torch.nn.functional.linear(x, weight), rtol=1e-5, atol=1e-5)

@@ -38,7 +38,8 @@ def arithmetic() -> float:
     size = 1024
     matrix = torch.ones(size, size)
     with torch.no_grad():
-        return 2 * size**3 / min(seconds(partial(decoder.linear, matrix, matrix)) for _ in range(3))
+        times = [seconds(partial(decoder.linear, matrix, matrix)) for _ in range(3)]
+    return 2 * size**3 / min(times)
 
 
 def wave_in_the_middle(policy: Policy, length: int) -> _Wave:
